@@ -1,0 +1,140 @@
+"""The flags of finetune.py: one dataclass a group, LC-Rec's names beside the Trainer's own, YAML presets beneath."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from data.tasks import SUPERVISE, TASKS
+from errors import InputError
+
+METHODS = ("lcrec",)
+
+
+@dataclass
+class ModelArguments:
+    """Which language model is tuned."""
+
+    _argument_group_name = "model"
+
+    base_model: str = HfArg(default=None, help="folder or hub name of a decoder-only model (required)")
+
+
+@dataclass
+class DataArguments:
+    """What it is tuned on."""
+
+    _argument_group_name = "data"
+
+    dataset: str = HfArg(default="ml-100k", help="name of the dataset")
+    data_path: str = HfArg(default="data", help="folder that holds <dataset>/")
+    index_file: str = HfArg(default=".index.json", help="suffix of the index file, or a path to one if it has a slash")
+    prompt_file: str | None = HfArg(default=None, help="YAML file of phrasings (default: data/prompts.yaml)")
+    max_his_len: int = HfArg(default=20, help="items of a history that the model reads")
+    his_sep: str = HfArg(default=", ", help="what stands between two items of a history")
+    add_prefix: bool = HfArg(default=False, help="number the items of a history")
+
+
+@dataclass
+class MethodArguments:
+    """How it is tuned."""
+
+    _argument_group_name = "method"
+
+    method: str = field(default="lcrec", metadata={"help": "way of tuning", "choices": METHODS})
+    tasks: str = HfArg(default="seqrec", help=f"training tasks, separated by commas, of: {', '.join(TASKS)}")
+    train_prompt_sample_num: str = HfArg(default="1", help="phrasings per sample and epoch, one number a task")
+    train_data_sample_num: str = HfArg(default="0", help="samples of each task, one number a task; 0 = all")
+    supervise: str = field(
+        default="next",
+        metadata={
+            "help": "next: a sample per prefix of a history, as LC-Rec; history: a sample per history, all its items "
+            "after the first are targets",
+            "choices": SUPERVISE,
+        },
+    )
+    only_train_response: bool = HfArg(default=True, help="loss on the response alone; False: on the prompt as well")
+    valid_users: int = HfArg(default=500, help="users whose valid item is searched for at each evaluation; 0 = all")
+    exclude_seen: bool = HfArg(default=False, help="take a user's own items out of the candidates at evaluation")
+
+
+@dataclass
+class TuningArguments(TrainingArguments):
+    """Every flag of `transformers.TrainingArguments`, with LC-Rec's names and defaults where it has some."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = HfArg(default=None, help="folder for checkpoints and the tuned model (required)")
+    per_device_train_batch_size: int = HfArg(
+        default=8, aliases=["--per_device_batch_size"], help="samples per device and step"
+    )
+    num_train_epochs: float = HfArg(default=4, aliases=["--epochs"], help="passes over the training samples")
+    learning_rate: float = HfArg(default=5e-5, help="peak learning rate of AdamW")
+    weight_decay: float = HfArg(default=0.01, help="weight decay of AdamW")
+    lr_scheduler_type: str = HfArg(default="cosine", help="shape of the learning rate's decay")
+    warmup_steps: float = HfArg(default=0.01, help="steps of linear warm-up; below 1: share of all steps")
+    eval_strategy: str = HfArg(default="epoch", help="when to evaluate: no, steps, epoch")
+    save_strategy: str = HfArg(default="epoch", help="when to save a checkpoint: no, steps, epoch")
+    save_and_eval_strategy: str | None = HfArg(default=None, help="sets both of these")
+    save_total_limit: int | None = HfArg(default=1, help="checkpoints kept beside the best")
+    load_best_model_at_end: bool = HfArg(default=True, help="end with the checkpoint of the best valid metric")
+    metric_for_best_model: str | None = HfArg(default="ndcg@10", help="valid metric that picks it: hit@10, ndcg@10, loss")
+    logging_steps: float = HfArg(default=50, help="steps between two lines of the training log")
+    report_to: str | None = HfArg(default="none", help="experiment loggers: tensorboard, wandb, ...")
+    dataloader_pin_memory: bool = HfArg(default=torch.cuda.is_available(), help="pin batches in memory; helps with a GPU")
+    remove_unused_columns: bool = HfArg(default=False, help="left to the collator")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="checkpoint folder to go on from; auto: the newest complete one in output_dir, if any"
+    )
+
+    def __post_init__(self):
+        if self.save_and_eval_strategy:
+            self.eval_strategy = self.save_strategy = self.save_and_eval_strategy
+        if self.eval_strategy == "no" or self.save_strategy == "no":
+            self.load_best_model_at_end = False  # there will be no best to load
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        super().__post_init__()
+
+
+def parse(dataclasses: list[type], description: str, argv: list[str] | None = None) -> tuple:
+    """One filled dataclass for each given: defaults, then `--config preset.yaml`, then the command line, which wins."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclasses, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML preset: supplies defaults for the flags, the command line wins")
+    known = {f.name for dataclass_ in dataclasses for f in fields(dataclass_) if f.init}
+    for at, word in enumerate(argv):
+        if word == "--config" and at + 1 < len(argv):
+            argv = preset_flags(argv[at + 1], known) + argv
+        elif word.startswith("--config="):
+            argv = preset_flags(word.partition("=")[2], known) + argv
+    namespace = vars(parser.parse_args(argv))
+    try:
+        return tuple(cls(**{f.name: namespace[f.name] for f in fields(cls) if f.init}) for cls in dataclasses)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"these flags do not go together: {error}") from None
+
+
+def preset_flags(path: str, known: set[str]) -> list[str]:
+    """The flags that a YAML preset stands for; InputError names the key that is no flag."""
+    try:
+        preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such preset") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable YAML file ({error})") from None
+    if not isinstance(preset, dict):
+        raise InputError(f"{path}: should hold 'flag: value' lines")
+    flags = []
+    for key, value in preset.items():
+        if key not in known:
+            raise InputError(f"{path}: {key!r} is not a flag of this script; see --help")
+        if value is not None:
+            flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return flags
+
+

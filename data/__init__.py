@@ -1,0 +1,1 @@
+"""Raw interactions -> dataset folder -> instruction datasets."""

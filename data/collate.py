@@ -1,0 +1,134 @@
+"""Samples -> token ids and labels: the phrasing is drawn here, per sample and epoch, and batches are padded."""
+
+import random
+from collections.abc import Collection
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from data.prompts import Phrasing
+from data.tasks import stretch
+
+IGNORE = -100
+
+
+class Instructions(torch.utils.data.Dataset):
+    """A `datasets.Dataset` of samples (data/tasks.py) as token ids and labels.
+
+    Which phrasing a sample gets, and where a long history is cut, depends on seed, epoch and sample alone: the same
+    in every run, different in every epoch (`set_epoch`).
+
+    Args:
+        index_tokens: ids of the code tokens; in a history sample these are what is learned.
+        phrasings_per_sample: how many phrasings each sample gets in an epoch, LC-Rec's `train_prompt_sample_num`.
+        only_response: labels on the response alone, else on every token.
+        add_prefix: number the items of a history: "1. <a_3>...".
+    """
+
+    def __init__(
+        self,
+        samples: datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: dict[str, list[Phrasing]],
+        index_tokens: Collection[int],
+        max_his_len: int,
+        his_sep: str,
+        add_prefix: bool = False,
+        only_response: bool = True,
+        phrasings_per_sample: int = 1,
+        seed: int = 0,
+    ):
+        self.samples, self.tokenizer, self.prompts = samples, tokenizer, prompts
+        self.index_tokens = frozenset(index_tokens)
+        self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
+        self.only_response, self.repeat, self.seed = only_response, phrasings_per_sample, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.samples) * self.repeat
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        sample = self.samples[i % len(self.samples)]
+        draw = random.Random(f"{self.seed} {self.epoch} {i}")
+        phrasing = draw.choice(self.prompts[sample["task"]])
+        if sample["target"]:
+            return self.answered(sample, phrasing)
+        shift = random.Random(f"{self.seed} {self.epoch} {sample['user']}").random()  # one for all stretches of a user
+        items = stretch(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
+        return self._whole(items, phrasing)
+
+    def prompt(self, sample: dict, phrasing: Phrasing) -> str:
+        """The text up to where the item is to be given."""
+        text = phrasing.prompt.format(history=self._joined(sample["history"]))
+        return text if sample["task"] == "seqrec" else text + self._gap(len(sample["history"]))
+
+    def answered(self, sample: dict, phrasing: Phrasing) -> dict[str, list[int]]:
+        """Prompt and response, as at test: the response ends with the end token unless it is part of a history."""
+        response = phrasing.response.format(target=sample["target"]) if phrasing.response else sample["target"]
+        prompt = encode_prompt(self.tokenizer, self.prompt(sample, phrasing))
+        ids = self.tokenizer(response, add_special_tokens=False).input_ids
+        if sample["task"] == "seqrec":
+            ids = [*ids, self.tokenizer.eos_token_id]
+        labels = [IGNORE] * len(prompt) if self.only_response else prompt
+        return {"input_ids": prompt + ids, "labels": [*labels, *ids]}
+
+    def _whole(self, items: list[str], phrasing: Phrasing) -> dict[str, list[int]]:
+        """Items one after another, the codes of every item after the first as labels."""
+        ids = encode_prompt(self.tokenizer, phrasing.prompt.format(history=self._joined(items)))
+        if not self.only_response:
+            return {"input_ids": ids, "labels": list(ids)}
+        given = encode_prompt(self.tokenizer, phrasing.prompt.format(history=self._joined(items[:1])))
+        labels = [token if token in self.index_tokens else IGNORE for token in ids]
+        labels[: len(given)] = [IGNORE] * len(given)
+        return {"input_ids": ids, "labels": labels}
+
+    def _joined(self, items: list[str]) -> str:
+        return self.his_sep.join(self._number(at) + item for at, item in enumerate(items, start=1))
+
+    def _gap(self, length: int) -> str:
+        """What stands between the last item of a history and the next one."""
+        return (self.his_sep if length else "") + self._number(length + 1)
+
+    def _number(self, at: int) -> str:
+        return f"{at}. " if self.add_prefix else ""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids with the tokenizer's own beginning (a BOS where it has one), never its end: an answer follows."""
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
+    """int64 [rows, longest]."""
+    longest = max(map(len, rows))
+    filled = [[value] * (longest - len(r)) + r if left else r + [value] * (longest - len(r)) for r in rows]
+    return torch.tensor(filled, dtype=torch.long)
+
+
+class Collator:
+    """Pads training samples on the right to the longest of the batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        ids = [sample["input_ids"] for sample in samples]
+        return {
+            "input_ids": pad(ids, self.tokenizer.pad_token_id),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+            "labels": pad([sample["labels"] for sample in samples], IGNORE),
+        }
+
+
+def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Prompts for a search: int64 input_ids and attention_mask [batch, length], padded on the left."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return {
+        "input_ids": pad(ids, tokenizer.pad_token_id, left=True),
+        "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True),
+    }

@@ -1,0 +1,26 @@
+"""Bad input: one exception for it, and the one way in which every script reports it."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+
+class InputError(Exception):
+    """The user's input is wrong; the message is one line that names the file or record and says what to do."""
+
+
+def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a script's main: an InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+
+    @wraps(main)
+    def run(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except InputError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return run

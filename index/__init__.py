@@ -1,0 +1,1 @@
+"""Item text -> embeddings -> RQ-VAE -> item indices."""

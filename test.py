@@ -1,0 +1,208 @@
+"""Measure a tuned model: search every test user's next item, beside two baselines that learn nothing.
+
+python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen
+python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 20 --predictions_file out.jsonl
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+
+from baselines import CoOccurrence, Popularity
+from data.collate import Instructions
+from data.dataset import RecDataset, open_dataset, output_folder, read_json, whole_file, write_json
+from data.prompts import Phrasing
+from data.tasks import held_out_samples
+from decoding.beam import Recommendation
+from errors import InputError, exits_cleanly
+from metrics import parse_metrics, ranking_metrics
+from models.language import index_token_ids, load_model, load_tokenizer
+from recommend import recommend, seen_items, trie_of
+from trainer import RECORD
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model")
+    model.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py")
+    model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
+    data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
+    data.add_argument(
+        "--index_file", default=".index.json",
+        help="suffix of the index file, or a path to one if it has a slash (default: %(default)s)",
+    )  # fmt: skip
+    data.add_argument("--test_task", default="SeqRec", choices=["SeqRec"], help="(default: %(default)s)")
+    data.add_argument("--test_prompt_ids", default="0", help="phrasings: all, or numbers like 0,3 (default: %(default)s)")
+    data.add_argument("--sample_num", type=int, default=-1, help="measure only the first n users; -1: all (default)")
+    search = parser.add_argument_group("search")
+    search.add_argument("--num_beams", type=int, default=20, help="width of the search (default: %(default)s)")
+    search.add_argument("--test_batch_size", type=int, default=32, help="users per batch (default: %(default)s)")
+    search.add_argument("--exclude_seen", action="store_true", help="take a user's own items out of the candidates")
+    search.add_argument("--filter_items", action="store_true", help="no effect, kept for LC-Rec's commands: only items are returned")
+    results = parser.add_argument_group("results")
+    results.add_argument("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="(default: %(default)s)")
+    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
+    results.add_argument("--predictions_file", type=Path, help="JSON lines, one a user and phrasing (default: none)")
+    return parser.parse_args()
+
+
+@exits_cleanly
+def main() -> None:
+    args = parse_args()
+    started = time.monotonic()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+    # ---- What to measure ----
+    record = read_json(args.ckpt_path / RECORD, "the record of a model tuned by finetune.py")
+    dataset = open_dataset(args.data_path, args.dataset or record["dataset"], ["index"], args.index_file)
+    metrics = parse_metrics(args.metrics)
+    if args.num_beams < max(k for _, k in metrics):
+        raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
+    if args.test_batch_size < 1:
+        raise InputError(f"--test_batch_size {args.test_batch_size}: should be 1 at least")
+    if hashlib.sha256(json.dumps(dataset.index, sort_keys=True).encode()).hexdigest() != record["index_sha256"]:
+        raise InputError(f"{args.ckpt_path}: was tuned with another index than that of {dataset.folder}; see --index_file")
+    phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"]]
+    prompt_ids = parse_prompt_ids(args.test_prompt_ids, len(phrasings))
+    results_file = args.results_file or Path("results") / dataset.name / f"{record['method']}.json"
+    output_folder(results_file.parent)
+
+    samples = held_out_samples(dataset, "test", record["supervise"], record["max_his_len"])
+    users = dataset.test_users
+    if args.sample_num > 0:
+        users = users[: args.sample_num]
+        samples = samples.select(range(len(users)))
+    histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
+    excluded = seen_items(dataset, "test")[: len(users)] if args.exclude_seen else None
+    print(f"{dataset.name}: {len(users):,} test users, {len(dataset.item_ids):,} items")
+    if dataset.too_short:
+        print(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out")
+    if args.exclude_seen and (again := sum(t in h for h, t in zip(histories, targets, strict=True))):
+        print(f"  {again:,} users had their target before: with --exclude_seen it counts as a miss")
+
+    # ---- Model ----
+    tokenizer, model = load_tokenizer(args.ckpt_path), load_model(args.ckpt_path)
+    model = model.eval().to(f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu")
+    token_ids = index_token_ids(tokenizer, dataset.index)
+    trie = trie_of(token_ids, tokenizer, record["supervise"])
+    instructions = Instructions(
+        samples,
+        tokenizer,
+        {record["task"]: phrasings},
+        index_tokens={token for ids in token_ids.values() for token in ids},
+        max_his_len=record["max_his_len"],
+        his_sep=record["his_sep"],
+        add_prefix=record["add_prefix"],
+    )
+
+    # ---- Search, one phrasing after another ----
+    found = {
+        number: recommend(
+            model, instructions, samples, phrasings[number], trie, args.num_beams, args.test_batch_size, excluded
+        )
+        for number in prompt_ids
+    }
+    by_prompt = {
+        number: ranking_metrics([[r.item for r in ranked] for ranked in lists], targets, metrics)
+        for number, lists in found.items()
+    }
+    names = [f"{metric}@{k}" for metric, k in metrics]
+    spread = {
+        which: {name: of([result[name] for result in by_prompt.values()]) for name in names}
+        for which, of in (("mean", lambda values: sum(values) / len(values)), ("min", min), ("max", max))
+    }
+
+    # ---- Baselines on the same users ----
+    baselines = {}
+    for name, baseline in (("popularity", Popularity(dataset)), ("co-occurrence", CoOccurrence(dataset))):
+        lists = [
+            baseline.recommend(history, args.num_beams, set(history) if args.exclude_seen else set())
+            for history in histories
+        ]
+        baselines[name] = ranking_metrics(lists, targets, metrics)
+
+    # ---- Results ----
+    write_json(
+        results_file,
+        {
+            "test_prompt_ids": prompt_ids,
+            "mean_results": spread["mean"],
+            "min_results": spread["min"],
+            "max_results": spread["max"],
+            "all_prompt_results": [by_prompt[number] for number in prompt_ids],
+            "baselines": baselines,
+            "users": len(users),
+            "num_beams": args.num_beams,
+            "seconds": round(time.monotonic() - started, 1),
+            "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        },
+        indent=1,
+    )
+    if args.predictions_file:
+        write_predictions(args.predictions_file, dataset, users, targets, found)
+    method = record["method"]
+    rows = {"popularity": baselines["popularity"], "co-occurrence": baselines["co-occurrence"]}
+    rows |= {method: spread["mean"]}
+    if len(prompt_ids) > 1:
+        rows |= {f"{method}, worst phrasing": spread["min"], f"{method}, best phrasing": spread["max"]}
+    print_table(rows, names)
+    print_examples(dataset, users, targets, histories, found[prompt_ids[0]])
+    print(f"\nresults in {results_file}")
+
+
+def parse_prompt_ids(given: str, phrasings: int) -> list[int]:
+    if given == "all":
+        return list(range(phrasings))
+    numbers = given.split(",")
+    if not all(number.strip().isdecimal() and int(number) < phrasings for number in numbers):
+        raise InputError(f"--test_prompt_ids {given}: should be all, or numbers below {phrasings}, separated by commas")
+    return [int(number) for number in numbers]
+
+
+def write_predictions(
+    path: Path, dataset: RecDataset, users: list[str], targets: list[str], found: dict[int, list[list[Recommendation]]]
+) -> None:
+    """One line a user and phrasing, items best first; whoever doubts a number can recompute it."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for number, lists in found.items():
+            for user, target, ranked in zip(users, targets, lists, strict=True):
+                line = {"user": user, "prompt": number, "target": target, "items": [r.item for r in ranked]}
+                line["indices"] = ["".join(dataset.index[r.item]) for r in ranked]
+                line["scores"] = [round(r.score, 6) for r in ranked]
+                file.write(json.dumps(line) + "\n")
+
+
+def print_table(rows: dict[str, dict[str, float]], names: list[str]) -> None:
+    width = max(map(len, rows))
+    print("\n" + " " * width + "".join(f"{name:>10}" for name in names))
+    for row, values in rows.items():
+        print(f"{row:<{width}}" + "".join(f"{values[name]:>10.4f}" for name in names))
+
+
+def print_examples(dataset: RecDataset, users, targets, histories, lists: list[list[Recommendation]]) -> None:
+    """Three users, spread over the list: the end of their history, the top five, and what they really took."""
+    for at in sorted({0, len(users) // 2, len(users) - 1}):
+        print(f"\nuser {users[at]} had {len(histories[at])} items, the last: {titles(dataset, histories[at][-5:])}")
+        for place, recommendation in enumerate(lists[at][:5], start=1):
+            mark = "   <- taken" if recommendation.item == targets[at] else ""
+            print(f"  {place}. {dataset.title(recommendation.item)[:70]}{mark}")
+        print(f"  taken: {dataset.title(targets[at])[:70]}")
+
+
+def titles(dataset: RecDataset, items: list[str]) -> str:
+    return "; ".join(dataset.title(item)[:50] for item in items)
+
+
+if __name__ == "__main__":
+    main()
