@@ -58,6 +58,7 @@ class MethodArguments:
         },
     )
     only_train_response: bool = HfArg(default=True, help="loss on the response alone; False: on the prompt as well")
+    embedding_dropout: float = HfArg(default=0.0, help="dropout on the input embeddings while training")
     valid_users: int = HfArg(default=500, help="users whose valid item is searched for at each evaluation; 0 = all")
     exclude_seen: bool = HfArg(default=False, help="take a user's own items out of the candidates at evaluation")
 
@@ -82,10 +83,14 @@ class TuningArguments(TrainingArguments):
     save_and_eval_strategy: str | None = HfArg(default=None, help="sets both of these")
     save_total_limit: int | None = HfArg(default=1, help="checkpoints kept beside the best")
     load_best_model_at_end: bool = HfArg(default=True, help="end with the checkpoint of the best valid metric")
-    metric_for_best_model: str | None = HfArg(default="ndcg@10", help="valid metric that picks it: hit@10, ndcg@10, loss")
+    metric_for_best_model: str | None = HfArg(
+        default="ndcg@10", help="valid metric that picks it: hit@10, ndcg@10, loss"
+    )
     logging_steps: float = HfArg(default=50, help="steps between two lines of the training log")
     report_to: str | None = HfArg(default="none", help="experiment loggers: tensorboard, wandb, ...")
-    dataloader_pin_memory: bool = HfArg(default=torch.cuda.is_available(), help="pin batches in memory; helps with a GPU")
+    dataloader_pin_memory: bool = HfArg(
+        default=torch.cuda.is_available(), help="pin batches in memory; helps with a GPU"
+    )
     remove_unused_columns: bool = HfArg(default=False, help="left to the collator")
     resume_from_checkpoint: str | None = HfArg(
         default=None, help="checkpoint folder to go on from; auto: the newest complete one in output_dir, if any"
@@ -102,7 +107,7 @@ class TuningArguments(TrainingArguments):
 
 
 def parse(dataclasses: list[type], description: str, argv: list[str] | None = None) -> tuple:
-    """One filled dataclass for each given: defaults, then `--config preset.yaml`, then the command line, which wins."""
+    """One filled dataclass for each given: defaults, then `--config preset.yaml`, then the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclasses, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML preset: supplies defaults for the flags, the command line wins")
@@ -136,5 +141,3 @@ def preset_flags(path: str, known: set[str]) -> list[str]:
         if value is not None:
             flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return flags
-
-

@@ -1,6 +1,6 @@
 """Tune a language model to recommend.
 
-python finetune.py --config config/lcrec-ml-100k-cpu.yaml --base_model ckpt/base/scratch --output_dir ckpt/ml-100k/lcrec
+python finetune.py --config config/lcrec-ml-100k-cpu.yaml --base_model ckpt/ml-100k/base --output_dir ckpt/try
 torchrun --nproc_per_node 8 finetune.py --base_model Qwen/Qwen3-0.6B --dataset Instruments --data_path ../LC-Rec-data \
     --output_dir ckpt/Instruments/lcrec --per_device_batch_size 8 --gradient_accumulation_steps 2 --bf16
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from torch.nn import functional
 from transformers import set_seed
 
 from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, parse
@@ -70,6 +71,10 @@ def main() -> None:
     texts = {item: dataset.text(item) for item in dataset.index} if dataset.items else None
     new_tokens = extend_vocabulary(model, tokenizer, dataset.index, texts, training_args.seed)
     model.config.use_cache = False  # training needs none; the search asks for it
+    if method_args.embedding_dropout:
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, _, output: functional.dropout(output, method_args.embedding_dropout, module.training)
+        )
     log(f"{model_args.base_model}: {model.num_parameters():,} parameters, {new_tokens:,} new tokens")
 
     # ---- Samples -> tokens ----
@@ -109,7 +114,9 @@ def main() -> None:
             excluded=[seen[i] for i in chosen] if method_args.exclude_seen else None,
             show_progress=False,
         )
-        return ranking_metrics([[r.item for r in found] for found in lists], [targets[i] for i in chosen], EVAL_METRICS)
+        return ranking_metrics(
+            [[r.item for r in found] for found in lists], [targets[i] for i in chosen], EVAL_METRICS
+        )
 
     # ---- Train ----
     training_args.disable_tqdm = not sys.stderr.isatty()
@@ -144,7 +151,11 @@ def main() -> None:
             },
             indent=1,
         )
-        best = f", valid {training_args.metric_for_best_model} {trainer.state.best_metric:.4f}" if trainer.state.best_metric else ""
+        best = (
+            f", valid {training_args.metric_for_best_model} {trainer.state.best_metric:.4f}"
+            if trainer.state.best_metric
+            else ""
+        )
         log(f"tuned in {time.monotonic() - started:.0f} s{best} -> {training_args.output_dir}/")
 
 
@@ -157,7 +168,9 @@ def per_task(args: MethodArguments) -> tuple[int, int]:
     for flag in ("train_prompt_sample_num", "train_data_sample_num"):
         given = getattr(args, flag).split(",")
         if len(given) != len(tasks) or not all(number.isdecimal() for number in given):
-            raise InputError(f"--{flag} {getattr(args, flag)}: should be one whole number for each of --tasks {args.tasks}")
+            raise InputError(
+                f"--{flag} {getattr(args, flag)}: should be one whole number for each of --tasks {args.tasks}"
+            )
         numbers.append(int(given[0]))
     return max(1, numbers[0]), numbers[1]
 

@@ -40,13 +40,17 @@ def parse_args() -> argparse.Namespace:
         help="suffix of the index file, or a path to one if it has a slash (default: %(default)s)",
     )  # fmt: skip
     data.add_argument("--test_task", default="SeqRec", choices=["SeqRec"], help="(default: %(default)s)")
-    data.add_argument("--test_prompt_ids", default="0", help="phrasings: all, or numbers like 0,3 (default: %(default)s)")
+    data.add_argument(
+        "--test_prompt_ids", default="0", help="phrasings: all, or numbers like 0,3 (default: %(default)s)"
+    )
     data.add_argument("--sample_num", type=int, default=-1, help="measure only the first n users; -1: all (default)")
     search = parser.add_argument_group("search")
     search.add_argument("--num_beams", type=int, default=20, help="width of the search (default: %(default)s)")
     search.add_argument("--test_batch_size", type=int, default=32, help="users per batch (default: %(default)s)")
     search.add_argument("--exclude_seen", action="store_true", help="take a user's own items out of the candidates")
-    search.add_argument("--filter_items", action="store_true", help="no effect, kept for LC-Rec's commands: only items are returned")
+    search.add_argument(
+        "--filter_items", action="store_true", help="no effect, kept for LC-Rec's commands: only items are returned"
+    )
     results = parser.add_argument_group("results")
     results.add_argument("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="(default: %(default)s)")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
@@ -71,7 +75,9 @@ def main() -> None:
     if args.test_batch_size < 1:
         raise InputError(f"--test_batch_size {args.test_batch_size}: should be 1 at least")
     if hashlib.sha256(json.dumps(dataset.index, sort_keys=True).encode()).hexdigest() != record["index_sha256"]:
-        raise InputError(f"{args.ckpt_path}: was tuned with another index than that of {dataset.folder}; see --index_file")
+        raise InputError(
+            f"{args.ckpt_path}: was tuned with another index than that of {dataset.folder}; see --index_file"
+        )
     phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"]]
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, len(phrasings))
     results_file = args.results_file or Path("results") / dataset.name / f"{record['method']}.json"
@@ -166,7 +172,9 @@ def parse_prompt_ids(given: str, phrasings: int) -> list[int]:
         return list(range(phrasings))
     numbers = given.split(",")
     if not all(number.strip().isdecimal() and int(number) < phrasings for number in numbers):
-        raise InputError(f"--test_prompt_ids {given}: should be all, or numbers below {phrasings}, separated by commas")
+        raise InputError(
+            f"--test_prompt_ids {given}: should be all, or numbers below {phrasings}, separated by commas"
+        )
     return [int(number) for number in numbers]
 
 

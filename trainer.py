@@ -1,4 +1,4 @@
-"""The one Trainer subclass: phrasings drawn anew each epoch, ranking metrics at evaluation, self-describing checkpoints."""
+"""The one Trainer subclass: new phrasings each epoch, ranking metrics at evaluation, a record in each checkpoint."""
 
 import json
 from collections.abc import Callable
@@ -79,6 +79,8 @@ class RecTrainer(transformers.Trainer):
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end (its trainer state comes last), or None."""
     found = [
-        folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (folder / "trainer_state.json").exists()
+        folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (folder / "trainer_state.json").exists()
     ]
     return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

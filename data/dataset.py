@@ -150,7 +150,9 @@ def open_dataset(
             if unknown is not None:
                 raise InputError(f"{inter_path}: user {user!r} has item {unknown!r}, which is not in {path.name}")
     if items and index and (missing := next((item for item in items if item not in index), None)) is not None:
-        raise InputError(f"{index_path}: item {missing!r} of {item_path.name} has no index; run python -m index.generate")
+        raise InputError(
+            f"{index_path}: item {missing!r} of {item_path.name} has no index; run python -m index.generate"
+        )
     if items and index and (extra := next((item for item in index if item not in items), None)) is not None:
         raise InputError(f"{index_path}: item {extra!r} is not in {item_path.name}; the files are of different data")
     return RecDataset(name, folder, histories, items, index)
@@ -198,7 +200,7 @@ def _read_index(path: Path) -> dict[str, list[str]]:
 
 
 def read_embeddings(path: str | Path, rows: int | None = None) -> np.ndarray:
-    """float32 [items, dim] from a .npy file, row i = item i, `rows` of them if given; InputError if it is anything else."""
+    """float32 [items, dim] from a .npy file, row i = item i, `rows` of them if given; InputError otherwise."""
     path = Path(path)
     try:
         embeddings = np.load(path, allow_pickle=False)

@@ -36,9 +36,13 @@ def number(names: pd.Series) -> dict[str, str]:
 def packaged_example(name: str) -> Path:
     """The folder of example dataset `name` inside the recbole package, which need not be importable for this."""
     try:
-        found = [file.locate() for file in files("recbole") or [] if file.match(f"dataset_example/{name}/{name}.inter")]
+        found = [
+            file.locate() for file in files("recbole") or [] if file.match(f"dataset_example/{name}/{name}.inter")
+        ]
     except PackageNotFoundError:
-        raise InputError("the recbole package is not installed: pip install --no-deps -r requirements-assets.txt") from None
+        raise InputError(
+            "the recbole package is not installed: pip install --no-deps -r requirements-assets.txt"
+        ) from None
     if not found:
         raise InputError(f"the recbole package has no example dataset {name!r}; name a folder with --raw_path")
     return Path(found[0]).parent
@@ -49,8 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", choices=sorted(SOURCES), default="recbole", help="format of the raw files")
     parser.add_argument("--dataset", default="ml-100k", help="name of the dataset (default: %(default)s)")
-    parser.add_argument("--raw_path", type=Path, help="folder of the raw files (default: the recbole package's example)")
-    parser.add_argument("--data_path", type=Path, default=Path("data"), help="where <dataset>/ goes (default: %(default)s)")
+    parser.add_argument(
+        "--raw_path", type=Path, help="folder of the raw files (default: the recbole package's example)"
+    )
+    parser.add_argument(
+        "--data_path", type=Path, default=Path("data"), help="where <dataset>/ goes (default: %(default)s)"
+    )
     parser.add_argument(
         "--min_interactions", type=int, default=5, help="k of the k-core over users and items (default: %(default)s)"
     )
@@ -72,9 +80,7 @@ def main() -> None:
         raise InputError(f"{args.dataset}: item {unknown!r} has ratings but no line in the item file")
     folder = output_folder(args.data_path / args.dataset)
     texts = item_table.loc[list(items)].to_dict("index")
-    write_json(
-        folder / f"{args.dataset}.inter.json", {users[u]: [items[i] for i in histories[u]] for u in users}
-    )
+    write_json(folder / f"{args.dataset}.inter.json", {users[u]: [items[i] for i in histories[u]] for u in users})
     write_json(folder / f"{args.dataset}.item.json", {items[raw]: texts[raw] for raw in items}, indent=1)
     for kind, ids in (("user", users), ("item", items)):
         with whole_file(folder / f"{args.dataset}.{kind}2id") as temporary:

@@ -48,7 +48,11 @@ def read_prompts(path: str | Path = PROMPT_FILE) -> dict[str, list[Phrasing]]:
 def _check(path: Path, task: str, number: int, phrasing: object, fields: tuple[set[str], set[str]]) -> Phrasing:
     where = f"{path}: {task} phrasing {number}"
     keys = {"prompt", "response"} if fields[1] else {"prompt"}
-    if not isinstance(phrasing, dict) or set(phrasing) != keys or not all(isinstance(v, str) for v in phrasing.values()):
+    if (
+        not isinstance(phrasing, dict)
+        or set(phrasing) != keys
+        or not all(isinstance(v, str) for v in phrasing.values())
+    ):
         raise InputError(f"{where} should have just {' and '.join(sorted(keys))}, each a text")
     for key, wanted in zip(("prompt", "response"), fields, strict=True):
         try:

@@ -48,7 +48,11 @@ def _read_atomic(path: Path, columns: list[str]) -> pd.DataFrame:
 def _natural_title(title: str) -> str:
     """Catalogues sort by the noun: 'Godfather, The' reads 'The Godfather'."""
     stem, comma, article = title.strip().rpartition(", ")
-    return f"{article} {stem}" if comma and article in {"The", "A", "An", "La", "Le", "Les", "Il", "Das"} else title.strip()
+    return (
+        f"{article} {stem}"
+        if comma and article in {"The", "A", "An", "La", "Le", "Les", "Il", "Das"}
+        else title.strip()
+    )
 
 
 def _movie_description(item: dict[str, str]) -> str:

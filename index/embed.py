@@ -5,6 +5,7 @@ python -m index.embed --dataset ml-100k --plm BAAI/bge-small-en-v1.5 --collab_we
 """
 
 import argparse
+import sys
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -31,12 +32,17 @@ def packaged_encoder() -> str:
 def embed_text(texts: list[str], plm: str, batch_size: int = 64) -> np.ndarray:
     """float32 [len(texts), dim] by the sentence encoder in folder (or of hub name) `plm`."""
     from sentence_transformers import SentenceTransformer  # seconds to import; not for --help
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights; encoding shows its own on a terminal
 
     try:
         encoder = SentenceTransformer(plm)
     except (OSError, ValueError) as error:
         raise InputError(f"--plm {plm}: no sentence encoder could be loaded from there ({error})") from None
-    return encoder.encode(texts, batch_size=batch_size, show_progress_bar=True, convert_to_numpy=True).astype(np.float32)
+    return encoder.encode(
+        texts, batch_size=batch_size, show_progress_bar=sys.stderr.isatty(), convert_to_numpy=True
+    ).astype(np.float32)
 
 
 def embed_interactions(dataset: RecDataset, width: int, seed: int = 0) -> np.ndarray:
@@ -91,7 +97,9 @@ def main() -> None:
         embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)
         if args.collab_weight:
             if args.collab_dim >= min(len(dataset.histories), len(texts)):
-                raise InputError(f"--collab_dim {args.collab_dim}: must be smaller than the numbers of users and items")
+                raise InputError(
+                    f"--collab_dim {args.collab_dim}: must be smaller than the numbers of users and items"
+                )
             embeddings = combine(embeddings, embed_interactions(dataset, args.collab_dim), args.collab_weight)
         with temporary.open("wb") as file:
             np.save(file, embeddings, allow_pickle=False)

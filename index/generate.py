@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import open_dataset, read_embeddings, write_json
 from errors import InputError, exits_cleanly
@@ -40,10 +41,11 @@ def main() -> None:
     )
     if not (args.rqvae / "config.json").exists():
         raise InputError(f"{args.rqvae}: holds no RQ-VAE; train one with python -m index.train")
+    disable_progress_bar()
     model = RQVAE.from_pretrained(args.rqvae).eval().requires_grad_(False)
     if embeddings.shape[1] != model.config.input_dim:
         raise InputError(
-            f"{args.rqvae}: was trained on embeddings {model.config.input_dim} wide, these are {embeddings.shape[1]} wide"
+            f"{args.rqvae}: expects embeddings {model.config.input_dim} wide, these are {embeddings.shape[1]} wide"
         )
     if len(model.codebooks) > len(LETTERS):
         raise InputError(f"{args.rqvae}: has {len(model.codebooks)} levels; at most {len(LETTERS)} can be named")
@@ -57,7 +59,8 @@ def main() -> None:
     output = args.output or dataset.folder / f"{dataset.name}.index.json"
     tokens = [[f"<{LETTERS[level]}_{code}>" for level, code in enumerate(row)] for row in codes.tolist()]
     write_json(output, dict(zip(dataset.item_ids, tokens, strict=True)))
-    print(f"colliding items: {colliding(nearest):,} with nearest codes, {colliding(balanced):,} after Sinkhorn, 0 at the end")
+    before, after = colliding(nearest), colliding(balanced)
+    print(f"colliding items: {before:,} with nearest codes, {after:,} after Sinkhorn, 0 at the end")
     for level, column in enumerate(codes.T):
         print(
             f"  level {LETTERS[level]}: {len(np.unique(column))} of {model.config.codebook_sizes[level]} codes used, "

@@ -49,7 +49,7 @@ class RQVAEConfig(PreTrainedConfig):
 
 @dataclass
 class RQVAEOutput(ModelOutput):
-    """`loss` is `reconstruction_loss + rq_loss`; `codes` int64 [batch, levels]; `reconstruction` [batch, input_dim]."""
+    """`loss` = `reconstruction_loss + rq_loss`; `codes` int64 [batch, levels]; `reconstruction` [batch, input_dim]."""
 
     loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import output_folder, read_embeddings, write_json
 from errors import InputError, exits_cleanly
@@ -62,16 +63,17 @@ def main() -> None:
     parser.add_argument("--embeddings", type=Path, required=True, help=".npy from index.embed, float [items, dim]")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the RQ-VAE (config + safetensors)")
     parser.add_argument(
-        "--codebook_sizes", type=int, nargs="+", default=[256] * 4, help="codes of each level (default: 256 256 256 256)"
-    )
+        "--codebook_sizes", type=int, nargs="+",
+        help="codes of each level (default: 32 32 64 for up to 5,000 items, LC-Rec's 256 256 256 256 for more)",
+    )  # fmt: skip
     parser.add_argument("--code_dim", type=int, default=32, help="width of a code (default: %(default)s)")
     parser.add_argument(
-        "--hidden_sizes", type=int, nargs="+", default=[512, 256, 128, 64],
+        "--hidden_sizes", type=int, nargs="+", default=[256, 128, 64],
         help="hidden widths of the encoder; LC-Rec's 2048 1024 512 256 128 64 is for 4096-wide embeddings "
-        "(default: 512 256 128 64)",
+        "(default: 256 128 64)",
     )  # fmt: skip
     parser.add_argument("--sinkhorn_epsilon", type=float, default=0.003, help="0: no Sinkhorn (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=500, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=1024, help="(default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
     parser.add_argument("--weight_decay", type=float, default=1e-4, help="(default: %(default)s)")
@@ -79,9 +81,11 @@ def main() -> None:
     args = parser.parse_args()
 
     embeddings = torch.from_numpy(read_embeddings(args.embeddings))
+    args.codebook_sizes = args.codebook_sizes or ([32, 32, 64] if len(embeddings) <= 5_000 else [256] * 4)
     if any(size < 2 for size in args.codebook_sizes) or args.epochs < 1 or args.batch_size < 2:
         raise InputError("--codebook_sizes and --batch_size need at least 2, --epochs at least 1")
     output_folder(args.output_dir)
+    disable_progress_bar()
     config = RQVAEConfig(
         input_dim=embeddings.shape[1],
         hidden_sizes=args.hidden_sizes,

@@ -11,17 +11,21 @@ RANKING = ("hit", "ndcg")
 
 
 def parse_metrics(names: str) -> list[tuple[str, int]]:
-    """"hit@1,ndcg@10" -> [("hit", 1), ("ndcg", 10)]; InputError for anything else."""
+    """ "hit@1,ndcg@10" -> [("hit", 1), ("ndcg", 10)]; InputError for anything else."""
     parsed = []
     for name in names.split(","):
         metric, _, k = name.strip().lower().partition("@")
         if metric not in RANKING or not k.isdecimal() or int(k) < 1:
-            raise InputError(f"--metrics {name.strip()!r}: should be hit@k or ndcg@k with k from 1, separated by commas")
+            raise InputError(
+                f"--metrics {name.strip()!r}: should be hit@k or ndcg@k with k from 1, separated by commas"
+            )
         parsed.append((metric, int(k)))
     return parsed
 
 
-def ranking_metrics(predictions: list[list[str]], references: list[str], names: list[tuple[str, int]]) -> dict[str, float]:
+def ranking_metrics(
+    predictions: list[list[str]], references: list[str], names: list[tuple[str, int]]
+) -> dict[str, float]:
     """`evaluate`'s results of all named metrics: {"hit@10": 0.1, ...}.
 
     Args:

@@ -27,7 +27,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except Exception as error:
-        raise InputError(f"{path}: no causal language model could be loaded from there ({_first_line(error)})") from None
+        raise InputError(
+            f"{path}: no causal language model could be loaded from there ({_first_line(error)})"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

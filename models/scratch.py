@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import open_dataset, output_folder
 from data.prompts import PROMPT_FILE, read_prompts
@@ -39,7 +40,9 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="ml-100k", help="whose titles the tokenizer learns (default: %(default)s)")
+    parser.add_argument(
+        "--dataset", default="ml-100k", help="whose titles the tokenizer learns (default: %(default)s)"
+    )
     parser.add_argument("--data_path", type=Path, default=Path("data"), help="holds <dataset>/ (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
     parser.add_argument("--vocab_size", type=int, default=512, help="of the tokenizer (default: %(default)s)")
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
     parser.add_argument("--max_length", type=int, default=1024, help="positions (default: %(default)s)")
+    parser.add_argument("--attention_dropout", type=float, default=0.2, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
     args = parser.parse_args()
     if args.vocab_size < 300:
@@ -67,6 +71,7 @@ def main() -> None:
             num_hidden_layers=args.layers,
             num_attention_heads=args.heads,
             max_position_embeddings=args.max_length,
+            attention_dropout=args.attention_dropout,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
@@ -74,6 +79,7 @@ def main() -> None:
         )
     )
     output_folder(args.output_dir)
+    disable_progress_bar()
     tokenizer.save_pretrained(args.output_dir)
     model.save_pretrained(args.output_dir)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} words -> {args.output_dir}/")

@@ -12,6 +12,7 @@ import torch
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import output_folder
 from errors import InputError, exits_cleanly
@@ -37,6 +38,7 @@ def main() -> None:
     if args.layers is not None and not 1 <= args.layers <= 30:
         raise InputError(f"--layers {args.layers}: SmolLM2-135M has 30")
     output_folder(args.output_dir)
+    disable_progress_bar()
 
     gguf = packaged_gguf()
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}

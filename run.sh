@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# From raw ratings to a tested LLM recommender, stage by stage.
+#
+#   bash run.sh                                        MovieLens-100k, everything included
+#   bash run.sh Industrial --data_path ../shared/data  a dataset folder that is already in LC-Rec's format
+#   bash run.sh ml-100k --base_model Qwen/Qwen3-0.6B   another base model: a folder or a hub name
+#   bash run.sh ml-100k --force                        do every stage again
+#
+# A stage whose outputs are there and whose inputs and command have not changed is skipped; an interrupted run goes on
+# where it stopped, fine-tuning from its last checkpoint. --setup_only makes .venv and stops.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() { sed -n '2,10s/^# \{0,1\}//p' run.sh; }
+die() { echo "error: $*" >&2; exit 2; }
+
+# ---- What to do ----
+DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" FORCE="" SETUP_ONLY="" SEED=42
+[[ $# -gt 0 && $1 != -* ]] && { DATASET=$1; shift; }
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --data_path | --base_model | --config | --seed)
+      [[ $# -ge 2 ]] || die "$1 needs a value; see bash run.sh --help"
+      case $1 in --data_path) DATA_PATH=$2 ;; --base_model) BASE_MODEL=$2 ;; --config) CONFIG=$2 ;; --seed) SEED=$2 ;; esac
+      shift 2 ;;
+    --force) FORCE=1; shift ;;
+    --setup_only) SETUP_ONLY=1; shift ;;
+    -h | --help) usage; exit 0 ;;
+    *) die "$1 is not an option; see bash run.sh --help" ;;
+  esac
+done
+[[ $DATASET =~ ^[A-Za-z0-9._-]+$ ]] || die "'$DATASET' is not a dataset name"
+[[ $SEED =~ ^[0-9]+$ ]] || die "--seed $SEED: should be a whole number"
+
+# ---- The environment: .venv, made once and again when the pins change ----
+setup() {
+  local python want
+  want=$(cat requirements.txt requirements-assets.txt | sha256sum)
+  [[ -f .venv/requirements.sha256 && $(cat .venv/requirements.sha256) == "$want" ]] && return
+  python=$(command -v python3.11 || command -v python3 || true)
+  [[ -n $python ]] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "Python 3.11 or newer is needed"
+  echo "setting up .venv: a few minutes, once"
+  "$python" -m venv .venv || die "$python cannot make a virtual environment (on Debian: apt install python3-venv)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-assets.txt
+  echo "$want" >.venv/requirements.sha256
+}
+setup
+[[ -z $SETUP_ONLY ]] || exit 0
+export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+
+# ---- Where things are ----
+WORK=data/$DATASET                # what is made from the data
+CKPT=ckpt/$DATASET                # what is trained
+SOURCE=${DATA_PATH:-data}         # holds $DATASET/ with the interactions and item texts; read in place, never written to
+RESULTS=results/$DATASET/lcrec.json
+SECONDS=0
+
+# stage NAME OUTPUT "INPUT..." COMMAND...: run COMMAND unless OUTPUT is there and was made by it from the same inputs.
+# The stamp is a hash of the command and of what the inputs hold; `running` keeps that of a run that was interrupted.
+stage() {
+  local name=$1 output=$2 inputs=$3 stamp=$WORK/.stages/$1 key began=$SECONDS
+  shift 3
+  mkdir -p "$WORK/.stages" || die "$WORK: cannot be written"
+  # shellcheck disable=SC2086
+  key=$({ echo "$@"; find $inputs -type f -exec sha256sum {} + 2>/dev/null | sort; } | sha256sum | cut -d' ' -f1)
+  if [[ -z $FORCE && -e $output && -f $stamp && $(cat "$stamp") == "$key" ]]; then
+    printf '\n== %s: done before, skipped\n' "$name"
+    return
+  fi
+  if [[ -d $output && (-n $FORCE || ! -f $stamp.running || $(cat "$stamp.running") != "$key") ]]; then
+    rm -rf "$output" # made by another run of this stage; a folder could be taken for one to go on with
+  fi
+  rm -f "$stamp"
+  echo "$key" >"$stamp.running"
+  printf '\n== %s\n' "$name"
+  "$@" || { local code=$?; echo "error: stage $name failed; the same command goes on from here" >&2; exit $code; }
+  mv "$stamp.running" "$stamp"
+  printf '   (%d s)\n' $((SECONDS - began))
+}
+
+# ---- Which preset: the dataset's own, or MovieLens-100k's; a smaller model where there is no GPU ----
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  DEVICE=gpu SUFFIX=""
+else
+  DEVICE=cpu SUFFIX=-cpu
+fi
+if [[ -z $CONFIG ]]; then
+  CONFIG=config/lcrec-$DATASET$SUFFIX.yaml
+  [[ -f $CONFIG ]] || { CONFIG=config/lcrec-ml-100k$SUFFIX.yaml; echo "no preset for $DATASET, so with that of ml-100k"; }
+fi
+[[ -f $CONFIG ]] || die "$CONFIG: no such preset"
+if [[ -n $BASE_MODEL ]]; then
+  MODEL_SAID=$BASE_MODEL
+elif [[ $DEVICE == gpu ]]; then
+  MODEL_SAID="SmolLM2-135M-Instruct"
+else
+  MODEL_SAID="a small Llama from scratch: there is no GPU, and tuning SmolLM2-135M would take this machine hours"
+fi
+printf '%s: dataset %s, preset %s\n  base model: %s\n' "RecLingua" "$DATASET" "$CONFIG" "$MODEL_SAID"
+
+# ---- 1. Raw ratings -> histories and item texts ----
+if [[ -z $DATA_PATH && ($DATASET == ml-100k || ! -d $WORK) ]]; then
+  stage prepare "$WORK/$DATASET.inter.json" "data/prepare.py data/sources.py" \
+    python -m data.prepare --source recbole --dataset "$DATASET"
+fi
+INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.json
+[[ -f $INTER ]] || die "$INTER: no such file; see --data_path, and python -m data.prepare"
+
+# ---- 2. Item texts -> embeddings; 3. embeddings -> indices ----
+EMBEDDINGS=$WORK/$DATASET.emb-minilm-td.npy INDEX=$WORK/$DATASET.index.json
+if [[ -f $ITEM ]]; then
+  stage embed "$EMBEDDINGS" "$INTER $ITEM index/embed.py" \
+    python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS"
+  stage rqvae "$CKPT/rqvae" "$EMBEDDINGS index/rqvae.py index/train.py" \
+    python -m index.train --embeddings "$EMBEDDINGS" --output_dir "$CKPT/rqvae" --seed "$SEED"
+  stage index "$INDEX" "$CKPT/rqvae $EMBEDDINGS index/generate.py index/collisions.py" \
+    python -m index.generate --dataset "$DATASET" --data_path "$SOURCE" --rqvae "$CKPT/rqvae" \
+    --embeddings "$EMBEDDINGS" --output "$INDEX"
+else
+  INDEX=$SOURCE/$DATASET/$DATASET.index.json
+  echo "$ITEM is not there, so there are no item texts: the dataset's own index is used"
+  [[ -f $INDEX ]] || die "$INDEX: no such file; a dataset needs item texts or an index"
+fi
+
+# ---- 4. The base model ----
+if [[ -z $BASE_MODEL && $DEVICE == gpu ]]; then
+  BASE_MODEL=ckpt/base/SmolLM2-135M-Instruct
+  stage base "$BASE_MODEL" models/smollm2.py python -m models.smollm2 --output_dir "$BASE_MODEL"
+elif [[ -z $BASE_MODEL ]]; then
+  BASE_MODEL=$CKPT/base
+  stage base "$BASE_MODEL" "$INTER models/scratch.py data/prompts.yaml" \
+    python -m models.scratch --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$BASE_MODEL" --seed "$SEED"
+fi
+
+# ---- 5. Tune ----
+BASE_FILES=$([[ -d $BASE_MODEL ]] && echo "$BASE_MODEL" || true)
+stage finetune "$CKPT/lcrec" "$INTER $INDEX $CONFIG data/prompts.yaml $BASE_FILES" \
+  python finetune.py --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
+  --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
+
+# ---- 6. Test: every user's last item, against popularity and co-occurrence ----
+stage test "$RESULTS" "$INTER $INDEX $CKPT/lcrec/model.safetensors test.py" \
+  python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
+  --num_beams 20 --exclude_seen --results_file "$RESULTS" --predictions_file "${RESULTS%.json}.predictions.jsonl"
+
+printf '\nall stages done in %d min %02d s; the tuned model is %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$CKPT/lcrec"
