@@ -111,7 +111,8 @@ def parse(dataclasses: list[type], description: str, argv: list[str] | None = No
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclasses, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML preset: supplies defaults for the flags, the command line wins")
-    known = {f.name for dataclass_ in dataclasses for f in fields(dataclass_) if f.init}
+    declared = [f for dataclass_ in dataclasses for f in fields(dataclass_) if f.init]
+    known = {f.name for f in declared} | {a.lstrip("-") for f in declared for a in f.metadata.get("aliases", [])}
     for at, word in enumerate(argv):
         if word == "--config" and at + 1 < len(argv):
             argv = preset_flags(argv[at + 1], known) + argv

@@ -74,7 +74,7 @@ stage() {
   rm -f "$stamp"
   echo "$key" >"$stamp.running"
   printf '\n== %s\n' "$name"
-  "$@" || { local code=$?; echo "error: stage $name failed; the same command goes on from here" >&2; exit $code; }
+  "$@" || { local code=$?; echo "   stopped in stage $name; the same command goes on from there"; exit $code; }
   mv "$stamp.running" "$stamp"
   printf '   (%d s)\n' $((SECONDS - began))
 }

@@ -96,11 +96,10 @@ def main() -> None:
         texts = [dataset.text(item) for item in dataset.item_ids]
         embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)
         if args.collab_weight:
-            if args.collab_dim >= min(len(dataset.histories), len(texts)):
-                raise InputError(
-                    f"--collab_dim {args.collab_dim}: must be smaller than the numbers of users and items"
-                )
-            embeddings = combine(embeddings, embed_interactions(dataset, args.collab_dim), args.collab_weight)
+            width = min(args.collab_dim, len(dataset.histories) - 1, len(texts) - 1)
+            if width < args.collab_dim:
+                print(f"collaborative part {width} wide: there are no more than {width + 1} users or items")
+            embeddings = combine(embeddings, embed_interactions(dataset, width), args.collab_weight)
         with temporary.open("wb") as file:
             np.save(file, embeddings, allow_pickle=False)
     print(f"{len(embeddings):,} items, {embeddings.shape[1]} wide -> {output}")

@@ -1,0 +1,149 @@
+"""What the tests share: a toy dataset, tiny random models of several architectures, the real data where it is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from models.scratch import train_tokenizer
+
+SHARED = Path(__file__).parents[2] / "shared"
+torch.set_num_threads(1)
+
+ROPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+ROPE |= {"num_key_value_heads": 1, "max_position_embeddings": 512}
+ARCHITECTURES = {
+    "llama": lambda n: LlamaForCausalLM(LlamaConfig(vocab_size=n, tie_word_embeddings=False, **ROPE)),
+    "llama-tied": lambda n: LlamaForCausalLM(LlamaConfig(vocab_size=n, tie_word_embeddings=True, **ROPE)),
+    "qwen2": lambda n: Qwen2ForCausalLM(Qwen2Config(vocab_size=n, tie_word_embeddings=True, **ROPE)),
+    "qwen3": lambda n: Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=n + 40, head_dim=16, tie_word_embeddings=False, **ROPE)
+    ),
+    "mistral": lambda n: MistralForCausalLM(MistralConfig(vocab_size=n, sliding_window=None, **ROPE)),
+    "gpt2": lambda n: GPT2LMHeadModel(
+        GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=1, eos_token_id=2)
+    ),
+}
+
+
+def make_tokenizer(bos: bool):
+    """A small tokenizer that does or does not put a BOS before a text."""
+    texts = ["### Instruction: a user had these items, oldest first. Which comes next? Response:"] * 3
+    tokenizer = train_tokenizer(texts, vocab_size=320, max_length=512)
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def make_model(architecture: str, vocabulary: int, spread: float = 8):
+    """A tiny model with random weights, by default spread so wide that its choices are not near-ties."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[architecture](vocabulary).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(spread)
+    return model
+
+
+@pytest.fixture(params=[*ARCHITECTURES])
+def architecture(request):
+    return request.param
+
+
+def write_toy(root: Path, users: int = 12, items: int = 9) -> Path:
+    """A dataset folder root/toy: users walk around a ring of items, so the next item is certain."""
+    folder = root / "toy"
+    folder.mkdir(parents=True, exist_ok=True)
+    inter = {str(u): [(u + step) % items for step in range(6 + u % 3)] for u in range(users)}
+    item = {str(i): {"title": f"Toy number {i}", "description": f"kind {i % 3}"} for i in range(items)}
+    index = {str(i): [f"<a_{i // 3}>", f"<b_{i % 3}>"] for i in range(items)}
+    for name, content in (("inter", inter), ("item", item), ("index", index)):
+        (folder / f"toy.{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def toy(tmp_path) -> Path:
+    """A folder that holds the dataset `toy`, to be passed as --data_path."""
+    write_toy(tmp_path / "datasets")
+    return tmp_path / "datasets"
+
+
+@pytest.fixture
+def edit(toy):
+    """edit("item", change): rewrite toy.item.json by a function on its content."""
+
+    def edit_file(name, change):
+        path = toy / "toy" / f"toy.{name}.json"
+        content = json.loads(path.read_text())
+        changed = change(content)
+        path.write_text(json.dumps(content if changed is None else changed))
+
+    return edit_file
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script(main, "--flag", value): run a script's main; returns (exit code, stdout, stderr)."""
+
+    def run(main, *argv):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(script):
+    """refused(main, *argv): the script must end with exit code 2 and one line on stderr, which is returned."""
+
+    def run(main, *argv):
+        code, _, error = script(main, *argv)
+        assert code == 2, error
+        lines = error.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), error
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip("the real datasets are not beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ml_100k(tmp_path_factory):
+    """MovieLens-100k, prepared; a folder to be passed as --data_path."""
+    from data.prepare import main
+
+    root = tmp_path_factory.mktemp("ml")
+    argv, sys.argv = sys.argv, ["prepare", "--source", "recbole", "--dataset", "ml-100k", "--data_path", str(root)]
+    try:
+        main()
+    finally:
+        sys.argv = argv
+    return root
