@@ -18,7 +18,7 @@ from models import scratch
 from trainer import RECORD
 
 CONFIGS = Path(__file__).parents[1] / "config"
-QUICK = ("--per_device_batch_size", 8, "--learning_rate", 3e-3, "--logging_steps", 50, "--use_cpu")
+QUICK = ("--per_device_batch_size", 8, "--learning_rate", 1e-3, "--logging_steps", 50, "--use_cpu")
 SPARSE = ("--save_and_eval_strategy", "steps", "--save_steps", 150)
 
 
@@ -44,7 +44,7 @@ def workshop(tmp_path_factory):
     """The toy dataset in datasets/ and a model from scratch in base/."""
     root = tmp_path_factory.mktemp("workshop")
     write_toy(root / "datasets", users=60)
-    size = ("--vocab_size", 320, "--hidden_size", 64, "--layers", 2, "--attention_dropout", 0)
+    size = ("--vocab_size", 320, "--hidden_size", 64, "--layers", 2)
     where = ("--dataset", "toy", "--data_path", root / "datasets", "--output_dir", root / "base")
     run_main(scratch.main, *where, *size)
     return root
