@@ -42,6 +42,8 @@ def main() -> None:
     for flag, value in (("--base_model", model_args.base_model), ("--output_dir", training_args.output_dir)):
         if not value:
             raise InputError(f"{flag} is required; see --help")
+    if data_args.max_his_len < 1:
+        raise InputError(f"--max_his_len {data_args.max_his_len}: should be 1 at least")
     started = time.monotonic()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -94,6 +96,14 @@ def main() -> None:
         )
         for part, rows in (("train", samples), ("valid", valid))
     }
+
+    longest = max(range(len(valid)), key=lambda i: len(valid[i]["history"]))
+    tokens = len(instructions["valid"][longest]["input_ids"])
+    limit = getattr(model.config, "max_position_embeddings", 0)
+    if limit and tokens > limit:
+        raise InputError(
+            f"{model_args.base_model}: reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len"
+        )
 
     # ---- Evaluation: search for the valid item of some users ----
     chosen = range(len(valid))

@@ -68,6 +68,9 @@ stage() {
     printf '\n== %s: done before, skipped\n' "$name"
     return
   fi
+  if [[ -e $output && ! -f $stamp && ! -f $stamp.running ]]; then
+    die "$output: is there, but run.sh did not make it; move it away and it will be made anew"
+  fi
   if [[ -d $output && (-n $FORCE || ! -f $stamp.running || $(cat "$stamp.running") != "$key") ]]; then
     rm -rf "$output" # made by another run of this stage; a folder could be taken for one to go on with
   fi
@@ -100,7 +103,7 @@ fi
 printf '%s: dataset %s, preset %s\n  base model: %s\n' "RecLingua" "$DATASET" "$CONFIG" "$MODEL_SAID"
 
 # ---- 1. Raw ratings -> histories and item texts ----
-if [[ -z $DATA_PATH && ($DATASET == ml-100k || ! -d $WORK) ]]; then
+if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
   stage prepare "$WORK/$DATASET.inter.json" "data/prepare.py data/sources.py" \
     python -m data.prepare --source recbole --dataset "$DATASET"
 fi

@@ -93,16 +93,16 @@ def _expand(
     beams: list[list[_Beam]], log_probs: torch.Tensor, trie: Trie, dead: list[set[int]], num_beams: int
 ) -> list[list[_Beam]]:
     """One level down: each sample's beams replaced by the best `num_beams` of all their legal continuations."""
-    rows, tokens, states, parents, owners = [], [], [], [], []
-    for owner, sample in enumerate(beams):
-        for beam in sample:
-            for token, state in sorted(trie.children[beam.state].items()):
-                if state not in dead[owner]:
-                    rows.append(beam.row), tokens.append(token), states.append(state)
-                    parents.append(beam.score), owners.append(owner)
-    gained = log_probs[rows, tokens].tolist()
-    grown = [[beam for beam in sample if beam.row < 0] for sample in beams]
-    for row, token, state, parent, owner, gain in zip(rows, tokens, states, parents, owners, gained, strict=True):
-        complete = state in trie.item_at
-        grown[owner].append(_Beam(parent + gain, state, -1 if complete else row, token))
+    grown = [[beam for beam in sample if beam.row < 0] for sample in beams]  # complete items compete on
+    steps = [
+        (owner, beam, token, state)
+        for owner, sample in enumerate(beams)
+        for beam in sample
+        for token, state in sorted(trie.children[beam.state].items())
+        if state not in dead[owner]
+    ]
+    gains = log_probs[[beam.row for _, beam, _, _ in steps], [token for _, _, token, _ in steps]].tolist()
+    for (owner, beam, token, state), gain in zip(steps, gains, strict=True):
+        row = -1 if state in trie.item_at else beam.row
+        grown[owner].append(_Beam(beam.score + gain, state, row, token))
     return [sorted(sample, key=lambda beam: -beam.score)[:num_beams] for sample in grown]

@@ -82,6 +82,11 @@ def test_bad_input_of_run_sh(run, tmp_path):
         done = run(*argv)
         assert done.returncode == 2 and message in done.stderr, (argv, done.stderr)
         assert len(done.stderr.strip().splitlines()) == 1
+    write_toy(run.folder / "data")  # a folder of the user's own, with an index of the user's own
+    before = {path.name: path.read_bytes() for path in (run.folder / "data/toy").glob("*.json")}
+    done = run("toy", "--config", "tiny.yaml")
+    assert done.returncode == 2 and "toy.index.json: is there, but run.sh did not make it" in done.stderr
+    assert {path.name: path.read_bytes() for path in (run.folder / "data/toy").glob("*.json")} == before
     broken = tmp_path / "mine/toy"
     broken.mkdir(parents=True)
     (broken / "toy.inter.json").write_text('{"0": [1,')

@@ -178,6 +178,10 @@ def test_bad_input_of_finetune(workshop, tmp_path, refused):
     assert "no such prompt file" in refuse("--prompt_file", tmp_path / "no.yaml")
     assert "no such preset" in refuse("--config", tmp_path / "no.yaml")
     assert "cannot be written" in refuse("--output_dir", "/proc/self/out")
+    assert "--max_his_len 0" in refuse("--max_his_len", 0)
+    small = ("--dataset", "toy", "--data_path", workshop / "datasets", "--output_dir", tmp_path / "small")
+    run_main(scratch.main, *small, "--vocab_size", 320, "--max_length", 16)
+    assert "reads at most 16 tokens, a sample has" in refuse("--base_model", tmp_path / "small")
     other = tmp_path / "other.json"
     index = json.loads((workshop / "datasets/toy/toy.index.json").read_text())
     other.write_text(json.dumps(index | {"4": ["a", "<b_1>"]}))
