@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
     parser.add_argument("--max_length", type=int, default=1024, help="positions (default: %(default)s)")
-    parser.add_argument("--attention_dropout", type=float, default=0.0, help="(default: %(default)s)")
+    parser.add_argument("--attention_dropout", type=float, default=0.2, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
     args = parser.parse_args()
     if args.vocab_size < 300:

@@ -44,7 +44,7 @@ def workshop(tmp_path_factory):
     """The toy dataset in datasets/ and a model from scratch in base/."""
     root = tmp_path_factory.mktemp("workshop")
     write_toy(root / "datasets", users=60)
-    size = ("--vocab_size", 320, "--hidden_size", 64, "--layers", 2)
+    size = ("--vocab_size", 320, "--hidden_size", 64, "--layers", 2, "--attention_dropout", 0)
     where = ("--dataset", "toy", "--data_path", root / "datasets", "--output_dir", root / "base")
     run_main(scratch.main, *where, *size)
     return root
