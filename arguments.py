@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from data.tasks import SUPERVISE, TASKS
-from errors import InputError
+from errors import InputError, one_line
 
 METHODS = ("lcrec",)
 
@@ -118,7 +118,7 @@ def parse(dataclasses: list[type], description: str, argv: list[str] | None = No
             argv = preset_flags(argv[at + 1], known) + argv
         elif word.startswith("--config="):
             argv = preset_flags(word.partition("=")[2], known) + argv
-    namespace = vars(parser.parse_args(argv))
+    namespace = vars(one_line(parser).parse_args(argv))
     try:
         return tuple(cls(**{f.name: namespace[f.name] for f in fields(cls) if f.init}) for cls in dataclasses)
     except (ValueError, TypeError, ImportError) as error:
@@ -140,5 +140,6 @@ def preset_flags(path: str, known: set[str]) -> list[str]:
         if key not in known:
             raise InputError(f"{path}: {key!r} is not a flag of this script; see --help")
         if value is not None:
+            value = "no" if value is False and key.endswith("strategy") else value  # YAML reads a bare no as false
             flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return flags

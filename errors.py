@@ -1,12 +1,24 @@
 """Bad input: one exception for it, and the one way in which every script reports it."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import wraps
+from typing import NoReturn
 
 
 class InputError(Exception):
     """The user's input is wrong; the message is one line that names the file or record and says what to do."""
+
+
+def one_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Make a parser report a bad flag as every other bad input: one line, without the usage."""
+
+    def error(message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+    parser.error = error
+    return parser
 
 
 def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:

@@ -5,8 +5,6 @@ torchrun --nproc_per_node 8 finetune.py --base_model Qwen/Qwen3-0.6B --dataset I
     --output_dir ckpt/Instruments/lcrec --per_device_batch_size 8 --gradient_accumulation_steps 2 --bf16
 """
 
-import hashlib
-import json
 import random
 import sys
 import time
@@ -44,6 +42,13 @@ def main() -> None:
             raise InputError(f"{flag} is required; see --help")
     if data_args.max_his_len < 1:
         raise InputError(f"--max_his_len {data_args.max_his_len}: should be 1 at least")
+    if not 0 <= method_args.embedding_dropout < 1:
+        raise InputError(f"--embedding_dropout {method_args.embedding_dropout}: should be from 0 to below 1")
+    if training_args.per_device_eval_batch_size < 1 or not 0 <= training_args.seed < 2**32:
+        raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
+    best = training_args.metric_for_best_model
+    if training_args.load_best_model_at_end and best not in ("loss", *(f"{name}@{k}" for name, k in EVAL_METRICS)):
+        raise InputError(f"--metric_for_best_model {best}: should be hit@10, ndcg@10 or loss")
     started = time.monotonic()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -67,6 +72,7 @@ def main() -> None:
 
     # ---- Model ----
     record = record_of(dataset, data_args, method_args, prompts)
+    record |= {"base_model": model_args.base_model, "seed": training_args.seed}
     checkpoint = checkpoint_to_resume(training_args, record)
     tokenizer = load_tokenizer(model_args.base_model)
     model = load_model(model_args.base_model)
@@ -145,6 +151,7 @@ def main() -> None:
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # ---- Save ----
+    model.config.use_cache = True
     trainer.save_model(training_args.output_dir)
     if main_process:
         write_json(
@@ -197,7 +204,8 @@ def record_of(dataset: RecDataset, data_args: DataArguments, method_args: Method
         "his_sep": data_args.his_sep,
         "add_prefix": data_args.add_prefix,
         "prompts": [asdict(phrasing) for phrasing in prompts[task]],
-        "index_sha256": hashlib.sha256(json.dumps(dataset.index, sort_keys=True).encode()).hexdigest(),
+        "index_sha256": dataset.sha256("index"),
+        "histories_sha256": dataset.sha256("histories"),
     }
 
 
@@ -206,15 +214,17 @@ def checkpoint_to_resume(args: TuningArguments, record: dict) -> Path | None:
     output_folder(Path(args.output_dir))
     newest = newest_checkpoint(args.output_dir)
     if args.resume_from_checkpoint is None:
-        if newest:
+        if newest or (Path(args.output_dir) / "config.json").exists():
             raise InputError(
-                f"{args.output_dir}: holds {newest.name} of an earlier run; go on with --resume_from_checkpoint auto, "
+                f"{args.output_dir}: holds a model of an earlier run; go on with --resume_from_checkpoint auto, "
                 "or choose another --output_dir"
             )
         return None
     checkpoint = newest if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
     if checkpoint is None:
         return None
+    if not (checkpoint / "trainer_state.json").exists():
+        raise InputError(f"{checkpoint}: is not a whole checkpoint to go on from; name a checkpoint-N folder, or auto")
     theirs = read_json(checkpoint / RECORD, "the record of a RecLingua checkpoint")
     if differing := [key for key, value in record.items() if theirs.get(key) != value]:
         raise InputError(f"{checkpoint}: was made with another {differing[0]}; train into another --output_dir")

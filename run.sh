@@ -30,7 +30,7 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 [[ $DATASET =~ ^[A-Za-z0-9._-]+$ ]] || die "'$DATASET' is not a dataset name"
-[[ $SEED =~ ^[0-9]+$ ]] || die "--seed $SEED: should be a whole number"
+[[ $SEED =~ ^[0-9]{1,9}$ ]] || die "--seed $SEED: should be a whole number"
 
 # ---- The environment: .venv, made once and again when the pins change ----
 setup() {
@@ -56,14 +56,20 @@ SOURCE=${DATA_PATH:-data}         # holds $DATASET/ with the interactions and it
 RESULTS=results/$DATASET/lcrec.json
 SECONDS=0
 
-# stage NAME OUTPUT "INPUT..." COMMAND...: run COMMAND unless OUTPUT is there and was made by it from the same inputs.
-# The stamp is a hash of the command and of what the inputs hold; `running` keeps that of a run that was interrupted.
+# stage NAME OUTPUT INPUT... -- COMMAND...: run COMMAND unless OUTPUT is there and was made by it from the same inputs.
+# The stamp is a hash of the command and of what the inputs hold; STAMP.running is that of a run that has not ended.
+# A folder that is to be made anew is kept as OUTPUT.before until its successor is done.
 stage() {
-  local name=$1 output=$2 inputs=$3 stamp=$WORK/.stages/$1 key began=$SECONDS
-  shift 3
+  local name=$1 output=$2 stamp=$WORK/.stages/$1 inputs=() before="" began=$SECONDS key code
+  shift 2
+  while [[ $1 != -- ]]; do
+    [[ -e $1 ]] || die "$1: no such file"
+    inputs+=("$1")
+    shift
+  done
+  shift
   mkdir -p "$WORK/.stages" || die "$WORK: cannot be written"
-  # shellcheck disable=SC2086
-  key=$({ echo "$@"; find $inputs -type f -exec sha256sum {} + 2>/dev/null | sort; } | sha256sum | cut -d' ' -f1)
+  key=$({ echo "$@"; find -L "${inputs[@]}" -type f -exec sha256sum {} + | sort; } | sha256sum | cut -d' ' -f1)
   if [[ -z $FORCE && -e $output && -f $stamp && $(cat "$stamp") == "$key" ]]; then
     printf '\n== %s: done before, skipped\n' "$name"
     return
@@ -72,13 +78,27 @@ stage() {
     die "$output: is there, but run.sh did not make it; move it away and it will be made anew"
   fi
   if [[ -d $output && (-n $FORCE || ! -f $stamp.running || $(cat "$stamp.running") != "$key") ]]; then
-    rm -rf "$output" # made by another run of this stage; a folder could be taken for one to go on with
+    before=$output.before # a folder of other inputs could be taken for one to go on with
+    rm -rf "$before"
+    mv "$output" "$before"
   fi
-  rm -f "$stamp"
+  [[ ! -f $stamp ]] || mv "$stamp" "$stamp.before"
   echo "$key" >"$stamp.running"
   printf '\n== %s\n' "$name"
-  "$@" || { local code=$?; echo "   stopped in stage $name; the same command goes on from there"; exit $code; }
+  code=0
+  "$@" || code=$?
+  if [[ $code -eq 2 && -n $before ]]; then # bad input: nothing was begun, so what was there stays
+    rm -rf "$output"
+    mv "$before" "$output"
+    [[ ! -f $stamp.before ]] || mv "$stamp.before" "$stamp"
+  fi
+  [[ $code -eq 2 ]] && rm -f "$stamp.running"
+  if [[ $code -ne 0 ]]; then
+    echo "   stopped in stage $name; what was done before it is kept${FORCE:+ (go on without --force)}"
+    exit "$code"
+  fi
   mv "$stamp.running" "$stamp"
+  rm -rf "$stamp.before" "$output.before"
   printf '   (%d s)\n' $((SECONDS - began))
 }
 
@@ -104,7 +124,7 @@ printf '%s: dataset %s, preset %s\n  base model: %s\n' "RecLingua" "$DATASET" "$
 
 # ---- 1. Raw ratings -> histories and item texts ----
 if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
-  stage prepare "$WORK/$DATASET.inter.json" "data/prepare.py data/sources.py" \
+  stage prepare "$WORK/$DATASET.inter.json" data/prepare.py data/sources.py -- \
     python -m data.prepare --source recbole --dataset "$DATASET"
 fi
 INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.json
@@ -113,11 +133,11 @@ INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.j
 # ---- 2. Item texts -> embeddings; 3. embeddings -> indices ----
 EMBEDDINGS=$WORK/$DATASET.emb-minilm-td.npy INDEX=$WORK/$DATASET.index.json
 if [[ -f $ITEM ]]; then
-  stage embed "$EMBEDDINGS" "$INTER $ITEM index/embed.py" \
+  stage embed "$EMBEDDINGS" "$INTER" "$ITEM" index/embed.py -- \
     python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS"
-  stage rqvae "$CKPT/rqvae" "$EMBEDDINGS index/rqvae.py index/train.py" \
+  stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" index/rqvae.py index/train.py -- \
     python -m index.train --embeddings "$EMBEDDINGS" --output_dir "$CKPT/rqvae" --seed "$SEED"
-  stage index "$INDEX" "$CKPT/rqvae $EMBEDDINGS index/generate.py index/collisions.py" \
+  stage index "$INDEX" "$CKPT/rqvae" "$EMBEDDINGS" index/generate.py index/collisions.py -- \
     python -m index.generate --dataset "$DATASET" --data_path "$SOURCE" --rqvae "$CKPT/rqvae" \
     --embeddings "$EMBEDDINGS" --output "$INDEX"
 else
@@ -129,21 +149,23 @@ fi
 # ---- 4. The base model ----
 if [[ -z $BASE_MODEL && $DEVICE == gpu ]]; then
   BASE_MODEL=ckpt/base/SmolLM2-135M-Instruct
-  stage base "$BASE_MODEL" models/smollm2.py python -m models.smollm2 --output_dir "$BASE_MODEL"
+  stage base "$BASE_MODEL" models/smollm2.py -- python -m models.smollm2 --output_dir "$BASE_MODEL"
 elif [[ -z $BASE_MODEL ]]; then
   BASE_MODEL=$CKPT/base
-  stage base "$BASE_MODEL" "$INTER models/scratch.py data/prompts.yaml" \
+  stage base "$BASE_MODEL" "$INTER" models/scratch.py data/prompts.yaml -- \
     python -m models.scratch --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$BASE_MODEL" --seed "$SEED"
 fi
 
 # ---- 5. Tune ----
-BASE_FILES=$([[ -d $BASE_MODEL ]] && echo "$BASE_MODEL" || true)
-stage finetune "$CKPT/lcrec" "$INTER $INDEX $CONFIG data/prompts.yaml $BASE_FILES" \
+BASE_FILES=()
+[[ ! -d $BASE_MODEL ]] || BASE_FILES=("$BASE_MODEL")
+stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" data/prompts.yaml data/tasks.py data/collate.py finetune.py \
+  models/language.py trainer.py "${BASE_FILES[@]}" -- \
   python finetune.py --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
   --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
 
 # ---- 6. Test: every user's last item, against popularity and co-occurrence ----
-stage test "$RESULTS" "$INTER $INDEX $CKPT/lcrec/model.safetensors test.py" \
+stage test "$RESULTS" "$INTER" "$INDEX" "$CKPT/lcrec/run.json" test.py decoding/beam.py -- \
   python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
   --num_beams 20 --exclude_seen --results_file "$RESULTS" --predictions_file "${RESULTS%.json}.predictions.jsonl"
 

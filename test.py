@@ -5,7 +5,6 @@ python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 
 """
 
 import argparse
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from data.dataset import RecDataset, open_dataset, output_folder, read_json, who
 from data.prompts import Phrasing
 from data.tasks import held_out_samples
 from decoding.beam import Recommendation
-from errors import InputError, exits_cleanly
+from errors import InputError, exits_cleanly, one_line
 from metrics import parse_metrics, ranking_metrics
 from models.language import index_token_ids, load_model, load_tokenizer
 from recommend import recommend, seen_items, trie_of
@@ -55,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     results.add_argument("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="(default: %(default)s)")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
     results.add_argument("--predictions_file", type=Path, help="JSON lines, one a user and phrasing (default: none)")
-    return parser.parse_args()
+    return one_line(parser).parse_args()
 
 
 @exits_cleanly
@@ -74,14 +73,19 @@ def main() -> None:
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
     if args.test_batch_size < 1:
         raise InputError(f"--test_batch_size {args.test_batch_size}: should be 1 at least")
-    if hashlib.sha256(json.dumps(dataset.index, sort_keys=True).encode()).hexdigest() != record["index_sha256"]:
+    if dataset.sha256("index") != record["index_sha256"]:
         raise InputError(
             f"{args.ckpt_path}: was tuned with another index than that of {dataset.folder}; see --index_file"
         )
     phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"]]
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, len(phrasings))
     results_file = args.results_file or Path("results") / dataset.name / f"{record['method']}.json"
-    output_folder(results_file.parent)
+    for file in filter(None, (results_file, args.predictions_file)):
+        output_folder(file.parent)
+        if file.is_dir():
+            raise InputError(f"{file}: is a folder; name a file")
+    if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
+        raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
 
     samples = held_out_samples(dataset, "test", record["supervise"], record["max_his_len"])
     users = dataset.test_users

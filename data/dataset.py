@@ -3,6 +3,7 @@
 A dataset D is the folder <data_path>/D/ with D.inter.json, and D.item.json and D.index.json where a script needs them.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Collection
@@ -53,6 +54,10 @@ class RecDataset:
         history = self.histories[user]
         return (history[:-2], history[-2]) if part == "valid" else (history[:-1], history[-1])
 
+    def sha256(self, part: str) -> str:
+        """Fingerprint of `part`, "index" or "histories"; a checkpoint keeps it and refuses other data."""
+        return hashlib.sha256(json.dumps(getattr(self, part), sort_keys=True).encode()).hexdigest()
+
     def title(self, item: str) -> str:
         """The item's title; its id where the dataset has no item texts."""
         return str(self.items.get(item, {}).get("title") or f"item {item}").strip()
@@ -65,11 +70,13 @@ class RecDataset:
 def read_json(path: Path, what: str) -> dict:
     """A JSON object that is not empty; `what` names it in the message of the InputError raised otherwise."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it should hold {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
+    except _Twin as error:
+        raise InputError(f"{path}: the key {error.args[0]!r} is there twice; keep one") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}; repair the file") from None
     except RecursionError:
@@ -78,6 +85,18 @@ def read_json(path: Path, what: str) -> dict:
         raise InputError(f"{path}: holds a {type(content).__name__}; it should hold {what}, as a JSON object")
     if not content:
         raise InputError(f"{path}: is empty; it should hold {what}")
+    return content
+
+
+class _Twin(Exception):
+    """A key that a JSON object has twice."""
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twin(next(key for key in keys if keys.count(key) > 1))
     return content
 
 
@@ -96,6 +115,8 @@ class whole_file:  # noqa: N801 (used like a function)
 
     def __enter__(self) -> Path:
         output_folder(self.path.parent)
+        if self.path.is_dir():
+            raise InputError(f"{self.path}: is a folder; name a file")
         return self.temporary
 
     def __exit__(self, kind, error, trace) -> None:
@@ -187,11 +208,11 @@ def _read_items(path: Path, need_text: bool) -> dict[str, dict]:
 
 def _read_index(path: Path) -> dict[str, list[str]]:
     index = read_json(path, "item -> list of code tokens")
-    owner: dict[tuple[str, ...], str] = {}
+    owner: dict[str, str] = {}  # as in a prompt: what is written alike is alike
     for item, codes in index.items():
         if not isinstance(codes, list) or not codes or not all(isinstance(code, str) and code for code in codes):
             raise InputError(f"{path}: item {item!r} should have a list of code tokens, not {codes!r}")
-        if (other := owner.setdefault(tuple(codes), item)) != item:
+        if (other := owner.setdefault("".join(codes), item)) != item:
             raise InputError(
                 f"{path}: items {other!r} and {item!r} share the index {''.join(codes)}; "
                 "every item needs its own: rebuild it with python -m index.generate"
@@ -204,6 +225,8 @@ def read_embeddings(path: str | Path, rows: int | None = None) -> np.ndarray:
     path = Path(path)
     try:
         embeddings = np.load(path, allow_pickle=False)
+        if not isinstance(embeddings, np.ndarray):
+            raise ValueError("it holds several arrays")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; make it with python -m index.embed") from None
     except (OSError, ValueError, EOFError) as error:

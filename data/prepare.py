@@ -12,7 +12,7 @@ import pandas as pd
 
 from data.dataset import output_folder, whole_file, write_json
 from data.sources import SOURCES
-from errors import InputError, exits_cleanly
+from errors import InputError, exits_cleanly, one_line
 
 
 def k_core(interactions: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--min_interactions", type=int, default=5, help="k of the k-core over users and items (default: %(default)s)"
     )
-    args = parser.parse_args()
+    args = one_line(parser).parse_args()
 
     # Read, filter, order.
     raw, item_table = SOURCES[args.source](args.raw_path or packaged_example(args.dataset), args.dataset)

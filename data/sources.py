@@ -28,13 +28,14 @@ def read_recbole(folder: Path, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise InputError(f"{folder / f'{name}.item'}: has no column whose name ends in 'title'")
     items = items.rename(columns={titles[0]: "title"})
     items["title"] = [_natural_title(title) for title in items["title"]]
-    items.insert(1, "description", [_movie_description(item) for item in items.to_dict("records")])
+    if "description" not in items:
+        items.insert(1, "description", [_movie_description(item) for item in items.to_dict("records")])
     return interactions[["user", "item", "timestamp"]], items
 
 
 def _read_atomic(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=3)
+        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=3, index_col=False)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name the folder of the atomic files with --raw_path") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:

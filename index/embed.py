@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 
 from data.dataset import RecDataset, open_dataset, whole_file
-from errors import InputError, exits_cleanly
+from errors import InputError, exits_cleanly, one_line
 
 
 def packaged_encoder() -> str:
@@ -86,7 +86,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--collab_dim", type=int, default=64, help="width of that part (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="default: <data_path>/<dataset>/<dataset>.emb-<plm>-td.npy")
-    args = parser.parse_args()
+    args = one_line(parser).parse_args()
     if not 0 <= args.collab_weight <= 1:
         raise InputError(f"--collab_weight {args.collab_weight}: should be between 0 and 1")
 
@@ -96,6 +96,8 @@ def main() -> None:
         texts = [dataset.text(item) for item in dataset.item_ids]
         embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)
         if args.collab_weight:
+            if min(len(dataset.histories), len(texts)) < 2:
+                raise InputError(f"{dataset.folder}: --collab_weight needs two users and two items at least")
             width = min(args.collab_dim, len(dataset.histories) - 1, len(texts) - 1)
             if width < args.collab_dim:
                 print(f"collaborative part {width} wide: there are no more than {width + 1} users or items")

@@ -11,7 +11,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import open_dataset, read_embeddings, write_json
-from errors import InputError, exits_cleanly
+from errors import InputError, exits_cleanly, one_line
 from index.collisions import colliding, move_to_free, spread
 from index.rqvae import RQVAE
 
@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--rqvae", type=Path, required=True, help="folder written by index.train")
     parser.add_argument("--embeddings", type=Path, help="default: <data_path>/<dataset>/<dataset>.emb-minilm-td.npy")
     parser.add_argument("--output", type=Path, help="default: <data_path>/<dataset>/<dataset>.index.json")
-    args = parser.parse_args()
+    args = one_line(parser).parse_args()
 
     dataset = open_dataset(args.data_path, args.dataset, needs=["items"])
     embeddings = read_embeddings(
         args.embeddings or dataset.folder / f"{dataset.name}.emb-minilm-td.npy", rows=len(dataset.item_ids)
     )
-    if not (args.rqvae / "config.json").exists():
+    if not all((args.rqvae / name).exists() for name in ("config.json", "model.safetensors", "run.json")):
         raise InputError(f"{args.rqvae}: holds no RQ-VAE; train one with python -m index.train")
     disable_progress_bar()
     model = RQVAE.from_pretrained(args.rqvae).eval().requires_grad_(False)

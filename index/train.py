@@ -14,7 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import output_folder, read_embeddings, write_json
-from errors import InputError, exits_cleanly
+from errors import InputError, exits_cleanly, one_line
 from index.collisions import colliding
 from index.rqvae import RQVAE, RQVAEConfig
 
@@ -78,12 +78,16 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
     parser.add_argument("--weight_decay", type=float, default=1e-4, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
-    args = parser.parse_args()
+    args = one_line(parser).parse_args()
 
     embeddings = torch.from_numpy(read_embeddings(args.embeddings))
     args.codebook_sizes = args.codebook_sizes or ([32, 32, 64] if len(embeddings) <= 5_000 else [256] * 4)
-    if any(size < 2 for size in args.codebook_sizes) or args.epochs < 1 or args.batch_size < 2:
-        raise InputError("--codebook_sizes and --batch_size need at least 2, --epochs at least 1")
+    if any(size < 2 for size in args.codebook_sizes) or args.epochs < 1 or args.batch_size < 2 or args.code_dim < 1:
+        raise InputError("--codebook_sizes and --batch_size need at least 2, --epochs and --code_dim at least 1")
+    if args.learning_rate <= 0 or args.sinkhorn_epsilon != 0 and args.sinkhorn_epsilon < 0.0015:
+        raise InputError(
+            "--learning_rate should be above 0, --sinkhorn_epsilon 0 or at least 0.0015 (below, it overflows)"
+        )
     output_folder(args.output_dir)
     disable_progress_bar()
     config = RQVAEConfig(

@@ -94,8 +94,9 @@ def extend_vocabulary(
             "rename the codes, for example to <a_1>"
         )
     tokenizer.add_tokens([AddedToken(code, normalized=False, special=False) for code in codes])
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(codes))
     old = torch.tensor(sorted(set(vocabulary.values()) - set(ids.tolist())))
     words = _words_of_codes(tokenizer, index, texts, codes) if texts else None

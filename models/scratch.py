@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import open_dataset, output_folder
 from data.prompts import PROMPT_FILE, read_prompts
-from errors import InputError, exits_cleanly
+from errors import InputError, exits_cleanly, one_line
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -52,9 +52,11 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=1024, help="positions (default: %(default)s)")
     parser.add_argument("--attention_dropout", type=float, default=0.2, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
-    args = parser.parse_args()
+    args = one_line(parser).parse_args()
     if args.vocab_size < 300:
         raise InputError(f"--vocab_size {args.vocab_size}: 300 at least, for the 256 bytes and the special tokens")
+    if args.heads < 1 or args.layers < 1 or args.hidden_size < 1 or not 0 <= args.attention_dropout < 1:
+        raise InputError("--heads, --layers and --hidden_size should be 1 at least, --attention_dropout below 1")
     if args.hidden_size % (2 * args.heads):
         raise InputError(f"--hidden_size {args.hidden_size}: should be a multiple of 2 x --heads ({2 * args.heads})")
 

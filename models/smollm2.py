@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import output_folder
-from errors import InputError, exits_cleanly
+from errors import InputError, exits_cleanly, one_line
 
 
 def packaged_gguf() -> Path:
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
     parser.add_argument("--layers", type=int, help="keep this many of its 30 layers, evenly spaced (default: all)")
-    args = parser.parse_args()
+    args = one_line(parser).parse_args()
     if args.layers is not None and not 1 <= args.layers <= 30:
         raise InputError(f"--layers {args.layers}: SmolLM2-135M has 30")
     output_folder(args.output_dir)
