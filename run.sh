@@ -7,11 +7,12 @@
 #   bash run.sh ml-100k --force                        do every stage again
 #
 # A stage whose outputs are there and whose inputs and command have not changed is skipped; an interrupted run goes on
-# where it stopped, fine-tuning from its last checkpoint. --setup_only makes .venv and stops.
+# where it stopped, fine-tuning from its last checkpoint. --setup_only makes .venv and stops. --seed, --config preset.yaml
+# as in finetune.py. Relative paths are taken from the folder of this script.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' run.sh; }
 die() { echo "error: $*" >&2; exit 2; }
 
 # ---- What to do ----
