@@ -25,7 +25,7 @@ from data.tasks import TASKS, held_out_samples, train_samples
 from errors import InputError, exits_cleanly
 from metrics import parse_metrics, ranking_metrics
 from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
-from recommend import recommend, seen_items, trie_of
+from recommend import recommend, trie_of
 from trainer import RECORD, RecTrainer, newest_checkpoint
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
@@ -116,7 +116,7 @@ def main() -> None:
     if 0 < method_args.valid_users < len(valid):
         chosen = sorted(random.Random(0).sample(chosen, method_args.valid_users))
     trie = trie_of(token_ids, tokenizer, method_args.supervise)
-    seen, targets = seen_items(dataset, "valid"), [dataset.split(user, "valid")[1] for user in dataset.test_users]
+    seen, targets = zip(*(dataset.split(user, "valid") for user in dataset.test_users), strict=True)
 
     def rank() -> dict[str, float]:
         lists = recommend(

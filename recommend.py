@@ -7,7 +7,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.collate import Instructions, prompt_batch
-from data.dataset import RecDataset
 from data.prompts import Phrasing
 from decoding.beam import Recommendation, beam_search
 from decoding.trie import Trie
@@ -57,8 +56,3 @@ def recommend(
             bar.update(len(rows))
     model.train(was_training)
     return found
-
-
-def seen_items(dataset: RecDataset, part: str) -> list[list[str]]:
-    """For each test user the items that came before the valid or test item."""
-    return [dataset.split(user, part)[0] for user in dataset.test_users]

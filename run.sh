@@ -61,7 +61,7 @@ SECONDS=0
 # The stamp is a hash of the command and of what the inputs hold; STAMP.running is that of a run that has not ended.
 # A folder that is to be made anew is kept as OUTPUT.before until its successor is done.
 stage() {
-  local name=$1 output=$2 stamp=$WORK/.stages/$1 inputs=() before="" began=$SECONDS key code
+  local name=$1 output=$2 stamp=$WORK/.stages/$1 inputs=() before="" stamped="" running="" began=$SECONDS key code=0
   shift 2
   while [[ $1 != -- ]]; do
     [[ -e $1 ]] || die "$1: no such file"
@@ -83,23 +83,23 @@ stage() {
     rm -rf "$before"
     mv "$output" "$before"
   fi
-  [[ ! -f $stamp ]] || mv "$stamp" "$stamp.before"
+  [[ ! -f $stamp ]] || stamped=$(cat "$stamp")
+  [[ ! -f $stamp.running ]] || running=$(cat "$stamp.running")
+  rm -f "$stamp"
   echo "$key" >"$stamp.running"
   printf '\n== %s\n' "$name"
-  code=0
   "$@" || code=$?
-  if [[ $code -eq 2 && -n $before ]]; then # bad input: nothing was begun, so what was there stays
-    rm -rf "$output"
-    mv "$before" "$output"
-    [[ ! -f $stamp.before ]] || mv "$stamp.before" "$stamp"
+  if [[ $code -eq 2 ]]; then # bad input: nothing was begun, so what was there stays, with its stamp
+    [[ -z $before ]] || { rm -rf "$output"; mv "$before" "$output"; }
+    [[ -z $before || -z $running ]] || echo "$running" >"$stamp.running"
+    [[ -z $stamped ]] || { echo "$stamped" >"$stamp"; rm -f "$stamp.running"; }
   fi
-  [[ $code -eq 2 ]] && rm -f "$stamp.running"
   if [[ $code -ne 0 ]]; then
     echo "   stopped in stage $name; what was done before it is kept${FORCE:+ (go on without --force)}"
     exit "$code"
   fi
   mv "$stamp.running" "$stamp"
-  rm -rf "$stamp.before" "$output.before"
+  rm -rf "$output.before"
   printf '   (%d s)\n' $((SECONDS - began))
 }
 

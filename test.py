@@ -15,14 +15,14 @@ import transformers
 
 from baselines import CoOccurrence, Popularity
 from data.collate import Instructions
-from data.dataset import RecDataset, open_dataset, output_folder, read_json, whole_file, write_json
+from data.dataset import RecDataset, open_dataset, output_file, read_json, whole_file, write_json
 from data.prompts import Phrasing
 from data.tasks import held_out_samples
 from decoding.beam import Recommendation
 from errors import InputError, exits_cleanly, one_line
 from metrics import parse_metrics, ranking_metrics
 from models.language import index_token_ids, load_model, load_tokenizer
-from recommend import recommend, seen_items, trie_of
+from recommend import recommend, trie_of
 from trainer import RECORD
 
 
@@ -81,9 +81,7 @@ def main() -> None:
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, len(phrasings))
     results_file = args.results_file or Path("results") / dataset.name / f"{record['method']}.json"
     for file in filter(None, (results_file, args.predictions_file)):
-        output_folder(file.parent)
-        if file.is_dir():
-            raise InputError(f"{file}: is a folder; name a file")
+        output_file(file)
     if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
         raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
 
@@ -93,7 +91,7 @@ def main() -> None:
         users = users[: args.sample_num]
         samples = samples.select(range(len(users)))
     histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
-    excluded = seen_items(dataset, "test")[: len(users)] if args.exclude_seen else None
+    excluded = histories if args.exclude_seen else None
     print(f"{dataset.name}: {len(users):,} test users, {len(dataset.item_ids):,} items")
     if dataset.too_short:
         print(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out")

@@ -114,9 +114,7 @@ class whole_file:  # noqa: N801 (used like a function)
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
-        output_folder(self.path.parent)
-        if self.path.is_dir():
-            raise InputError(f"{self.path}: is a folder; name a file")
+        output_file(self.path)
         return self.temporary
 
     def __exit__(self, kind, error, trace) -> None:
@@ -139,6 +137,13 @@ def output_folder(folder: Path) -> Path:
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another output folder") from None
     return folder
+
+
+def output_file(path: Path) -> None:
+    """Make the folder of file `path`; InputError if it can't be written there, or is a folder itself."""
+    output_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
 
 
 def open_dataset(

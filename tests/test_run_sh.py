@@ -63,6 +63,20 @@ def test_from_a_folder_to_results_and_again(run, tmp_path):
     assert third.returncode == 0 and "going on from ckpt/toy/lcrec/checkpoint-40" in third.stdout
     assert third.stdout.count("done before, skipped") >= 4
 
+    # Bad input stops the run and costs nothing: with the input repaired, all is as it was.
+    path = tmp_path / "mine/toy/toy.item.json"
+    texts = path.read_text()
+    path.write_text("{}")
+    broken = run(*flags)
+    assert broken.returncode == 2 and "toy.item.json: is empty" in broken.stderr
+    (run.folder / "tiny.yaml").write_text(TINY + "no_such_flag: 1\n")
+    path.write_text(texts)
+    broken = run(*flags)
+    assert broken.returncode == 2 and "'no_such_flag' is not a flag" in broken.stderr
+    (run.folder / "tiny.yaml").write_text(TINY)
+    repaired = run(*flags)
+    assert repaired.stdout.count("done before, skipped") == 6, repaired.stdout + repaired.stderr
+
     # Other data: everything that comes from it is made again.
     write_toy(tmp_path / "mine", users=71, items=9)
     fourth = run(*flags)
