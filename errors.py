@@ -1,7 +1,9 @@
 """Bad input: one exception for it, and the one way in which every script reports it."""
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import NoReturn
@@ -29,6 +31,8 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except InputError as error:
+            if int(os.environ.get("RANK", 0)):
+                time.sleep(3)  # of processes that found the same, torchrun lets only the first say it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

@@ -1,20 +1,25 @@
 """Ask a tuned model for items: the prompts of many users, batch by batch, through the constrained search."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
 import datasets
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import distributed
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.collate import Instructions, prompt_batch
+from data.collate import Instructions, encode_prompt, prompt_batch
 from data.prompts import Phrasing
 from decoding.beam import Recommendation, beam_search
 from decoding.trie import Trie
+from errors import InputError
 
 
 def trie_of(token_ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, supervise: str) -> Trie:
     """The trie of all items. Where an answer ends with the end token (`--supervise next`), so does every path."""
-    return Trie(token_ids, end=tokenizer.eos_token_id if supervise == "next" else None)
+    return Trie.build(token_ids, end=tokenizer.eos_token_id if supervise == "next" else None)
 
 
 def recommend(
@@ -26,33 +31,94 @@ def recommend(
     num_beams: int,
     batch_size: int,
     excluded: Sequence[Sequence[str]] | None = None,
+    score: str = "full",
+    split: bool = False,
     show_progress: bool = True,
 ) -> list[list[Recommendation]]:
-    """For each sample the best `num_beams` items, best first; samples of similar length share a batch.
+    """For each sample the best `num_beams` items, best first.
+
+    Samples of similar length share a batch, the longest first. If memory runs out the batch is halved and the same
+    samples are done again; the number of beams never changes.
 
     Args:
         instructions: renders the prompts, as in training.
         excluded: for each sample the items that must not be returned.
+        score: see `beam_search`.
+        split: share the batches out among the processes of the default group; each of them gets all lists. The
+            batches are those of a single process, so that their number changes no score.
+
+    Raises:
+        InputError: memory does not suffice for one sample.
     """
-    prompts = [instructions.prompt(sample, phrasing) for sample in samples]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found: list[list[Recommendation]] = [[] for _ in prompts]
+    prompts = [encode_prompt(instructions.tokenizer, instructions.prompt(sample, phrasing)) for sample in samples]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if split:
+        batches = batches[distributed.get_rank() :: distributed.get_world_size()]
+    trie = trie.to(model.device)
+
+    def search(rows: list[int]) -> list[list[Recommendation]]:
+        batch = prompt_batch(instructions.tokenizer, [prompts[i] for i in rows]).to(model.device)
+        numbers = trie.item_numbers([excluded[i] for i in rows]) if excluded is not None else None
+        return beam_search(model, **batch, trie=trie, num_beams=num_beams, excluded=numbers, score=score)
+
+    found: dict[int, list[Recommendation]] = {}
     was_training = model.training
     model.eval()
-    with tqdm(total=len(prompts), desc="search", unit="user", disable=None if show_progress else True) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = prompt_batch(instructions.tokenizer, [prompts[i] for i in rows])
-            lists = beam_search(
-                model,
-                batch["input_ids"].to(model.device),
-                batch["attention_mask"].to(model.device),
-                trie,
-                num_beams,
-                [excluded[i] for i in rows] if excluded is not None else None,
-            )
-            for i, items in zip(rows, lists, strict=True):
-                found[i] = items
+    with tqdm(
+        total=sum(map(len, batches)), desc="search", unit="user", disable=None if show_progress else True
+    ) as bar:
+        for rows, lists in _while_memory_lasts(search, batches):
+            found.update(zip(rows, lists, strict=True))
             bar.update(len(rows))
     model.train(was_training)
-    return found
+    if split:
+        return _merge(found, trie, num_beams, len(prompts), model.device)
+    return [found[i] for i in range(len(prompts))]
+
+
+def _while_memory_lasts(search, batches: list[list[int]]) -> Iterator[tuple[list[int], list[list[Recommendation]]]]:
+    """(rows, their lists) of all batches, in smaller ones from the first that does not fit into memory."""
+    most = max(map(len, batches), default=0)
+    waiting = batches[::-1]
+    while waiting:
+        rows = waiting.pop()
+        if len(rows) > most:
+            waiting += [rows[most:], rows[:most]]
+            continue
+        try:
+            lists = search(rows)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            lists = None  # and on below, where the error no longer holds the tensors of the search
+        if lists is not None:
+            yield rows, lists
+            continue
+        clear_device_cache(garbage_collection=True)
+        if len(rows) == 1:
+            raise InputError("memory ran out with one user in the batch; take fewer beams (--num_beams)")
+        most = len(rows) // 2
+        waiting.append(rows)
+        tqdm.write(f"memory ran out with {len(rows)} users in a batch: going on with {most}", file=sys.stderr)
+
+
+def _merge(
+    found: dict[int, list[Recommendation]], trie: Trie, num_beams: int, samples: int, device: torch.device
+) -> list[list[Recommendation]]:
+    """The lists of all processes, each sample from the one that searched for it."""
+    items = torch.full((samples, num_beams), -1, device=device)
+    scores = torch.full((samples, num_beams), -torch.inf, device=device)
+    times = torch.zeros(samples, dtype=torch.int64, device=device)
+    for i, ranked in found.items():
+        items[i, : len(ranked)] = torch.tensor([trie.numbers[r.item] for r in ranked], dtype=torch.int64)
+        scores[i, : len(ranked)] = torch.tensor([r.score for r in ranked])
+        times[i] += 1
+    for tensor, how in ((items, "MAX"), (scores, "MAX"), (times, "SUM")):
+        distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how))
+    if (times != 1).any():
+        raise RuntimeError(f"sample {int((times != 1).nonzero()[0])} was not measured exactly once")
+    return [
+        [Recommendation(trie.items[n], value) for n, value in zip(*row, strict=True) if n >= 0]
+        for row in zip(items.tolist(), scores.tolist(), strict=True)
+    ]

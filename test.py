@@ -6,19 +6,21 @@ python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
+from torch import distributed
 
 from baselines import CoOccurrence, Popularity
 from data.collate import Instructions
 from data.dataset import RecDataset, open_dataset, output_file, read_json, whole_file, write_json
 from data.prompts import Phrasing
 from data.tasks import held_out_samples
-from decoding.beam import Recommendation
+from decoding.beam import SCORES, Recommendation
 from errors import InputError, exits_cleanly, one_line
 from metrics import parse_metrics, ranking_metrics
 from models.language import index_token_ids, load_model, load_tokenizer
@@ -46,6 +48,10 @@ def parse_args() -> argparse.Namespace:
     search = parser.add_argument_group("search")
     search.add_argument("--num_beams", type=int, default=20, help="width of the search (default: %(default)s)")
     search.add_argument("--test_batch_size", type=int, default=32, help="users per batch (default: %(default)s)")
+    search.add_argument(
+        "--score", default="full", choices=SCORES,
+        help="log-probabilities over the whole vocabulary, or over the legal tokens only (default: %(default)s)",
+    )  # fmt: skip
     search.add_argument("--exclude_seen", action="store_true", help="take a user's own items out of the candidates")
     search.add_argument(
         "--filter_items", action="store_true", help="no effect, kept for LC-Rec's commands: only items are returned"
@@ -59,11 +65,16 @@ def parse_args() -> argparse.Namespace:
 
 @exits_cleanly
 def main() -> None:
+    """Measure; with the other processes where `test_ddp.py` has set them up."""
     args = parse_args()
     started = time.monotonic()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    together = distributed.is_initialized()
+    main_process = not together or distributed.get_rank() == 0
+    log = print if main_process else lambda *_: None
+    gpu = int(os.environ["LOCAL_RANK"]) if together else args.gpu_id
 
     # ---- What to measure ----
     record = read_json(args.ckpt_path / RECORD, "the record of a model tuned by finetune.py")
@@ -82,8 +93,8 @@ def main() -> None:
     results_file = args.results_file or Path("results") / dataset.name / f"{record['method']}.json"
     for file in filter(None, (results_file, args.predictions_file)):
         output_file(file)
-    if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
-        raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
+    if torch.cuda.is_available() and not 0 <= gpu < torch.cuda.device_count():
+        raise InputError(f"--gpu_id {gpu}: this machine has {torch.cuda.device_count()} GPUs")
 
     samples = held_out_samples(dataset, "test", record["supervise"], record["max_his_len"])
     users = dataset.test_users
@@ -92,15 +103,15 @@ def main() -> None:
         samples = samples.select(range(len(users)))
     histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
     excluded = histories if args.exclude_seen else None
-    print(f"{dataset.name}: {len(users):,} test users, {len(dataset.item_ids):,} items")
+    log(f"{dataset.name}: {len(users):,} test users, {len(dataset.item_ids):,} items")
     if dataset.too_short:
-        print(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out")
+        log(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out")
     if args.exclude_seen and (again := sum(t in h for h, t in zip(histories, targets, strict=True))):
-        print(f"  {again:,} users had their target before: with --exclude_seen it counts as a miss")
+        log(f"  {again:,} users had their target before: with --exclude_seen it counts as a miss")
 
     # ---- Model ----
     tokenizer, model = load_tokenizer(args.ckpt_path), load_model(args.ckpt_path)
-    model = model.eval().to(f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(f"cuda:{gpu}" if torch.cuda.is_available() else "cpu")
     token_ids = index_token_ids(tokenizer, dataset.index)
     trie = trie_of(token_ids, tokenizer, record["supervise"])
     instructions = Instructions(
@@ -116,10 +127,22 @@ def main() -> None:
     # ---- Search, one phrasing after another ----
     found = {
         number: recommend(
-            model, instructions, samples, phrasings[number], trie, args.num_beams, args.test_batch_size, excluded
+            model,
+            instructions,
+            samples,
+            phrasings[number],
+            trie,
+            args.num_beams,
+            args.test_batch_size,
+            excluded,
+            args.score,
+            split=together,
+            show_progress=main_process,
         )
         for number in prompt_ids
     }
+    if not main_process:
+        return
     by_prompt = {
         number: ranking_metrics([[r.item for r in ranked] for ranked in lists], targets, metrics)
         for number, lists in found.items()

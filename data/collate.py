@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import datasets
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from data.prompts import Phrasing
 from data.tasks import stretch
@@ -125,10 +125,11 @@ class Collator:
         }
 
 
-def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Prompts for a search: int64 input_ids and attention_mask [batch, length], padded on the left."""
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return {
-        "input_ids": pad(ids, tokenizer.pad_token_id, left=True),
-        "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True),
-    }
+def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> BatchEncoding:
+    """Encoded prompts for a search: int64 input_ids and attention_mask [batch, length], padded on the left."""
+    return BatchEncoding(
+        {
+            "input_ids": pad(prompts, tokenizer.pad_token_id, left=True),
+            "attention_mask": pad([[1] * len(row) for row in prompts], 0, left=True),
+        }
+    )

@@ -1,33 +1,27 @@
 """Beam search over the trie of legal indices: every hypothesis is an item, always.
 
-The prompt is computed once; beams are rows that share a copy of its KV cache. Neither the model's
-`generation_config` nor `generate()` plays a part, so a chat model's top-p or repetition penalty cannot act here.
+Neither the model's `generation_config` nor `generate()` plays a part, so a chat model's top-p or repetition penalty
+cannot act here.
 """
 
-import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from decoding.forward import BeamBlock, BeamRows, beam_forward
 from decoding.trie import Trie
+from errors import InputError
+
+SCORES = ("full", "legal")
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """An item and its score: the sum of the log-probabilities (whole vocabulary) of its tokens."""
+    """An item and its score: the sum of the log-probabilities of the tokens of its index."""
 
     item: str
     score: float
-
-
-@dataclass(frozen=True)
-class _Beam:
-    score: float
-    state: int
-    row: int  # of the model's last output and cache; -1 once the item is complete
-    token: int = -1
 
 
 @torch.no_grad()
@@ -37,7 +31,9 @@ def beam_search(
     attention_mask: torch.Tensor,
     trie: Trie,
     num_beams: int,
-    excluded: Sequence[Sequence[str]] | None = None,
+    excluded: torch.Tensor | None = None,
+    score: str = "full",
+    forward: BeamBlock | BeamRows | None = None,
 ) -> list[list[Recommendation]]:
     """The best items for each prompt, best first.
 
@@ -45,64 +41,71 @@ def beam_search(
         model: any decoder-only model with a KV cache, in eval mode.
         input_ids: int64 [batch, length], padded on the left.
         attention_mask: int64 [batch, length], 0 on padding.
-        trie: the legal indices; they follow the prompt directly.
-        num_beams: width of the beam and the number of items returned, fewer only where fewer items are left.
-        excluded: for each prompt, items that must not be returned; the search never spends a beam on them.
+        trie: the legal indices, on the model's device; they follow the prompt directly.
+        num_beams: width of the beam and the number of items returned, fewer only where fewer items are left. Indices
+            that are complete leave the beam to the others.
+        excluded: int64 [batch, any] from `trie.item_numbers`: items that must not be returned. The search never
+            spends a beam on them.
+        score: "full", log-probabilities over the whole vocabulary, as `generate()` has them; or "legal", over the
+            tokens that may follow in the trie.
+        forward: how the beams are computed; by default the faster way that is right for this model.
 
-    Equal scores are ordered by the smaller token id, earlier beam first.
+    Equal scores: what was complete earlier comes first, then what continues the better beam, then the smaller token.
+
+    Raises:
+        InputError: the model's scores are not numbers.
     """
-    dead = [trie.dead_states(items) for items in excluded] if excluded is not None else [set()] * len(input_ids)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        use_cache=True,
-        logits_to_keep=1,
-        **({"position_ids": positions} if takes_positions else {}),
-    )
-    positions = positions[:, -1]
-    beams = [[_Beam(0.0, 0, row)] for row in range(len(input_ids))]
-    while True:
-        log_probs = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
-        beams = _expand(beams, log_probs, trie, dead, num_beams)
-        alive = [beam for sample in beams for beam in sample if beam.row >= 0]
-        if not alive:
+    forward = forward or beam_forward(model, input_ids.shape[1], trie.depth, num_beams)
+    dead = trie.dead_states(excluded) if excluded is not None else excluded
+    batch, device = len(input_ids), input_ids.device
+    states = torch.zeros((batch, 1), dtype=torch.int64, device=device)  # where each beam stands in the trie
+    scores = torch.zeros((batch, 1), device=device)  # float32; -inf: there is no such beam
+    found = torch.full((batch, num_beams), -1, device=device)  # complete items, best first
+    found_scores = torch.full((batch, num_beams), -torch.inf, device=device)
+    logits = forward.prefill(input_ids, attention_mask)
+    for level in range(trie.depth):
+        # All continuations of all beams: [batch, beams, children], then [batch, candidates].
+        children, possible = trie.children(states, level)
+        gains = logits.gather(2, trie.token[children].long()).float()
+        if score == "full":
+            gains -= _log_normaliser(logits)
+        else:
+            gains -= gains.masked_fill(~possible, -torch.inf).logsumexp(2, keepdim=True)
+        if dead is not None:
+            possible &= ~trie.is_dead(children, dead)
+        candidates = (scores.unsqueeze(2) + gains).masked_fill_(~possible, -torch.inf).flatten(1)
+        if candidates.isnan().any():
+            raise InputError(
+                "the model's scores are not numbers (NaN): its weights are broken, or its dtype too narrow"
+            )
+        children = children.flatten(1)
+        items = trie.item[children].long()
+
+        # Those that are an item compete for the list, the others for the beam.
+        complete = candidates.masked_fill(items < 0, -torch.inf)
+        found_scores, order = _best(torch.cat([found_scores, complete], dim=1), num_beams)
+        found = torch.cat([found, items], dim=1).gather(1, order)
+        scores, order = _best(candidates.masked_fill(items >= 0, -torch.inf), num_beams)
+        # A score only falls: a list whose last item beats the best beam is final.
+        if not (scores[:, 0] > found_scores[:, -1]).any():
             break
-        rows = torch.tensor([beam.row for beam in alive], device=input_ids.device)
-        tokens = torch.tensor([[beam.token] for beam in alive], device=input_ids.device)
-        positions = positions[rows] + 1
-        attention_mask = torch.cat([attention_mask[rows], torch.ones_like(tokens)], dim=1)
-        cache = output.past_key_values
-        cache.reorder_cache(rows)
-        output = model(
-            input_ids=tokens,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-            **({"position_ids": positions[:, None]} if takes_positions else {}),
-        )
-        numbers = iter(range(len(alive)))  # rows of the output just made
-        beams = [
-            [_Beam(b.score, b.state, next(numbers), b.token) if b.row >= 0 else b for b in sample] for sample in beams
-        ]
-    return [[Recommendation(trie.item_at[beam.state], beam.score) for beam in sample] for sample in beams]
-
-
-def _expand(
-    beams: list[list[_Beam]], log_probs: torch.Tensor, trie: Trie, dead: list[set[int]], num_beams: int
-) -> list[list[_Beam]]:
-    """One level down: each sample's beams replaced by the best `num_beams` of all their legal continuations."""
-    grown = [[beam for beam in sample if beam.row < 0] for sample in beams]  # complete items compete on
-    steps = [
-        (owner, beam, token, state)
-        for owner, sample in enumerate(beams)
-        for beam in sample
-        for token, state in sorted(trie.children[beam.state].items())
-        if state not in dead[owner]
+        beams = int((scores > -torch.inf).any(0).sum())
+        scores, order = scores[:, :beams], order[:, :beams]
+        states = children.gather(1, order)
+        logits = forward.step(trie.token[states].long(), parents=order // trie.width[level])
+    return [
+        [Recommendation(trie.items[item], value) for item, value in zip(*row, strict=True) if value > -torch.inf]
+        for row in zip(found.tolist(), found_scores.tolist(), strict=True)
     ]
-    gains = log_probs[[beam.row for _, beam, _, _ in steps], [token for _, _, token, _ in steps]].tolist()
-    for (owner, beam, token, state), gain in zip(steps, gains, strict=True):
-        row = -1 if state in trie.item_at else beam.row
-        grown[owner].append(_Beam(beam.score + gain, state, row, token))
-    return [sorted(sample, key=lambda beam: -beam.score)[:num_beams] for sample in grown]
+
+
+def _log_normaliser(logits: torch.Tensor) -> torch.Tensor:
+    """float32 [batch, beams, 1] of [batch, beams, vocabulary], 32 rows at a time: whole it would double the memory."""
+    rows = logits.flatten(0, 1).split(32)
+    return torch.cat([part.float().logsumexp(1) for part in rows]).view(*logits.shape[:2], 1)
+
+
+def _best(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest `count` scores of each row and where they are; of equal ones the first (top-k grants no order)."""
+    values, order = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :count], order[:, :count]

@@ -7,7 +7,7 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.collate import IGNORE, Collator, Instructions, prompt_batch
+from data.collate import IGNORE, Collator, Instructions, encode_prompt, prompt_batch
 from data.dataset import open_dataset
 from data.prompts import PROMPT_FILE, read_prompts
 from data.tasks import held_out_samples, stretch, train_samples
@@ -136,7 +136,7 @@ def test_batches_are_padded_and_masked(toy):
         assert batch["attention_mask"][at].sum() == length
         assert batch["input_ids"][at, :length].tolist() == row["input_ids"]
         assert (batch["labels"][at, length:] == IGNORE).all()
-    left = prompt_batch(instructions.tokenizer, ["a user", "a"])
+    left = prompt_batch(instructions.tokenizer, [encode_prompt(instructions.tokenizer, t) for t in ("a user", "a")])
     assert left["attention_mask"][1, 0] == 0 and left["attention_mask"][:, -1].all()
 
 

@@ -1,0 +1,36 @@
+"""Measure a tuned model with several processes, one a GPU, or on the CPU: test.py's program, flags and results.
+
+torchrun --nproc_per_node 2 test_ddp.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --num_beams 20 --exclude_seen
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+import test
+from errors import InputError, exits_cleanly
+
+
+@exits_cleanly
+def main() -> None:
+    if "RANK" not in os.environ:
+        raise InputError("start it with torchrun --nproc_per_node <processes> test_ddp.py ...; or use test.py")
+    if torch.cuda.is_available():
+        if (gpu := int(os.environ["LOCAL_RANK"])) >= (gpus := torch.cuda.device_count()):
+            raise InputError(
+                f"torchrun --nproc_per_node: this machine has {gpus} GPUs, a process needs one of its own"
+            )
+        torch.cuda.set_device(gpu)
+    else:  # torchrun gives each process one thread, whatever the machine has
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    # A process that has no more users waits for the others: that is no failure.
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+    test.main()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
