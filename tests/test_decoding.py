@@ -1,14 +1,20 @@
 """The search: only items, the best of them, whatever the model, the padding and the exclusions."""
 
+import json
+import math
 from collections import defaultdict
 
 import pytest
 import torch
 from conftest import make_model
 
+from data.collate import encode_prompt, prompt_batch
+from data.prompts import PROMPT_FILE, read_prompts
 from decoding.beam import beam_search
+from decoding.forward import BeamBlock, BeamRows, beam_forward
 from decoding.trie import Trie
 from errors import InputError
+from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
 
 VOCABULARY = 60
 ITEMS = {f"i{n}": [10 + n // 9, 20 + n // 3 % 3, 30 + n % 3] for n in range(27)}
@@ -53,29 +59,91 @@ def test_a_beam_as_wide_as_the_items_finds_their_exact_order(architecture, end):
         check(found, exhaustive(model, ids[row][mask[row] == 1], ITEMS, end))
 
 
-@pytest.mark.parametrize("num_beams", [1, 4, 10])
-def test_narrow_beams_agree_with_generate(architecture, num_beams):
-    """The same items in the same order as `generate()` under the same constraint."""
-    model = make_model(architecture, VOCABULARY)
-    trie = Trie.build(ITEMS, end=2)
-    ids, mask = prompts()
-
+def by_generate(model, ids, mask, sequences, num_beams, end=2):
+    """[(item, score), ...] for each prompt from `generate()` under the same constraint."""
     follows = defaultdict(set)
-    for tokens in ITEMS.values():
-        for at, token in enumerate([*tokens, 2]):
+    for tokens in sequences.values():
+        for at, token in enumerate([*tokens, end]):
             follows[tuple(tokens[:at])].add(token)
-
-    def allowed(_, tokens):
-        return sorted(follows.get(tuple(tokens[ids.shape[1] :].tolist()), [2]))
-
+    follows = {path: sorted(tokens) for path, tokens in follows.items()}
+    item_of = {tuple(tokens): item for item, tokens in sequences.items()}
+    start, length = ids.shape[1], len(next(iter(sequences.values())))
     output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=4, num_beams=num_beams, num_return_sequences=num_beams,
-        prefix_allowed_tokens_fn=allowed, do_sample=False, length_penalty=0.0, eos_token_id=2, pad_token_id=0,
+        input_ids=ids, attention_mask=mask, max_new_tokens=length + 1, num_beams=num_beams,
+        num_return_sequences=num_beams, do_sample=False, length_penalty=0.0, eos_token_id=end, pad_token_id=0,
+        prefix_allowed_tokens_fn=lambda _, tokens: follows.get(tuple(tokens[start:].tolist()), [end]),
+        return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
-    item_of = {tuple(tokens): item for item, tokens in ITEMS.items()}
-    theirs = [item_of[tuple(row[ids.shape[1] :][:3].tolist())] for row in output]
-    ours = [r.item for found in beam_search(model, ids, mask, trie, num_beams) for r in found]
-    assert ours == theirs
+    items = [item_of[tuple(row[start : start + length].tolist())] for row in output.sequences]
+    pairs = list(zip(items, output.sequences_scores.tolist(), strict=True))
+    return [pairs[at : at + num_beams] for at in range(0, len(pairs), num_beams)]
+
+
+@pytest.mark.parametrize("num_beams", [2, 4, 10])
+def test_narrow_beams_agree_with_generate(architecture, num_beams):
+    model = make_model(architecture, VOCABULARY)
+    ids, mask = prompts()
+    lists = beam_search(model, ids, mask, Trie.build(ITEMS, end=2), num_beams)
+    for found, want in zip(lists, by_generate(model, ids, mask, ITEMS, num_beams), strict=True):
+        check(found, want)
+
+
+def test_smollm2_agrees_with_generate_on_real_prompts(shared, smollm2):
+    """Twenty beams over all items of Instruments, whose code tokens the model has just got."""
+    tokenizer, model = load_tokenizer(smollm2), load_model(smollm2).eval()
+    folder = shared / "data" / "Instruments"
+    index = json.loads((folder / "Instruments.index.json").read_text())
+    extend_vocabulary(model, tokenizer, index)
+    users = json.loads((folder / "Instruments.inter.json").read_text())
+    histories = [users[user][:-1] for user in ("0", "7")]
+    (phrasing, *_) = read_prompts(PROMPT_FILE)["seqrec"]
+    texts = [
+        phrasing.prompt.format(history=", ".join("".join(index[str(item)]) for item in history))
+        for history in histories
+    ]
+    batch = prompt_batch(tokenizer, [encode_prompt(tokenizer, text) for text in texts])
+    sequences = {tuple(tokens): item for item, tokens in index_token_ids(tokenizer, index).items()}  # twins: the last
+    sequences = {item: list(tokens) for tokens, item in sequences.items()}
+    trie = Trie.build(sequences, end=tokenizer.eos_token_id)
+    assert len(trie) > 9000
+    lists = beam_search(model, **batch, trie=trie, num_beams=20)
+    want = by_generate(model, batch["input_ids"], batch["attention_mask"], sequences, 20, tokenizer.eos_token_id)
+    for found, theirs in zip(lists, want, strict=True):
+        check(found, theirs)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "mistral-window", "gemma3-window"])
+@pytest.mark.parametrize("end", [None, 2])
+def test_rows_with_their_own_cache_find_the_same(architecture, end):
+    model = make_model(architecture, VOCABULARY)
+    ids, mask = prompts((7, 3, 5))
+    trie = Trie.build(ITEMS, end)
+    for num_beams in (3, 27):
+        rows = beam_search(model, ids, mask, trie, num_beams, forward=BeamRows(model))
+        if num_beams == 27:
+            for row, found in enumerate(rows):
+                check(found, exhaustive(model, ids[row][mask[row] == 1], ITEMS, end))
+        if architecture == "llama":
+            block = beam_search(model, ids, mask, trie, num_beams, forward=BeamBlock(model, 7 + 4 * num_beams))
+            for found, same in zip(rows, block, strict=True):
+                check(found, [(r.item, r.score) for r in same])
+
+
+@pytest.mark.parametrize(
+    "architecture, length, reason",
+    [
+        ("bloom", 3, "takes no 4-D attention mask"),
+        ("mistral-window", 9, "has a window of 6 tokens"),
+        ("gemma3-window", 9, "has a window of 6 tokens"),
+        ("mistral-window", 3, None),
+        ("gemma", 9, None),
+    ],
+)
+def test_the_slower_way_is_taken_where_it_must_be_and_says_so(architecture, length, reason, recwarn):
+    forward = beam_forward(make_model(architecture, VOCABULARY), length, depth=3, num_beams=4)
+    assert isinstance(forward, BeamBlock if reason is None else BeamRows)
+    said = [str(warning.message) for warning in recwarn if "copy of its prompt's cache" in str(warning.message)]
+    assert len(said) == (reason is not None) and all(reason in text for text in said)
 
 
 def test_a_batch_gives_what_its_prompts_give_alone(architecture):
@@ -116,14 +184,81 @@ def test_indices_of_different_length():
         check(found, exhaustive(model, ids[row][mask[row] == 1], mixed, end=2))
 
 
-def test_what_no_trie_is_made_of():
-    with pytest.raises(InputError, match="no item has an index"):
-        Trie.build({})
-    with pytest.raises(InputError, match="'x' has an empty index"):
-        Trie.build({"x": []})
-    with pytest.raises(InputError, match="'x' and 'y' have the same index"):
-        Trie.build({"x": [1, 2], "y": [1, 2]})
-    for sequences in ({"x": [1], "y": [1, 2]}, {"y": [1, 2], "x": [1]}):
-        with pytest.raises(InputError, match="index of item 'x' is the beginning"):
-            Trie.build(sequences)
-    assert len(Trie.build({"x": [1], "y": [1, 2]}, end=3)) == 2
+def test_a_complete_item_leaves_the_beam_to_the_others():
+    """With one beam the path of the best long item is followed although a short item is complete before."""
+    model = make_model("llama", VOCABULARY)
+    ids, mask = prompts((4, 6, 8, 5, 7))
+    mixed = {"short": [10], **{f"long {n}": [11, 20 + n, 30] for n in range(9)}}
+    longs = {item: tokens for item, tokens in mixed.items() if item != "short"}
+    lists = beam_search(model, ids, mask, Trie.build(mixed), 1)
+    alone = beam_search(model, ids, mask, Trie.build(longs), 1)
+    for row, (found, best_long) in enumerate(zip(lists, alone, strict=True)):
+        scores = dict(exhaustive(model, ids[row][mask[row] == 1], mixed))
+        best = max(("short", best_long[0].item), key=scores.get)
+        check(found, [(best, scores[best])])
+
+
+@pytest.mark.parametrize("num_beams", [2, 5])
+def test_a_narrow_beam_with_exclusions_is_one_over_the_items_that_are_left(num_beams):
+    model = make_model("qwen3", VOCABULARY)
+    ids, mask = prompts((5, 8))
+    trie = Trie.build(ITEMS, end=2)
+    excluded = [[r.item for r in found] * 2 for found in beam_search(model, ids, mask, trie, 12)]
+    lists = beam_search(model, ids, mask, trie, num_beams, trie.item_numbers(excluded))
+    for row, found in enumerate(lists):
+        left = {item: tokens for item, tokens in ITEMS.items() if item not in excluded[row]}
+        (want,) = beam_search(model, ids[row : row + 1], mask[row : row + 1], Trie.build(left, end=2), num_beams)
+        check(found, [(r.item, r.score) for r in want])
+
+
+@pytest.mark.parametrize("end", [None, 2])
+def test_legal_scores_are_probabilities_of_the_items(end):
+    """Over the legal tokens the probabilities of all items sum to one; a level with one code costs nothing."""
+    model = make_model("mistral", VOCABULARY)
+    items = {**ITEMS, "alone": [40, 41, 42], "short": [43]}
+    ids, mask = prompts()
+    trie = Trie.build(items, end=2)
+    for row, found in enumerate(beam_search(model, ids, mask, trie, 40, score="legal")):
+        assert sorted(r.item for r in found) == sorted(items)
+        assert sum(math.exp(r.score) for r in found) == pytest.approx(1, abs=1e-4)
+        logits = model(ids[row][mask[row] == 1][None]).logits[0, -1]
+        first = torch.log_softmax(logits[[10, 11, 12, 40, 43]], -1)
+        scores = {r.item: r.score for r in found}
+        assert scores["alone"] == pytest.approx(first[3].item(), abs=1e-4)
+        assert scores["short"] == pytest.approx(first[4].item(), abs=1e-4)
+
+
+def test_equal_scores_keep_the_order_of_the_tokens():
+    model = make_model("llama", VOCABULARY)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    ids, mask = prompts()
+    mixed = {"e": [12, 5], "b": [11, 7], "a": [11, 3], "d": [11, 9], "c": [10]}
+    for found in beam_search(model, ids, mask, Trie.build(mixed), 4):
+        assert [r.item for r in found] == ["c", "a", "b", "d"]
+
+
+def test_a_generation_config_plays_no_part():
+    model = make_model("llama", VOCABULARY)
+    ids, mask = prompts()
+    before = beam_search(model, ids, mask, Trie.build(ITEMS), 5)
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0)
+    assert beam_search(model, ids, mask, Trie.build(ITEMS), 5) == before
+
+
+def test_narrow_numbers_give_nearly_the_same():
+    """bf16: the scores of float32 within its rounding; the mask has the model's type."""
+    model = make_model("qwen2", VOCABULARY, spread=2)
+    ids, mask = prompts()
+    want = beam_search(model, ids, mask, Trie.build(ITEMS), 27)
+    for found, exact in zip(beam_search(model.bfloat16(), ids, mask, Trie.build(ITEMS), 27), want, strict=True):
+        exact = {r.item: r.score for r in exact}
+        assert {r.item: r.score for r in found} == pytest.approx(exact, abs=0.15)
+
+
+def test_scores_that_are_no_numbers():
+    model = make_model("llama", VOCABULARY)
+    with torch.no_grad():
+        model.lm_head.weight[11] = float("nan")
+    with pytest.raises(InputError, match="scores are not numbers"):
+        beam_search(model, *prompts(), Trie.build(ITEMS), 3)

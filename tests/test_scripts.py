@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, write_toy
+from conftest import SPARSE, flags, make_model, make_tokenizer
 from safetensors.torch import load_file
 
 import finetune
@@ -18,8 +17,6 @@ from models import scratch
 from trainer import RECORD
 
 CONFIGS = Path(__file__).parents[1] / "config"
-QUICK = ("--per_device_batch_size", 8, "--learning_rate", 1e-3, "--logging_steps", 50, "--use_cpu")
-SPARSE = ("--save_and_eval_strategy", "steps", "--save_steps", 150)
 
 
 def save_base(folder, architecture="llama-tied", bos=False):
@@ -29,38 +26,6 @@ def save_base(folder, architecture="llama-tied", bos=False):
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
-
-
-def run_main(main, *argv):
-    before, sys.argv = sys.argv, ["script", *map(str, argv)]
-    try:
-        main()
-    finally:
-        sys.argv = before
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """The toy dataset in datasets/ and a model from scratch in base/."""
-    root = tmp_path_factory.mktemp("workshop")
-    write_toy(root / "datasets", users=60)
-    size = ("--vocab_size", 320, "--hidden_size", 64, "--layers", 2, "--attention_dropout", 0)
-    where = ("--dataset", "toy", "--data_path", root / "datasets", "--output_dir", root / "base")
-    run_main(scratch.main, *where, *size)
-    return root
-
-
-def flags(workshop, output, *more):
-    where = ("--dataset", "toy", "--data_path", workshop / "datasets", "--base_model", workshop / "base")
-    return *where, "--output_dir", output, *QUICK, *more
-
-
-@pytest.fixture(scope="module")
-def tuned(workshop):
-    """A model that has learned the ring, whole histories."""
-    learn = ("--supervise", "history", "--max_his_len", 3, "--his_sep", "", "--epochs", 30)
-    run_main(finetune.main, *flags(workshop, workshop / "tuned", *learn, *SPARSE))
-    return workshop / "tuned"
 
 
 def measure(script, workshop, ckpt, *more):
