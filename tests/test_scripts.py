@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SPARSE, flags, make_model, make_tokenizer
+from conftest import SPARSE, flags, make_model, make_tokenizer, run_main
 from safetensors.torch import load_file
 
 import finetune
