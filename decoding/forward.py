@@ -13,6 +13,8 @@ from transformers.cache_utils import DynamicLayer
 
 from errors import InputError
 
+WORTH_A_PASS = 64  # tokens to be saved by a forward pass of its own
+
 
 class BeamBlock:
     """All beams of a sample are one block of queries over one cache; nothing in it is copied or re-ordered.
@@ -30,11 +32,26 @@ class BeamBlock:
         self.cache.layers = [_RoomyLayer(room) for _ in self.cache.layers]
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, 1, vocabulary] after prompts padded on the left, int64 [batch, length] with their mask."""
+        """Logits [batch, 1, vocabulary] after prompts padded on the left, int64 [batch, length] with their mask.
+
+        The words with which all prompts begin, those of the instruction, are computed once for all of them.
+        """
+        batch, length = input_ids.shape
+        padding = length - attention_mask.sum(-1, keepdim=True)
+        shared = _common_beginning(input_ids, padding)
+        if (batch - 1) * shared >= WORTH_A_PASS:
+            words = slice(int(padding[0]), int(padding[0]) + shared)
+            _prefill(self.model, input_ids[:1, words], attention_mask[:1, words], self.cache)
+            for layer in self.cache.layers:
+                layer.repeat(batch)
+            # In the cache they stand before the padding: [shared words][padding][rest of the prompt].
+            columns = torch.arange(length, device=input_ids.device)
+            attention_mask = ((columns < shared) | (columns >= padding + shared)).long()
+            input_ids = input_ids[:, shared:]
         output = _prefill(self.model, input_ids, attention_mask, self.cache)
         self.prompt = attention_mask.bool()
-        self.positions = attention_mask.sum(-1, keepdim=True)  # of the next token, [batch, 1]
-        self.ancestors = input_ids.new_zeros((len(input_ids), 1, 0), dtype=torch.bool)
+        self.positions = length - padding  # of the next token, [batch, 1]
+        self.ancestors = input_ids.new_zeros((batch, 1, 0), dtype=torch.bool)
         return output.logits[:, -1:]
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
@@ -152,10 +169,19 @@ def _block_is_right(model: PreTrainedModel) -> bool:
     return bool((together.float() - alone).abs().max() <= tolerance * alone.abs().max())
 
 
+def _common_beginning(input_ids: torch.Tensor, padding: torch.Tensor) -> int:
+    """With how many tokens all prompts begin, leaving each at least one of its own."""
+    most = input_ids.shape[1] - int(padding.max()) - 1
+    beginnings = input_ids.gather(1, padding + torch.arange(most, device=input_ids.device))
+    return int((beginnings == beginnings[:1]).all(0).cumprod(0).sum())
+
+
 def _prefill(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache | None
 ):
-    optional = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0), "logits_to_keep": 1}
+    """The model's output after `input_ids`; the mask covers what is in the cache before them, too."""
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    optional = {"position_ids": positions, "logits_to_keep": 1}
     return model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -193,6 +219,13 @@ class _RoomyLayer(DynamicLayer):
         self.keys[:, :, old : self.length] = key_states
         self.values[:, :, old : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def repeat(self, batch: int) -> None:
+        """Give every sample what the only one has so far."""
+        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        self.length = 0
+        self.is_initialized = False
+        self.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1))
 
     def get_seq_length(self) -> int:
         return self.length

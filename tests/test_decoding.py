@@ -156,6 +156,27 @@ def test_a_batch_gives_what_its_prompts_give_alone(architecture):
         check(found, [(r.item, r.score) for r in alone])
 
 
+def test_words_that_all_prompts_begin_with_are_computed_once():
+    model = make_model("llama", VOCABULARY)
+    lengths, shared = (50, 41, 42, 60), 40
+    ids, mask = prompts(lengths)
+    for row, length in enumerate(lengths):
+        ids[row, -length : -length + shared or None] = torch.arange(shared) % 50 + 3
+    sizes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    forward = BeamBlock(model, room=60 + 4 * 27)
+    lists = beam_search(model, ids, mask, Trie.build(ITEMS, end=2), 27, forward=forward)
+    hook.remove()
+    assert sizes[:2] == [(1, shared), (4, 20)]
+    for row, found in enumerate(lists):
+        check(found, exhaustive(model, ids[row][mask[row] == 1], ITEMS, end=2))
+    same = ids[:1].expand(3, -1)  # three times one prompt: all but its last word is shared
+    for found in beam_search(model, same, mask[:1].expand(3, -1), Trie.build(ITEMS, end=2), 27):
+        check(found, [(r.item, r.score) for r in lists[0]])
+
+
 def test_excluded_items_give_way_to_the_next_best():
     model = make_model("llama", VOCABULARY)
     ids, mask = prompts((5, 5))

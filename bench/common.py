@@ -1,0 +1,83 @@
+"""What the benchmarks share: Instruments without twins, peak memory, and the file of results."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import accelerate
+import numpy
+import torch
+import transformers
+
+from data.dataset import output_folder, read_json, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def without_twins(data_path: Path, name: str, output: Path) -> int:
+    """Copy dataset `name` to `output`, leaving out items that have another item's index; returns how many.
+
+    The published index of Instruments gives some indices to two items. Every way of searching gets the same items.
+    """
+    folder = data_path / name
+    index = read_json(folder / f"{name}.index.json", "item -> list of code tokens")
+    histories = read_json(folder / f"{name}.inter.json", "user -> list of items in time order")
+    first: dict[str, str] = {}
+    for item, codes in index.items():
+        first.setdefault("".join(codes), item)
+    kept = set(first.values())
+    output_folder(output / name)
+    write_json(output / name / f"{name}.index.json", {item: index[item] for item in index if item in kept})
+    write_json(
+        output / name / f"{name}.inter.json",
+        {user: left for user, items in histories.items() if (left := [i for i in items if str(i) in kept])},
+    )
+    return len(index) - len(kept)
+
+
+class Peak:
+    """`with Peak(device) as peak: ...; peak.mb`: the most memory in use, MB; on the CPU of the whole process."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> "Peak":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: begin a new high-water mark
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.mb = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            self.mb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+
+def write_results(name: str, device: torch.device, figures: dict) -> Path:
+    """bench/results/<name>.json, with -gpu in the name where one was used: machine, versions, command, figures."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    path = RESULTS / f"{name}{'-gpu' if gpu else ''}.json"
+    content = {
+        "command": " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
+        "machine": {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "gpu": gpu},
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, accelerate, numpy)},
+        },
+        **figures,
+    }
+    write_json(path, json.loads(json.dumps(content, default=str)), indent=1)
+    return path
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

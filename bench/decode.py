@@ -1,0 +1,308 @@
+"""Time the constrained search beside `generate()` and beside a search that re-orders its cache; the lists must agree.
+
+python -m models.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
+python -m bench.decode --data_path ../shared/data
+python -m bench.decode --data_path ../shared/data --device cuda --dtype bfloat16 --users 256 --peak_tflops 989
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from transformers import set_seed
+
+from arguments import DataArguments, MethodArguments
+from bench.common import Peak, without_twins, write_results
+from data.collate import Instructions, encode_prompt, prompt_batch
+from data.dataset import open_dataset, write_json
+from data.prompts import PROMPT_FILE, read_prompts
+from data.tasks import held_out_samples
+from decoding.beam import beam_search
+from decoding.forward import BeamBlock, BeamRows
+from decoding.trie import TENSORS, Trie
+from errors import exits_cleanly, one_line
+from finetune import record_of
+from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from trainer import RECORD
+
+ROOT = Path(__file__).parents[1]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", type=Path, default=Path("../shared/data"), help="(default: %(default)s)")
+    parser.add_argument("--dataset", default="Instruments", help="(default: %(default)s)")
+    parser.add_argument("--base_model", default="ckpt/base/SmolLM2-135M-Instruct", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="(default: %(default)s)")
+    parser.add_argument("--users", type=int, default=16, help="with 20 items of history (default: %(default)s)")
+    parser.add_argument("--num_beams", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
+    parser.add_argument("--generate_batches", default="1,2,4", help="to choose the best of (default: %(default)s)")
+    parser.add_argument("--search_batches", default="4,8,16,32", help="to choose the best of (default: %(default)s)")
+    parser.add_argument("--peak_tflops", type=float, help="of the device at this dtype, for the share of it")
+    parser.add_argument(
+        "--ddp_users", type=int, default=192, help="for test.py and test_ddp.py (default: %(default)s)"
+    )
+    parser.add_argument("--trie_items", type=int, default=1_000_000, help="(default: %(default)s)")
+    return one_line(parser).parse_args()
+
+
+@exits_cleanly
+def main() -> None:
+    args = parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    device = torch.device(args.device)
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        bed = Bed(args, device, Path(folder))
+        figures = compare(bed, args) | trie_share(bed, args) | trie_figures(args.trie_items)
+        figures["trie_1m_lookup_share"] = figures["trie_1m_lookup_ms"] / figures["step_of_64_users_ms"]
+        model_folder = bed.tuned
+        del bed  # its memory, before other processes need theirs
+        figures |= processes(model_folder, Path(folder), args, device)
+    names = ("ratio_vs_generate", "ratio_vs_reorder_cache", "same_lists", "trie_share", "ddp_ratio", "trie_1m_seconds")
+    for name in (*names, "trie_1m_mb", "trie_1m_lookup_ms", "trie_1m_lookup_share"):
+        print(f"{name:<24} {figures.get(name, 'not measured')}")
+    print(f"\n{write_results('decode', device, {'arguments': vars(args), **figures})}")
+
+
+class Bed:
+    """Users with 20 items of history, encoded as prompts, and a model that has just got the codes of all items."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, folder: Path):
+        left_out = without_twins(args.data_path, args.dataset, folder)
+        dataset = open_dataset(folder, args.dataset, ["index"])
+        self.device, self.num_beams = device, args.num_beams
+        self.tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model)
+        extend_vocabulary(model, self.tokenizer, dataset.index)
+        self.token_ids = index_token_ids(self.tokenizer, dataset.index)
+        self.trie = Trie.build(self.token_ids, end=self.tokenizer.eos_token_id).to(device)
+        prompts = read_prompts(PROMPT_FILE)
+        samples = held_out_samples(dataset, "test", "next", max_his_len=20)
+        instructions = Instructions(samples, self.tokenizer, prompts, set(), max_his_len=20, his_sep=", ")
+        chosen = [sample for sample in samples if len(sample["history"]) == 20][: args.users]
+        texts = [instructions.prompt(sample, prompts["seqrec"][0]) for sample in chosen]
+        self.rows = [encode_prompt(self.tokenizer, text) for text in texts]
+        # A checkpoint as finetune.py leaves it: the speed of a test does not depend on what was learned.
+        self.tuned = folder / "tuned"
+        model.save_pretrained(self.tuned)
+        self.tokenizer.save_pretrained(self.tuned)
+        write_json(self.tuned / RECORD, record_of(dataset, DataArguments(), MethodArguments(), prompts))
+        self.model = model.to(device, getattr(torch, args.dtype)).eval()
+        print(
+            f"{args.base_model}, {args.dtype} on {device}; {len(self.rows)} users of {args.dataset} ({left_out} twin "
+            f"items left out), prompts of up to {max(map(len, self.rows))} tokens, {args.num_beams} beams"
+        )
+
+    def search(self, batch: dict, **forward) -> list[list[tuple[str, float]]]:
+        """Ours: the (item, score) pairs of each prompt, best first."""
+        lists = beam_search(self.model, **batch, trie=self.trie, num_beams=self.num_beams, **forward)
+        return [[(r.item, r.score) for r in found] for found in lists]
+
+    def run(self, side: Callable, size: int, users: int | None = None) -> tuple[float, list]:
+        """Seconds for the first `users` in batches of `size`, and their lists."""
+        rows, found = self.rows[:users], []
+        batches = [
+            prompt_batch(self.tokenizer, rows[at : at + size]).to(self.device) for at in range(0, len(rows), size)
+        ]
+        synchronise(self.device)
+        began = time.perf_counter()
+        for batch in batches:
+            found += side(batch)
+        synchronise(self.device)
+        return time.perf_counter() - began, found
+
+
+def compare(bed: Bed, args: argparse.Namespace) -> dict:
+    """`generate()`, prefill once and re-order the cache, ours: the best batch size of each, then all in turn."""
+    sides = {
+        "generate": (generate_side(bed), args.generate_batches),
+        "reorder_cache": (lambda batch: bed.search(batch, forward=BeamRows(bed.model)), args.search_batches),
+        "ours": (bed.search, args.search_batches),
+    }
+    users, best, tried = len(bed.rows), {}, {}
+    for name, (side, sizes) in sides.items():
+        sizes = sorted({min(int(size), users) for size in sizes.split(",")})
+        bed.run(side, sizes[0], users=sizes[0])  # warm
+        tried[name] = {size: bed.run(side, size, users=size)[0] / size for size in sizes}
+        best[name] = min(tried[name], key=tried[name].get)
+        print(
+            f"  {name}: seconds a user by batch size { ({k: round(v, 4) for k, v in tried[name].items()}) }",
+            flush=True,
+        )
+    seconds, peak, lists = defaultdict(list), {}, {}
+    for _ in range(args.repeats):
+        for name, (side, _) in sides.items():
+            with Peak(bed.device) as memory:
+                took, lists[name] = bed.run(side, best[name])
+            seconds[name].append(took)
+            peak[name] = memory.mb
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    rate = {name: users / time for name, time in median.items()}
+    ratio = {name: time / median["ours"] for name, time in median.items()}
+
+    print(f"\n{'':<14}{'batch':>6}{'users/s':>10}{'items/s':>10}{'peak MB':>10}{'ours is':>11}")
+    for name in sides:
+        print(
+            f"{name:<14}{best[name]:>6}{rate[name]:>10.2f}{rate[name] * args.num_beams:>10.1f}{peak[name]:>10.0f}",
+            end="",
+        )
+        print(f"{ratio[name]:>10.2f}x")
+    print()
+    items = {name: [[item for item, _ in found] for found in rows] for name, rows in lists.items()}
+    scores = {name: torch.tensor([[score for _, score in found] for found in rows]) for name, rows in lists.items()}
+    figures = {
+        "ratio_vs_generate": round(ratio["generate"], 2),
+        "ratio_vs_reorder_cache": round(ratio["reorder_cache"], 2),
+        "same_lists": all(found == items["ours"] for found in items.values()),
+        "users_with_the_same_list": {
+            name: sum(a == b for a, b in zip(found, items["ours"], strict=True)) for name, found in items.items()
+        },
+        "largest_score_difference": {
+            name: (found - scores["ours"]).abs().max().item() for name, found in scores.items()
+        },
+        "users_per_second": rate,
+        "items_per_second": {name: value * args.num_beams for name, value in rate.items()},
+        "peak_mb": peak,
+        "batch_size": best,
+        "seconds_per_user_by_batch_size": tried,
+        "seconds": seconds,
+        "prompt_tokens": [len(row) for row in bed.rows],
+    }
+    if args.peak_tflops:
+        # Two operations a weight and token, the (tied) head only where logits are asked for; attention not counted.
+        head = bed.model.get_output_embeddings().weight.numel()
+        body = bed.model.num_parameters() - head
+        beams = users * args.num_beams * (bed.trie.depth - 1)
+        flops = 2 * (body * (sum(map(len, bed.rows)) + beams) + head * (users + beams))
+        figures["share_of_peak_flops"] = flops / median["ours"] / 1e12 / args.peak_tflops
+        print(f"share of peak FLOPs: {figures['share_of_peak_flops']:.1%}")
+    return figures
+
+
+def trie_share(bed: Bed, args: argparse.Namespace) -> dict:
+    """The share of a search that goes into the trie, and the time of one step of 64 users' beams."""
+    children, is_dead, spent = bed.trie.children, bed.trie.is_dead, []
+
+    def timed(look_up: Callable) -> Callable:
+        def run(*arguments):
+            synchronise(bed.device)
+            began = time.perf_counter()
+            result = look_up(*arguments)
+            synchronise(bed.device)
+            spent.append(time.perf_counter() - began)
+            return result
+
+        return run
+
+    bed.trie.children, bed.trie.is_dead = timed(children), timed(is_dead)
+    seen = torch.randint(len(bed.trie), (8, 20), device=bed.device)
+    took, _ = bed.run(lambda batch: bed.search(batch, excluded=seen[: len(batch["input_ids"])]), 8)
+    bed.trie.children, bed.trie.is_dead = children, is_dead
+
+    batch = prompt_batch(bed.tokenizer, (bed.rows * 64)[:64]).to(bed.device)
+    block = BeamBlock(bed.model, room=batch["input_ids"].shape[1] + 2 * args.num_beams)
+    tokens = torch.randint(int(bed.trie.token.max()), (64, args.num_beams), device=bed.device)
+    with torch.no_grad():
+        block.prefill(**batch)
+        block.step(tokens, torch.zeros_like(tokens))  # warm
+        synchronise(bed.device)
+        began = time.perf_counter()
+        block.step(tokens, torch.zeros_like(tokens))
+        synchronise(bed.device)
+    return {"trie_share": sum(spent) / took, "step_of_64_users_ms": (time.perf_counter() - began) * 1000}
+
+
+def processes(tuned: Path, data_path: Path, args: argparse.Namespace, device: torch.device) -> dict:
+    """test.py beside test_ddp.py with two processes, start and end included, on the same checkpoint and users."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        return {}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    seconds = defaultdict(list)
+    for _ in range(args.repeats):
+        for name, start in (("test", ["test.py"]), ("test_ddp", [*torchrun, "test_ddp.py"])):
+            flags = ["--ckpt_path", tuned, "--data_path", data_path, "--sample_num", args.ddp_users]
+            flags += ["--test_batch_size", 16, "--results_file", data_path / f"{name}.json"]
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *start, *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
+            seconds[name].append(time.perf_counter() - began)
+    return {
+        "ddp_ratio": round(statistics.median(seconds["test"]) / statistics.median(seconds["test_ddp"]), 3),
+        "ddp_seconds": seconds,
+    }
+
+
+def generate_side(bed: Bed) -> Callable:
+    """`generate()` constrained by a Python trie, one dictionary look-up a beam."""
+    end, depth = bed.tokenizer.eos_token_id, len(next(iter(bed.token_ids.values())))
+    follows = defaultdict(set)
+    for tokens in bed.token_ids.values():
+        for at, token in enumerate([*tokens, end]):
+            follows[tuple(tokens[:at])].add(token)
+    follows = {path: sorted(tokens) for path, tokens in follows.items()}
+    item_of = {tuple(tokens): item for item, tokens in bed.token_ids.items()}
+
+    def side(batch):
+        start = batch["input_ids"].shape[1]
+        output = bed.model.generate(
+            **batch, max_new_tokens=depth + 1, num_beams=bed.num_beams, do_sample=False,
+            num_return_sequences=bed.num_beams,
+            length_penalty=0.0, eos_token_id=end, pad_token_id=bed.tokenizer.pad_token_id, output_scores=True,
+            prefix_allowed_tokens_fn=lambda _, tokens: follows.get(tuple(tokens[start:].tolist()), [end]),
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        items = [item_of[tuple(row)] for row in output.sequences[:, start : start + depth].tolist()]
+        pairs = list(zip(items, output.sequences_scores.tolist(), strict=True))
+        return [pairs[at : at + bed.num_beams] for at in range(0, len(pairs), bed.num_beams)]
+
+    return side
+
+
+def trie_figures(items: int) -> dict:
+    """Building time, size and look-up time of a trie of random four-level indices, 256 codes a level, all distinct."""
+    codes = np.random.default_rng(0).choice(256**4, size=items + items // 20, replace=True)
+    codes = np.unique(codes)
+    codes = np.random.default_rng(1).permutation(codes)[:items]
+    rows = np.stack([codes // 256**level % 256 + 256 * level for level in range(4)], axis=1)
+    sequences = {str(item): row for item, row in enumerate(rows.tolist())}
+    began = time.perf_counter()
+    trie = Trie.build(sequences)
+    built = time.perf_counter() - began
+    tensors = sum(getattr(trie, name).nbytes for name in TENSORS)
+    names = trie.items.nbytes + sum(len(name) for name in trie.items if len(name) > 15)  # longer ones lie apart
+    states = torch.randint(1, 257, (64, 20))
+    trie.children(states, 1)
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        trie.children(states, 1)
+        times.append(time.perf_counter() - began)
+    return {
+        "trie_1m_items": len(trie),
+        "trie_1m_seconds": round(built, 2),
+        "trie_1m_mb": (tensors + names) / 2**20,
+        "trie_1m_tensors_mb": tensors / 2**20,
+        "trie_1m_lookup_ms": statistics.median(times) * 1000,
+    }
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
