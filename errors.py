@@ -31,7 +31,7 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except InputError as error:
-            if int(os.environ.get("RANK", 0)):
+            if int(os.environ.get("RANK") or 0):
                 time.sleep(3)  # of processes that found the same, torchrun lets only the first say it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import datasets
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import distributed
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.collate import Instructions, encode_prompt, prompt_batch
 from data.prompts import Phrasing
 from decoding.beam import Recommendation, beam_search
+from decoding.forward import out_of_memory
 from decoding.trie import Trie
 from errors import InputError
 
@@ -45,7 +46,8 @@ def recommend(
         excluded: for each sample the items that must not be returned.
         score: see `beam_search`.
         split: share the batches out among the processes of the default group; each of them gets all lists. The
-            batches are those of a single process, so that their number changes no score.
+            batches are those of a single process, so that the number of processes changes no score (where they run
+            with other numbers of threads, the last bits of a float may differ).
 
     Raises:
         InputError: memory does not suffice for one sample.
@@ -55,7 +57,7 @@ def recommend(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if split:
         batches = batches[distributed.get_rank() :: distributed.get_world_size()]
-    trie = trie.to(model.device)
+    trie.to(model.device)
 
     def search(rows: list[int]) -> list[list[Recommendation]]:
         batch = prompt_batch(instructions.tokenizer, [prompts[i] for i in rows]).to(model.device)
@@ -65,13 +67,14 @@ def recommend(
     found: dict[int, list[Recommendation]] = {}
     was_training = model.training
     model.eval()
-    with tqdm(
-        total=sum(map(len, batches)), desc="search", unit="user", disable=None if show_progress else True
-    ) as bar:
+    bar = tqdm(total=sum(map(len, batches)), desc="search", unit="user", disable=None if show_progress else True)
+    try:
         for rows, lists in _while_memory_lasts(search, batches):
             found.update(zip(rows, lists, strict=True))
             bar.update(len(rows))
-    model.train(was_training)
+    finally:
+        bar.close()
+        model.train(was_training)
     if split:
         return _merge(found, trie, num_beams, len(prompts), model.device)
     return [found[i] for i in range(len(prompts))]
@@ -88,8 +91,8 @@ def _while_memory_lasts(search, batches: list[list[int]]) -> Iterator[tuple[list
             continue
         try:
             lists = search(rows)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             lists = None  # and on below, where the error no longer holds the tensors of the search
         if lists is not None:
@@ -107,13 +110,14 @@ def _merge(
     found: dict[int, list[Recommendation]], trie: Trie, num_beams: int, samples: int, device: torch.device
 ) -> list[list[Recommendation]]:
     """The lists of all processes, each sample from the one that searched for it."""
-    items = torch.full((samples, num_beams), -1, device=device)
-    scores = torch.full((samples, num_beams), -torch.inf, device=device)
-    times = torch.zeros(samples, dtype=torch.int64, device=device)
+    items = torch.full((samples, num_beams), -1)
+    scores = torch.full((samples, num_beams), -torch.inf)
+    times = torch.zeros(samples, dtype=torch.int64)
     for i, ranked in found.items():
         items[i, : len(ranked)] = torch.tensor([trie.numbers[r.item] for r in ranked], dtype=torch.int64)
         scores[i, : len(ranked)] = torch.tensor([r.score for r in ranked])
         times[i] += 1
+    items, scores, times = items.to(device), scores.to(device), times.to(device)
     for tensor, how in ((items, "MAX"), (scores, "MAX"), (times, "SUM")):
         distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how))
     if (times != 1).any():

@@ -166,7 +166,8 @@ stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" data/prompts.yaml data/
   --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
 
 # ---- 6. Test: every user's last item, against popularity and co-occurrence ----
-stage test "$RESULTS" "$INTER" "$INDEX" "$CKPT/lcrec/run.json" test.py decoding/beam.py -- \
+stage test "$RESULTS" "$INTER" "$INDEX" "$CKPT/lcrec/run.json" test.py recommend.py \
+  decoding/beam.py decoding/forward.py decoding/trie.py -- \
   python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
   --num_beams 20 --exclude_seen --results_file "$RESULTS" --predictions_file "${RESULTS%.json}.predictions.jsonl"
 

@@ -15,7 +15,7 @@ from errors import InputError, exits_cleanly
 
 @exits_cleanly
 def main() -> None:
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         raise InputError("start it with torchrun --nproc_per_node <processes> test_ddp.py ...; or use test.py")
     if torch.cuda.is_available():
         if (gpu := int(os.environ["LOCAL_RANK"])) >= (gpus := torch.cuda.device_count()):
@@ -23,7 +23,7 @@ def main() -> None:
                 f"torchrun --nproc_per_node: this machine has {gpus} GPUs, a process needs one of its own"
             )
         torch.cuda.set_device(gpu)
-    else:  # torchrun gives each process one thread, whatever the machine has
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # what torchrun sets, however many cores there are
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     # A process that has no more users waits for the others: that is no failure.

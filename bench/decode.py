@@ -2,10 +2,12 @@
 
 python -m models.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
 python -m bench.decode --data_path ../shared/data
-python -m bench.decode --data_path ../shared/data --device cuda --dtype bfloat16 --users 256 --peak_tflops 989
+python -m bench.decode --data_path ../shared/data --device cuda --dtype bfloat16 --users 256 --peak_tflops 989 \
+    --generate_batches 4,8,16,32,64 --search_batches 16,32,64,128,256
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
 from arguments import DataArguments, MethodArguments
@@ -68,7 +71,7 @@ def main() -> None:
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         bed = Bed(args, device, Path(folder))
-        figures = compare(bed, args) | trie_share(bed, args) | trie_figures(args.trie_items)
+        figures = compare(bed, args) | trie_share(bed, args) | trie_figures(args.trie_items, device)
         figures["trie_1m_lookup_share"] = figures["trie_1m_lookup_ms"] / figures["step_of_64_users_ms"]
         model_folder = bed.tuned
         del bed  # its memory, before other processes need theirs
@@ -137,7 +140,7 @@ def compare(bed: Bed, args: argparse.Namespace) -> dict:
     for name, (side, sizes) in sides.items():
         sizes = sorted({min(int(size), users) for size in sizes.split(",")})
         bed.run(side, sizes[0], users=sizes[0])  # warm
-        tried[name] = {size: bed.run(side, size, users=size)[0] / size for size in sizes}
+        tried[name] = {size: bed.run(side, size, users=sizes[-1])[0] / sizes[-1] for size in sizes}
         best[name] = min(tried[name], key=tried[name].get)
         print(
             f"  {name}: seconds a user by batch size { ({k: round(v, 4) for k, v in tried[name].items()}) }",
@@ -183,19 +186,16 @@ def compare(bed: Bed, args: argparse.Namespace) -> dict:
         "prompt_tokens": [len(row) for row in bed.rows],
     }
     if args.peak_tflops:
-        # Two operations a weight and token, the (tied) head only where logits are asked for; attention not counted.
-        head = bed.model.get_output_embeddings().weight.numel()
-        body = bed.model.num_parameters() - head
-        beams = users * args.num_beams * (bed.trie.depth - 1)
-        flops = 2 * (body * (sum(map(len, bed.rows)) + beams) + head * (users + beams))
-        figures["share_of_peak_flops"] = flops / median["ours"] / 1e12 / args.peak_tflops
+        with FlopCounterMode(display=False) as counter:
+            bed.run(bed.search, best["ours"])
+        figures["share_of_peak_flops"] = counter.get_total_flops() / median["ours"] / 1e12 / args.peak_tflops
         print(f"share of peak FLOPs: {figures['share_of_peak_flops']:.1%}")
     return figures
 
 
 def trie_share(bed: Bed, args: argparse.Namespace) -> dict:
     """The share of a search that goes into the trie, and the time of one step of 64 users' beams."""
-    children, is_dead, spent = bed.trie.children, bed.trie.is_dead, []
+    names, spent = ("children", "dead_states", "is_dead"), []
 
     def timed(look_up: Callable) -> Callable:
         def run(*arguments):
@@ -208,10 +208,12 @@ def trie_share(bed: Bed, args: argparse.Namespace) -> dict:
 
         return run
 
-    bed.trie.children, bed.trie.is_dead = timed(children), timed(is_dead)
-    seen = torch.randint(len(bed.trie), (8, 20), device=bed.device)
+    for name in names:
+        setattr(bed.trie, name, timed(getattr(bed.trie, name)))
+    seen = torch.randint(len(bed.trie), (len(bed.rows), 20), device=bed.device)
     took, _ = bed.run(lambda batch: bed.search(batch, excluded=seen[: len(batch["input_ids"])]), 8)
-    bed.trie.children, bed.trie.is_dead = children, is_dead
+    for name in names:
+        delattr(bed.trie, name)
 
     batch = prompt_batch(bed.tokenizer, (bed.rows * 64)[:64]).to(bed.device)
     block = BeamBlock(bed.model, room=batch["input_ids"].shape[1] + 2 * args.num_beams)
@@ -231,13 +233,14 @@ def processes(tuned: Path, data_path: Path, args: argparse.Namespace, device: to
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         return {}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    seconds = defaultdict(list)
+    seconds, hidden = defaultdict(list), {} if device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     for _ in range(args.repeats):
         for name, start in (("test", ["test.py"]), ("test_ddp", [*torchrun, "test_ddp.py"])):
             flags = ["--ckpt_path", tuned, "--data_path", data_path, "--sample_num", args.ddp_users]
             flags += ["--test_batch_size", 16, "--results_file", data_path / f"{name}.json"]
             began = time.perf_counter()
-            subprocess.run([sys.executable, *start, *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
+            command = [sys.executable, *start, *map(str, flags)]
+            subprocess.run(command, cwd=ROOT, env=os.environ | hidden, check=True, capture_output=True)
             seconds[name].append(time.perf_counter() - began)
     return {
         "ddp_ratio": round(statistics.median(seconds["test"]) / statistics.median(seconds["test_ddp"]), 3),
@@ -271,7 +274,7 @@ def generate_side(bed: Bed) -> Callable:
     return side
 
 
-def trie_figures(items: int) -> dict:
+def trie_figures(items: int, device: torch.device) -> dict:
     """Building time, size and look-up time of a trie of random four-level indices, 256 codes a level, all distinct."""
     codes = np.random.default_rng(0).choice(256**4, size=items + items // 20, replace=True)
     codes = np.unique(codes)
@@ -283,12 +286,14 @@ def trie_figures(items: int) -> dict:
     built = time.perf_counter() - began
     tensors = sum(getattr(trie, name).nbytes for name in TENSORS)
     names = trie.items.nbytes + sum(len(name) for name in trie.items if len(name) > 15)  # longer ones lie apart
-    states = torch.randint(1, 257, (64, 20))
-    trie.children(states, 1)
+    trie.to(device)
+    states = torch.randint(1, 257, (64, 20), device=device)
     times = []
-    for _ in range(20):
+    for _ in range(21):
+        synchronise(device)
         began = time.perf_counter()
         trie.children(states, 1)
+        synchronise(device)
         times.append(time.perf_counter() - began)
     return {
         "trie_1m_items": len(trie),

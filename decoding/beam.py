@@ -53,10 +53,12 @@ def beam_search(
     Equal scores: what was complete earlier comes first, then what continues the better beam, then the smaller token.
 
     Raises:
-        InputError: the model's scores are not numbers.
+        InputError: the model's scores are not finite numbers.
     """
-    forward = forward or beam_forward(model, input_ids.shape[1], trie.depth, num_beams)
-    dead = trie.dead_states(excluded) if excluded is not None else excluded
+    if model.training or score not in SCORES:
+        raise ValueError(f"model.training {model.training}, score {score!r}: should be False, and one of {SCORES}")
+    forward = forward or beam_forward(model, input_ids.shape[1], trie, num_beams)
+    dead = trie.dead_states(excluded) if excluded is not None else None
     batch, device = len(input_ids), input_ids.device
     states = torch.zeros((batch, 1), dtype=torch.int64, device=device)  # where each beam stands in the trie
     scores = torch.zeros((batch, 1), device=device)  # float32; -inf: there is no such beam
@@ -67,17 +69,13 @@ def beam_search(
         # All continuations of all beams: [batch, beams, children], then [batch, candidates].
         children, possible = trie.children(states, level)
         gains = logits.gather(2, trie.token[children].long()).float()
-        if score == "full":
-            gains -= _log_normaliser(logits)
-        else:
-            gains -= gains.masked_fill(~possible, -torch.inf).logsumexp(2, keepdim=True)
+        whole = _log_normaliser(logits)
+        if not whole.isfinite().all():
+            raise InputError("the model's scores are not finite: its weights are broken, or its dtype is too narrow")
+        gains -= whole if score == "full" else gains.masked_fill(~possible, -torch.inf).logsumexp(2, keepdim=True)
         if dead is not None:
             possible &= ~trie.is_dead(children, dead)
         candidates = (scores.unsqueeze(2) + gains).masked_fill_(~possible, -torch.inf).flatten(1)
-        if candidates.isnan().any():
-            raise InputError(
-                "the model's scores are not numbers (NaN): its weights are broken, or its dtype too narrow"
-            )
         children = children.flatten(1)
         items = trie.item[children].long()
 

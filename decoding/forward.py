@@ -4,14 +4,18 @@ Both compute the prompt once and then, level by level, the logits after the newe
 """
 
 import inspect
-import warnings
+import logging
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from decoding.trie import Trie
 from errors import InputError
+
+logger = logging.getLogger(__name__)
 
 WORTH_A_PASS = 64  # tokens to be saved by a forward pass of its own
 
@@ -24,6 +28,8 @@ class BeamBlock:
 
     Args:
         room: how many tokens the cache will hold for each sample, prompt and beams together.
+
+    An object serves one search.
     """
 
     def __init__(self, model: PreTrainedModel, room: int):
@@ -111,67 +117,95 @@ class BeamRows:
         return output.logits.view(batch, beams, -1)
 
 
-def beam_forward(model: PreTrainedModel, length: int, depth: int, num_beams: int) -> BeamBlock | BeamRows:
-    """The faster of the two ways that computes what `model` computes without a cache.
+def beam_forward(model: PreTrainedModel, length: int, trie: Trie, num_beams: int) -> BeamBlock | BeamRows:
+    """For one search: the faster of the two ways that is right for the model.
 
     Args:
         length: tokens of the longest prompt.
-        depth: tokens of the longest index.
     """
-    if model not in _takes_blocks:
-        _takes_blocks[model] = _block_is_right(model)
-    if not _takes_blocks[model]:
-        reason = "takes no 4-D attention mask"
-    elif length + depth > (window := _window(model)):
-        reason = f"has a window of {window} tokens, less than a prompt"
+    widths = [min(num_beams, states) for states in trie.level.diff().tolist()]
+    room = length + sum(widths[1:-1])  # the root has no token, the last level is not fed
+    window = _window(model)
+    if not window or not _block_is_right(model, room):
+        reason = "its beams cannot be computed as one block"
+    elif length + trie.depth > window:
+        reason = f"a prompt of {length} tokens and an index do not fit into its window of {window:.0f}"
     else:
-        return BeamBlock(model, room=length + num_beams * depth)
-    warnings.warn(  # Python shows it once
-        f"{type(model).__name__} {reason}: every beam gets a copy of its prompt's cache, "
-        "which is slower and finds the same items",
-        stacklevel=2,
-    )
+        return BeamBlock(model, room)
+    if reason not in _said.setdefault(model, set()):
+        _said[model].add(reason)
+        logger.warning(
+            "%s: %s; every beam gets a copy of its prompt's cache, which is slower and finds the same items",
+            *(type(model).__name__, reason),
+        )
     return BeamRows(model)
 
 
-_takes_blocks: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_said: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
+_tried: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()  # room -> is a block right?
 
 
 def _window(model: PreTrainedModel) -> float:
-    """How far back every layer sees, in tokens; 0 where a layer's state is more than the keys and values of tokens."""
+    """How far back every layer sees, in tokens; 0 where a layer keeps more than the keys and values of tokens."""
     layers = DynamicCache(config=model.config).layers
-    if not all(isinstance(layer, DynamicLayer) for layer in layers):
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return 0
     return min((layer.get_max_length() for layer in layers if layer.is_sliding), default=float("inf"))
 
 
+def _block_is_right(model: PreTrainedModel, room: int) -> bool:
+    """Try it once for each size of cache: what no document says of an architecture, a small forward pass does."""
+    room = max(64, 1 << (room - 1).bit_length())
+    if room not in (tried := _tried.setdefault(model, {})):
+        tried[room] = _takes(model, "position_ids") and _try_block(model, room)
+    return tried[room]
+
+
 @torch.no_grad()
-def _block_is_right(model: PreTrainedModel) -> bool:
-    """Try it: two beams of two tokens after a prompt, as a block and each by itself without a cache."""
-    if not _takes(model, "position_ids") or not _window(model):
-        return False
-    prompt = torch.tensor([[0, 3, 5, 4]], device=model.device)
-    padding = torch.tensor([[0, 1, 1, 1]], device=model.device)
-    first, second, parents = (torch.tensor([pair], device=model.device) for pair in ([6, 7], [8, 9], [1, 0]))
-    zeros = torch.zeros_like(parents)
-    paths = torch.tensor([[3, 5, 4, 7, 8], [3, 5, 4, 6, 9]], device=model.device)
+def _try_block(model: PreTrainedModel, room: int) -> bool:
+    """Many beams of two tokens after a prompt: the first and the last of them as in the block, and without a cache.
+
+    There are as many as the cache will hold, to find out an attention that minds how far apart keys lie in it.
+    """
+    beams = (room - 4) // 2
+    words = torch.arange(4 + 2 * beams, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    prompt, first, second = words[None, :4], words[None, 4 : 4 + beams], words[None, 4 + beams :]
+    parents = torch.arange(beams, device=model.device).flip(0)[None]
+    paths = torch.stack([torch.cat([prompt[0, 1:], first[0, [-1 - at]], second[0, [at]]]) for at in (0, -1)])
     alone = model(input_ids=paths, use_cache=False).logits[:, -1].float()
-    if not alone.isfinite().all():
-        return True  # broken weights: the search itself will say so
-    block = BeamBlock(model, room=8)
+    ones = torch.ones_like(paths)
+    padded = model(  # a second way without a cache: how far apart two right answers may be
+        input_ids=torch.cat([paths[:, :1], paths], dim=1),
+        attention_mask=torch.cat([0 * ones[:, :1], ones], dim=1),
+        position_ids=torch.cat([0 * ones[:, :1], ones.cumsum(1) - 1], dim=1),
+        use_cache=False,
+    ).logits[:, -1]
+    block = BeamBlock(model, room)
     try:
-        block.prefill(prompt, padding)
-        block.step(first, zeros)
-        together = block.step(second, parents)[0]
-    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, NotImplementedError):
+        block.prefill(prompt, torch.tensor([[0, 1, 1, 1]], device=model.device))
+        block.step(first, torch.zeros_like(first))
+        together = block.step(second, parents)[0, [0, -1]]
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
+        if out_of_memory(error):
+            raise
         return False  # that is the answer: this architecture wants another kind of mask or cache
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
-    return bool((together.float() - alone).abs().max() <= tolerance * alone.abs().max())
+    scale = alone.abs().max()
+    tolerance = max(5e-3 * scale, 8 * (padded.float() - alone).abs().max())
+    return (
+        not (together.float() - alone).abs().max() > tolerance
+    )  # broken weights pass: the search itself refuses them
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device's or the machine's memory did not suffice."""
+    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
+    return known or any(text in str(error) for text in texts)
 
 
 def _common_beginning(input_ids: torch.Tensor, padding: torch.Tensor) -> int:
     """With how many tokens all prompts begin, leaving each at least one of its own."""
-    most = input_ids.shape[1] - int(padding.max()) - 1
+    most = max(0, input_ids.shape[1] - int(padding.max()) - 1)
     beginnings = input_ids.gather(1, padding + torch.arange(most, device=input_ids.device))
     return int((beginnings == beginnings[:1]).all(0).cumprod(0).sum())
 
@@ -197,7 +231,10 @@ def _takes(model: PreTrainedModel, argument: str) -> bool:
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values of one layer in tensors that have room for all that comes, so that adding copies nothing old."""
+    """Keys and values of one layer in tensors that have room for all that comes, so that adding copies nothing old.
+
+    For one search: things are added, never re-ordered or taken away.
+    """
 
     def __init__(self, room: int):
         super().__init__()

@@ -125,10 +125,10 @@ class Trie:
         return self.token.device
 
     def to(self, device: torch.device | str) -> Self:
-        """The same trie with its tensors on `device`."""
-        if torch.device(device) == self.device:
-            return self
-        return type(self)(self.items, {name: getattr(self, name).to(device) for name in TENSORS})
+        """Move the tensors to `device`; returns the trie itself."""
+        for name in TENSORS:
+            setattr(self, name, getattr(self, name).to(device))
+        return self
 
     def children(self, states: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What may follow: the children of `states`, all of level `level`, in the order of their tokens.
@@ -138,7 +138,7 @@ class Trie:
 
         Returns:
             child states, int64 [..., width[level]]; and which of them exist, bool of the same shape. The others are
-            states too, but not of this parent.
+            states too, but not of this parent. A level with one very wide state costs its width for every state.
         """
         offsets = torch.arange(self.width[level], device=self.device)
         found = self.first_child[states].unsqueeze(-1) + offsets
@@ -185,7 +185,7 @@ class Trie:
         return dead[torch.searchsorted(dead, keys).clamp(max=len(dead) - 1)] == keys
 
     def save(self, path: str | Path) -> None:
-        """Write the trie as one safetensors file."""
+        """Write the trie as one safetensors file, for whoever serves a model without its dataset folder."""
         names = torch.frombuffer(bytearray(json.dumps(self.items.tolist()).encode()), dtype=torch.uint8)
         save_file({name: getattr(self, name).cpu() for name in TENSORS} | {"items": names}, path)
 
@@ -194,8 +194,33 @@ class Trie:
         """Read what `save` wrote, onto the CPU; InputError if it is not that."""
         try:
             tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
+            items = json.loads(tensors["items"].numpy().tobytes())
+            tensors = {name: tensors[name] for name in TENSORS}
+        except (OSError, SafetensorError, ValueError) as error:
             raise InputError(f"{path}: no trie could be read from there ({error})") from None
-        if missing := {*TENSORS, "items"} - tensors.keys():
-            raise InputError(f"{path}: holds no trie: there is no {min(missing)!r} in it")
-        return cls(json.loads(tensors.pop("items").numpy().tobytes()), tensors)
+        except KeyError as error:
+            raise InputError(f"{path}: holds no trie: there is no {error} in it") from None
+        if not _is_sound(items, tensors):
+            raise InputError(f"{path}: its tensors do not make a trie; write the file again with Trie.save")
+        return cls(items, tensors)
+
+
+def _is_sound(items: object, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether every state that a look-up can reach is there."""
+    if not isinstance(items, list) or any(t.dtype != torch.int32 or t.ndim != 1 for t in tensors.values()):
+        return False
+    first_child, token, parent, item, leaf, leaves, level = (tensors[name].long() for name in TENSORS)
+    states, count = len(token), len(items)
+    if not (
+        len(first_child) == states + 1 and len(parent) == len(item) == len(leaves) == states and len(leaf) == count
+    ):
+        return False
+    ascending = (first_child.diff() >= 0).all() and (level.diff() > 0).all()
+    if not (states and count and len(level) > 2 and ascending and first_child[0] == 1 and first_child[-1] == states):
+        return False
+    if level[0] != 0 or level[-1] != states or not ((leaf > 0) & (leaf < states)).all():
+        return False
+    children = torch.arange(states).repeat_interleave(first_child.diff())
+    return (
+        torch.equal(parent[1:], children) and torch.equal(item[leaf], torch.arange(count)) and bool(leaves[0] == count)
+    )

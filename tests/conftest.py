@@ -16,6 +16,8 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -51,6 +53,17 @@ ARCHITECTURES = {
 # Those whose beams cannot always be one query block.
 OTHERS = {
     "bloom": lambda n: BloomForCausalLM(BloomConfig(vocab_size=n, hidden_size=32, n_layer=2, n_head=2)),
+    "gpt-neo": lambda n: GPTNeoForCausalLM(  # its local layers count places in the cache, which no mask can mend
+        GPTNeoConfig(
+            vocab_size=n,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            window_size=24,
+            max_position_embeddings=512,
+        )
+    ),  # fmt: skip
     "mistral-window": lambda n: MistralForCausalLM(MistralConfig(vocab_size=n, sliding_window=6, **ROPE)),
     "gemma3-window": lambda n: Gemma3ForCausalLM(
         Gemma3TextConfig(

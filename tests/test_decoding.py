@@ -112,7 +112,7 @@ def test_smollm2_agrees_with_generate_on_real_prompts(shared, smollm2):
         check(found, theirs)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "bloom", "mistral-window", "gemma3-window"])
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "gpt-neo", "mistral-window", "gemma3-window"])
 @pytest.mark.parametrize("end", [None, 2])
 def test_rows_with_their_own_cache_find_the_same(architecture, end):
     model = make_model(architecture, VOCABULARY)
@@ -132,18 +132,39 @@ def test_rows_with_their_own_cache_find_the_same(architecture, end):
 @pytest.mark.parametrize(
     "architecture, length, reason",
     [
-        ("bloom", 3, "takes no 4-D attention mask"),
-        ("mistral-window", 9, "has a window of 6 tokens"),
-        ("gemma3-window", 9, "has a window of 6 tokens"),
+        ("bloom", 3, "its beams cannot be computed as one block"),
+        ("gpt-neo", 3, "its beams cannot be computed as one block"),
+        ("mistral-window", 4, "a prompt of 4 tokens and an index do not fit into its window of 6"),
+        ("gemma3-window", 4, "a prompt of 4 tokens and an index do not fit into its window of 6"),
         ("mistral-window", 3, None),
         ("gemma", 9, None),
     ],
 )
-def test_the_slower_way_is_taken_where_it_must_be_and_says_so(architecture, length, reason, recwarn):
-    forward = beam_forward(make_model(architecture, VOCABULARY), length, depth=3, num_beams=4)
-    assert isinstance(forward, BeamBlock if reason is None else BeamRows)
-    said = [str(warning.message) for warning in recwarn if "copy of its prompt's cache" in str(warning.message)]
-    assert len(said) == (reason is not None) and all(reason in text for text in said)
+def test_the_slower_way_is_taken_where_it_must_be_and_says_so_once(architecture, length, reason, caplog):
+    model, trie = make_model(architecture, VOCABULARY), Trie.build(ITEMS)
+    for _ in range(2):
+        assert isinstance(beam_forward(model, length, trie, 4), BeamBlock if reason is None else BeamRows)
+    assert len(caplog.messages) == (reason is not None) and all(reason in text for text in caplog.messages)
+
+
+def test_the_trial_of_a_block_fits_small_vocabularies_and_memory(monkeypatch, caplog):
+    trie = Trie.build({"a": [1, 2], "b": [3, 2]})
+    assert isinstance(beam_forward(make_model("llama", 5), 3, trie, 20), BeamBlock)
+    model = make_model("llama", 5)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BeamBlock, "step", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            beam_forward(model, 3, trie, 20)
+    assert isinstance(beam_forward(model, 3, trie, 20), BeamBlock)  # want of memory is no verdict on the model
+
+
+def test_the_cache_has_room_for_the_beams_that_there_can_be():
+    forward = beam_forward(make_model("llama", VOCABULARY), 7, Trie.build(ITEMS, end=2), 2000)
+    assert forward.cache.layers[0].room == 7 + 3 + 9 + 27
 
 
 def test_a_batch_gives_what_its_prompts_give_alone(architecture):
@@ -277,9 +298,19 @@ def test_narrow_numbers_give_nearly_the_same():
         assert {r.item: r.score for r in found} == pytest.approx(exact, abs=0.15)
 
 
-def test_scores_that_are_no_numbers():
+@pytest.mark.parametrize("score", ["full", "legal"])
+@pytest.mark.parametrize("token, value", [(11, float("nan")), (50, float("inf"))])
+def test_scores_that_are_not_finite(token, value, score):
     model = make_model("llama", VOCABULARY)
     with torch.no_grad():
-        model.lm_head.weight[11] = float("nan")
-    with pytest.raises(InputError, match="scores are not numbers"):
-        beam_search(model, *prompts(), Trie.build(ITEMS), 3)
+        model.lm_head.weight[token] = value
+    with pytest.raises(InputError, match="scores are not finite"):
+        beam_search(model, *prompts(), Trie.build(ITEMS), 3, score=score)
+
+
+def test_what_a_programmer_gets_wrong():
+    model = make_model("llama", VOCABULARY)
+    for options in ({"score": "Full"}, {"model": model.train()}):
+        with pytest.raises(ValueError, match="should be False, and one of"):
+            beam_search(**{"model": make_model("llama", VOCABULARY), "score": "full"} | options, num_beams=3,
+                        input_ids=prompts()[0], attention_mask=prompts()[1], trie=Trie.build(ITEMS))  # fmt: skip

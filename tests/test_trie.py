@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from decoding.trie import TENSORS, Trie
 from errors import InputError
@@ -100,7 +100,22 @@ def test_a_file_that_is_no_trie(tmp_path):
     with pytest.raises(InputError, match="trie.safetensors: no trie could be read"):
         Trie.load(path)
     save_file({"first_child": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="holds no trie: there is no 'item'"):
+    with pytest.raises(InputError, match="trie.safetensors: no trie could be read|there is no 'items'"):
+        Trie.load(path)
+
+
+@pytest.mark.parametrize("name", [*TENSORS, "items"])
+@pytest.mark.parametrize("harm", ["cut", "float", "shifted", "gone"])
+def test_a_trie_file_that_was_tampered_with(tmp_path, name, harm):
+    path = tmp_path / "trie.safetensors"
+    Trie.build({str(n): [n // 9, n // 3 % 3, n % 3] for n in range(27)}).save(path)
+    tensors = load_file(path)
+    changed = {"cut": tensors[name][:-1], "float": tensors[name].float(), "shifted": tensors[name] + 1}
+    tensors[name] = changed.get(harm)
+    save_file({key: value.clone() for key, value in tensors.items() if value is not None}, path)
+    if (name, harm) in {("token", "shifted"), ("leaves", "shifted")}:
+        return  # other tokens and other counts are a trie, too
+    with pytest.raises(InputError, match="trie.safetensors: (no trie|holds no trie|its tensors)"):
         Trie.load(path)
 
 
