@@ -48,15 +48,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base_model", default="ckpt/base/SmolLM2-135M-Instruct", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="(default: %(default)s)")
-    parser.add_argument("--users", type=int, default=24, help="with 20 items of history (default: %(default)s)")
+    parser.add_argument("--users", type=int, default=40, help="with 20 items of history (default: %(default)s)")
     parser.add_argument("--num_beams", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
-    parser.add_argument("--generate_batches", default="1,2,4", help="to choose the best of (default: %(default)s)")
-    parser.add_argument("--search_batches", default="4,8,12,24", help="to choose the best of (default: %(default)s)")
+    parser.add_argument("--generate_batches", default="1,2", help="to choose the best of (default: %(default)s)")
+    parser.add_argument("--search_batches", default="10,20,40", help="to choose the best of (default: %(default)s)")
     parser.add_argument("--peak_tflops", type=float, help="of the device at this dtype, for the share of it")
-    parser.add_argument(
-        "--ddp_users", type=int, default=128, help="for test.py and test_ddp.py (default: %(default)s)"
-    )
+    parser.add_argument("--ddp_users", type=int, default=96, help="for test.py and test_ddp.py (default: %(default)s)")
     parser.add_argument("--trie_items", type=int, default=1_000_000, help="(default: %(default)s)")
     return one_line(parser).parse_args()
 

@@ -69,10 +69,12 @@ def beam_search(
         # All continuations of all beams: [batch, beams, children], then [batch, candidates].
         children, possible = trie.children(states, level)
         gains = logits.gather(2, trie.token[children].long()).float()
-        whole = _log_normaliser(logits)
-        if not whole.isfinite().all():
+        if score == "full":
+            gains -= _log_normaliser(logits)
+        else:
+            gains -= gains.masked_fill(~possible, -torch.inf).logsumexp(2, keepdim=True)
+        if not gains.masked_fill(~possible, 0).isfinite().all():
             raise InputError("the model's scores are not finite: its weights are broken, or its dtype is too narrow")
-        gains -= whole if score == "full" else gains.masked_fill(~possible, -torch.inf).logsumexp(2, keepdim=True)
         if dead is not None:
             possible &= ~trie.is_dead(children, dead)
         candidates = (scores.unsqueeze(2) + gains).masked_fill_(~possible, -torch.inf).flatten(1)

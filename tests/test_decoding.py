@@ -298,9 +298,11 @@ def test_narrow_numbers_give_nearly_the_same():
         assert {r.item: r.score for r in found} == pytest.approx(exact, abs=0.15)
 
 
-@pytest.mark.parametrize("score", ["full", "legal"])
-@pytest.mark.parametrize("token, value", [(11, float("nan")), (50, float("inf"))])
-def test_scores_that_are_not_finite(token, value, score):
+@pytest.mark.parametrize(
+    "score, token, value",
+    [("full", 11, math.nan), ("legal", 11, math.nan), ("legal", 11, math.inf), ("full", 50, math.inf)],
+)
+def test_scores_that_are_not_finite(score, token, value):
     model = make_model("llama", VOCABULARY)
     with torch.no_grad():
         model.lm_head.weight[token] = value
