@@ -94,10 +94,10 @@ def _while_memory_lasts(search, batches: list[list[int]]) -> Iterator[tuple[list
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            lists = None  # and on below, where the error no longer holds the tensors of the search
-        if lists is not None:
+        else:
             yield rows, lists
             continue
+        # Out of the except clause the error no longer holds the tensors of the search.
         clear_device_cache(garbage_collection=True)
         if len(rows) == 1:
             raise InputError("memory ran out with one user in the batch; take fewer beams (--num_beams)")

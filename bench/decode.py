@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from arguments import DataArguments, MethodArguments
 from bench.common import Peak, without_twins, write_results
@@ -130,7 +130,10 @@ class Bed:
 def compare(bed: Bed, args: argparse.Namespace) -> dict:
     """`generate()`, prefill once and re-order the cache, ours: the best batch size of each, then all in turn."""
     sides = {
-        "generate": (generate_side(bed), args.generate_batches),
+        "generate": (
+            generate_side(bed.model, bed.token_ids, bed.num_beams, bed.tokenizer.eos_token_id),
+            args.generate_batches,
+        ),
         "reorder_cache": (lambda batch: bed.search(batch, forward=BeamRows(bed.model)), args.search_batches),
         "ours": (bed.search, args.search_batches),
     }
@@ -140,10 +143,8 @@ def compare(bed: Bed, args: argparse.Namespace) -> dict:
         bed.run(side, sizes[0], users=sizes[0])  # warm
         tried[name] = {size: bed.run(side, size, users=sizes[-1])[0] / sizes[-1] for size in sizes}
         best[name] = min(tried[name], key=tried[name].get)
-        print(
-            f"  {name}: seconds a user by batch size { ({k: round(v, 4) for k, v in tried[name].items()}) }",
-            flush=True,
-        )
+        shown = "   ".join(f"{size}: {time:.4f}" for size, time in tried[name].items())
+        print(f"  {name}, seconds a user by batch size   {shown}", flush=True)
     seconds, peak, lists = defaultdict(list), {}, {}
     for _ in range(args.repeats):
         for name, (side, _) in sides.items():
@@ -246,28 +247,25 @@ def processes(tuned: Path, data_path: Path, args: argparse.Namespace, device: to
     }
 
 
-def generate_side(bed: Bed) -> Callable:
-    """`generate()` constrained by a Python trie, one dictionary look-up a beam."""
-    end, depth = bed.tokenizer.eos_token_id, len(next(iter(bed.token_ids.values())))
-    follows = defaultdict(set)
-    for tokens in bed.token_ids.values():
+def generate_side(model: PreTrainedModel, token_ids: dict[str, list[int]], num_beams: int, end: int) -> Callable:
+    """The (item, score) pairs of each prompt from `generate()` over a Python trie; indices of one length."""
+    depth, follows = len(next(iter(token_ids.values()))), defaultdict(set)
+    for tokens in token_ids.values():
         for at, token in enumerate([*tokens, end]):
             follows[tuple(tokens[:at])].add(token)
     follows = {path: sorted(tokens) for path, tokens in follows.items()}
-    item_of = {tuple(tokens): item for item, tokens in bed.token_ids.items()}
+    item_of = {tuple(tokens): item for item, tokens in token_ids.items()}
 
     def side(batch):
         start = batch["input_ids"].shape[1]
-        output = bed.model.generate(
-            **batch, max_new_tokens=depth + 1, num_beams=bed.num_beams, do_sample=False,
-            num_return_sequences=bed.num_beams,
-            length_penalty=0.0, eos_token_id=end, pad_token_id=bed.tokenizer.pad_token_id, output_scores=True,
+        output = model.generate(
+            **batch, max_new_tokens=depth + 1, num_beams=num_beams, num_return_sequences=num_beams, do_sample=False,
+            length_penalty=0.0, eos_token_id=end, pad_token_id=end, output_scores=True, return_dict_in_generate=True,
             prefix_allowed_tokens_fn=lambda _, tokens: follows.get(tuple(tokens[start:].tolist()), [end]),
-            return_dict_in_generate=True,
         )  # fmt: skip
         items = [item_of[tuple(row)] for row in output.sequences[:, start : start + depth].tolist()]
         pairs = list(zip(items, output.sequences_scores.tolist(), strict=True))
-        return [pairs[at : at + bed.num_beams] for at in range(0, len(pairs), bed.num_beams)]
+        return [pairs[at : at + num_beams] for at in range(0, len(pairs), num_beams)]
 
     return side
 

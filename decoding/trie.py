@@ -76,7 +76,7 @@ class Trie:
         rows, lengths = rows[order], lengths[order]
 
         # A row begins a new state at level d if it differs from the row before in any of its first d tokens.
-        differs = np.ones((len(items), depth), dtype=bool)
+        differs = np.full((len(items), depth), True)
         differs[1:] = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)
         if not differs[:, -1].all():
             at = int(differs[:, -1].argmin())

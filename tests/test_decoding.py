@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections import defaultdict
 
 import pytest
 import torch
 from conftest import make_model
 
+from bench.decode import generate_side
 from data.collate import encode_prompt, prompt_batch
 from data.prompts import PROMPT_FILE, read_prompts
 from decoding.beam import beam_search
@@ -59,32 +59,13 @@ def test_a_beam_as_wide_as_the_items_finds_their_exact_order(architecture, end):
         check(found, exhaustive(model, ids[row][mask[row] == 1], ITEMS, end))
 
 
-def by_generate(model, ids, mask, sequences, num_beams, end=2):
-    """[(item, score), ...] for each prompt from `generate()` under the same constraint."""
-    follows = defaultdict(set)
-    for tokens in sequences.values():
-        for at, token in enumerate([*tokens, end]):
-            follows[tuple(tokens[:at])].add(token)
-    follows = {path: sorted(tokens) for path, tokens in follows.items()}
-    item_of = {tuple(tokens): item for item, tokens in sequences.items()}
-    start, length = ids.shape[1], len(next(iter(sequences.values())))
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=length + 1, num_beams=num_beams,
-        num_return_sequences=num_beams, do_sample=False, length_penalty=0.0, eos_token_id=end, pad_token_id=0,
-        prefix_allowed_tokens_fn=lambda _, tokens: follows.get(tuple(tokens[start:].tolist()), [end]),
-        return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
-    items = [item_of[tuple(row[start : start + length].tolist())] for row in output.sequences]
-    pairs = list(zip(items, output.sequences_scores.tolist(), strict=True))
-    return [pairs[at : at + num_beams] for at in range(0, len(pairs), num_beams)]
-
-
 @pytest.mark.parametrize("num_beams", [2, 4, 10])
 def test_narrow_beams_agree_with_generate(architecture, num_beams):
     model = make_model(architecture, VOCABULARY)
     ids, mask = prompts()
     lists = beam_search(model, ids, mask, Trie.build(ITEMS, end=2), num_beams)
-    for found, want in zip(lists, by_generate(model, ids, mask, ITEMS, num_beams), strict=True):
+    theirs = generate_side(model, ITEMS, num_beams, end=2)({"input_ids": ids, "attention_mask": mask})
+    for found, want in zip(lists, theirs, strict=True):
         check(found, want)
 
 
@@ -107,7 +88,7 @@ def test_smollm2_agrees_with_generate_on_real_prompts(shared, smollm2):
     trie = Trie.build(sequences, end=tokenizer.eos_token_id)
     assert len(trie) > 9000
     lists = beam_search(model, **batch, trie=trie, num_beams=20)
-    want = by_generate(model, batch["input_ids"], batch["attention_mask"], sequences, 20, tokenizer.eos_token_id)
+    want = generate_side(model, sequences, 20, tokenizer.eos_token_id)(batch)
     for found, theirs in zip(lists, want, strict=True):
         check(found, theirs)
 
