@@ -8,7 +8,9 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.utils import is_liger_kernel_available
 
+from data.batches import ORDERS
 from data.tasks import SUPERVISE, TASKS
 from errors import InputError, one_line
 
@@ -58,6 +60,7 @@ class MethodArguments:
         },
     )
     only_train_response: bool = HfArg(default=True, help="loss on the response alone; False: on the prompt as well")
+    packing: bool = HfArg(default=False, help="lay samples end to end instead of padding them")
     embedding_dropout: float = HfArg(default=0.0, help="dropout on the input embeddings while training")
     valid_users: int = HfArg(default=500, help="users whose valid item is searched for at each evaluation; 0 = all")
     exclude_seen: bool = HfArg(default=False, help="take a user's own items out of the candidates at evaluation")
@@ -73,6 +76,14 @@ class TuningArguments(TrainingArguments):
     per_device_train_batch_size: int = HfArg(
         default=8, aliases=["--per_device_batch_size"], help="samples per device and step"
     )
+    max_tokens_per_batch: int = HfArg(
+        default=0, help="tokens per device and step, padding included, instead of a number of samples; 0 = by samples"
+    )
+    train_sampling_strategy: str = HfArg(
+        default="group_by_length",
+        help="batches of samples of one length: group_by_length (with --packing as random); random; sequential",
+    )
+    max_logits_mb: int = HfArg(default=256, help="MB of logits that the loss computes at a time")
     num_train_epochs: float = HfArg(default=4, aliases=["--epochs"], help="passes over the training samples")
     learning_rate: float = HfArg(default=5e-5, help="peak learning rate of AdamW")
     weight_decay: float = HfArg(default=0.01, help="weight decay of AdamW")
@@ -103,7 +114,30 @@ class TuningArguments(TrainingArguments):
             self.load_best_model_at_end = False  # there will be no best to load
         if self.eval_steps is None:
             self.eval_steps = self.save_steps
+        if self.train_sampling_strategy not in ORDERS:
+            raise ValueError(f"--train_sampling_strategy should be one of {', '.join(ORDERS)}")
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor: the loss of the labels alone knows no smoothing")
+        if self.auto_find_batch_size:
+            raise ValueError("--auto_find_batch_size: give --max_tokens_per_batch instead")
+        if self.max_tokens_per_batch < 0 or self.max_logits_mb < 1 or self.per_device_train_batch_size < 1:
+            raise ValueError(
+                "--max_tokens_per_batch should be 0 at least, --max_logits_mb and --per_device_batch_size 1"
+            )
+        if self.use_liger_kernel:
+            if not torch.cuda.is_available():
+                raise ValueError("--use_liger_kernel needs a GPU")
+            if not is_liger_kernel_available():
+                raise ValueError("--use_liger_kernel needs `pip install liger-kernel`")
+            # Liger's own losses would compute the head at every position.
+            own_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+            self.liger_kernel_config = (self.liger_kernel_config or {}) | own_loss
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process: start with torchrun --nproc_per_node {self.n_gpu}, "
+                "or show it one by CUDA_VISIBLE_DEVICES=0"
+            )
 
 
 def parse(dataclasses: list[type], description: str, argv: list[str] | None = None) -> tuple:

@@ -16,16 +16,19 @@ import torch
 import transformers
 from torch.nn import functional
 from transformers import set_seed
+from transformers.utils import is_flash_attn_2_available
 
 from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, parse
+from data.batches import Batches
 from data.collate import Collator, Instructions
 from data.dataset import RecDataset, open_dataset, output_folder, read_json, write_json
 from data.prompts import PROMPT_FILE, read_prompts
 from data.tasks import TASKS, held_out_samples, train_samples
 from errors import InputError, exits_cleanly
 from metrics import parse_metrics, ranking_metrics
-from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from models.language import extend_vocabulary, index_token_ids, keeps_packed_apart, load_model, load_tokenizer
 from recommend import recommend, trie_of
+from throughput import in_words
 from trainer import RECORD, RecTrainer, newest_checkpoint
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
@@ -111,6 +114,25 @@ def main() -> None:
             f"{model_args.base_model}: reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len"
         )
 
+    # ---- Tokens -> batches ----
+    packing = method_args.packing
+    if packing and not keeps_packed_apart(model):
+        raise InputError(f"{model_args.base_model}: its attention does not keep packed samples apart; omit --packing")
+    flash = packing and training_args.device.type == "cuda" and training_args.bf16 and is_flash_attn_2_available()
+    if flash:
+        model.set_attn_implementation("flash_attention_2")
+    order = training_args.train_sampling_strategy
+    batches = Batches(
+        instructions["train"].lengths(),
+        training_args.per_device_train_batch_size,
+        training_args.max_tokens_per_batch,
+        packing,
+        "random" if packing and order == "group_by_length" else order,
+        training_args.seed,
+        training_args.process_index,
+        training_args.world_size,
+    )
+
     # ---- Evaluation: search for the valid item of some users ----
     chosen = range(len(valid))
     if 0 < method_args.valid_users < len(valid):
@@ -119,6 +141,8 @@ def main() -> None:
     seen, targets = zip(*(dataset.split(user, "valid") for user in dataset.test_users), strict=True)
 
     def rank() -> dict[str, float]:
+        if flash:  # reads no mask such as the search gives to its beams
+            model.set_attn_implementation("sdpa")
         lists = recommend(
             model,
             instructions["valid"],
@@ -130,6 +154,8 @@ def main() -> None:
             excluded=[seen[i] for i in chosen] if method_args.exclude_seen else None,
             show_progress=False,
         )
+        if flash:
+            model.set_attn_implementation("flash_attention_2")
         return ranking_metrics(
             [[r.item for r in found] for found in lists], [targets[i] for i in chosen], EVAL_METRICS
         )
@@ -141,14 +167,18 @@ def main() -> None:
         args=training_args,
         train_dataset=instructions["train"],
         eval_dataset=instructions["valid"],
-        data_collator=Collator(tokenizer),
+        data_collator=Collator(tokenizer, packing, one_row=flash),
         processing_class=tokenizer,
+        batches=batches,
+        max_logits_mb=training_args.max_logits_mb,
         rank=rank,
         record=record,
     )
     if checkpoint:
         log(f"going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    throughput = trainer.throughput.figures(trainer.accelerator)
+    log(f"training itself took {throughput['seconds']:.0f} s: {in_words(throughput)}")
 
     # ---- Save ----
     model.config.use_cache = True
@@ -164,6 +194,7 @@ def main() -> None:
                 "best_metric": trainer.state.best_metric,
                 "best_step": trainer.state.best_global_step,
                 "train_loss": result.training_loss,
+                "throughput": throughput,
                 "log": trainer.state.log_history,
             },
             indent=1,
@@ -174,6 +205,9 @@ def main() -> None:
             else ""
         )
         log(f"tuned in {time.monotonic() - started:.0f} s{best} -> {training_args.output_dir}/")
+    trainer.model_wrapped = model  # what holds on to the process group to the interpreter's end may abort there
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def per_task(args: MethodArguments) -> tuple[int, int]:

@@ -1,26 +1,46 @@
-"""The one Trainer subclass: new phrasings each epoch, ranking metrics at evaluation, a record in each checkpoint."""
+"""The one Trainer subclass: our batches and our loss, ranking metrics at evaluation, a record in each checkpoint."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import transformers
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from data.batches import Batches
+from models.head import LabelHead
+from throughput import Throughput
+
 RECORD = "reclingua.json"  # in every checkpoint: how its prompts are made and what it was trained on
 
 
 class NewEpoch(TrainerCallback):
-    """Tells the training samples which epoch it is, also after a resume in the middle of one."""
+    """Tells samples and batches which epoch it is, also after a resume in the middle of one."""
 
-    def __init__(self, set_epoch: Callable[[int], None]):
-        self.set_epoch = set_epoch
+    def __init__(self, *listeners: Callable[[int], None]):
+        self.listeners = listeners
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        self.set_epoch(int(state.epoch or 0))
+        for set_epoch in self.listeners:
+            set_epoch(int(state.epoch or 0))
+
+
+class Stopwatch(TrainerCallback):
+    """Runs while there is training."""
+
+    def __init__(self, throughput: Throughput):
+        self.throughput = throughput
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.throughput.start()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.throughput.stop()
 
 
 class LogLines(TrainerCallback):
@@ -47,27 +67,81 @@ class RecTrainer(transformers.Trainer):
     """A Trainer for generative recommendation.
 
     Args:
+        batches: which samples go together; its own share for each process.
+        max_logits_mb: memory that the loss may use for logits at a time.
         rank: measures the model by search over the valid users, e.g. {"hit@10": 0.1, "ndcg@10": 0.05}; None skips it.
         record: what `test.py` must know to ask the model as it was trained; saved with every checkpoint.
     """
 
-    def __init__(self, *args, rank: Callable[[], dict[str, float]] | None, record: dict, **kwargs):
+    def __init__(
+        self,
+        *args,
+        batches: Batches,
+        max_logits_mb: int,
+        rank: Callable[[], dict[str, float]] | None,
+        record: dict,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        self.rank, self.record = rank, record
+        self.batches, self.rank, self.record = batches, rank, record
+        try:
+            self.label_head = LabelHead(self.model, max_logits_mb)
+            self.compute_loss_func = self._mean_over_targets
+        except ValueError as error:  # then the model's own loss it is
+            self.label_head = None
+            if self.is_world_process_zero():
+                print(f"{error}: its output head is applied at every position, label or not")
+        self.throughput = Throughput(self.model, self.args.device)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(QuietProgress)
         self.add_callback(LogLines)
-        self.add_callback(NewEpoch(self.train_dataset.set_epoch))
+        self.add_callback(NewEpoch(self.train_dataset.set_epoch, batches.set_epoch))
+        self.add_callback(Stopwatch(self.throughput))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not prepared by accelerate, which would share out the batches among the processes once more."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
+        """As they come. The base class would write out every sample to sort them by the strategy for training."""
+        return SequentialSampler(eval_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of the labels, without logits anywhere else; its mean is over all targets of an update, those of
+        other processes and accumulated batches included."""
+        inputs.pop("skip_logits", None)  # meant for a loss that Liger would put into the model
+        lengths = inputs.pop("lengths")
+        if model.training:
+            self.throughput.add(inputs["labels"], lengths)
+        if self.label_head is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.label_head.where(inputs["labels"]):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _mean_over_targets(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        return self.label_head.loss / num_items_in_batch
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         """Loss on the valid items, and the ranking metrics of a search for them."""
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.rank is not None:
-            ranking = {f"{metric_key_prefix}_{name}": value for name, value in self.rank().items()}
-            self.log(ranking)
-            metrics |= ranking
+        with self.throughput.paused():
+            metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if self.rank is not None:
+                ranking = {f"{metric_key_prefix}_{name}": value for name, value in self.rank().items()}
+                self.log(ranking)
+                metrics |= ranking
         return metrics
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self.throughput.paused():
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

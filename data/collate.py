@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Collection
+from functools import cache
 
 import datasets
+import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -52,6 +54,8 @@ class Instructions(torch.utils.data.Dataset):
         return len(self.samples) * self.repeat
 
     def __getitem__(self, i: int) -> dict[str, list[int]]:
+        if i >= len(self):
+            raise IndexError(i)
         sample = self.samples[i % len(self.samples)]
         draw = random.Random(f"{self.seed} {self.epoch} {i}")
         phrasing = draw.choice(self.prompts[sample["task"]])
@@ -60,6 +64,36 @@ class Instructions(torch.utils.data.Dataset):
         shift = random.Random(f"{self.seed} {self.epoch} {sample['user']}").random()  # one for all stretches of a user
         items = stretch(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
         return self._whole(items, phrasing)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample with its longest phrasing, int64 [samples].
+
+        No sample is written out for it: index tokens stand for themselves whatever surrounds them, so that what a
+        phrasing adds depends on the number of items alone.
+        """
+        histories, targets, tasks = (self.samples[column] for column in ("history", "target", "task"))
+        distinct = sorted({item for items in histories for item in items} | {target for target in targets if target})
+        encoded = self.tokenizer(distinct, add_special_tokens=False).input_ids
+        tokens = dict(zip(distinct, map(len, encoded), strict=True))
+        stand_in = distinct[0]
+
+        @cache
+        def around(task: str, items: int, answered: bool) -> int:
+            sample = {"task": task, "history": [stand_in] * items, "target": stand_in}
+            return max(
+                len((self.answered(sample, p) if answered else self._whole(sample["history"], p))["input_ids"])
+                - tokens[stand_in] * (items + answered)
+                for p in self.prompts[task]
+            )
+
+        found = []
+        for task, items, target in zip(tasks, histories, targets, strict=True):
+            if target:
+                found.append(around(task, len(items), True) + sum(map(tokens.get, items)) + tokens[target])
+            else:  # a stretch: which one is drawn anew in each epoch
+                count = min(len(items), self.max_his_len + 1)
+                found.append(around(task, count, False) + count * max(map(tokens.get, items)))
+        return np.tile(np.array(found, dtype=np.int64), self.repeat)
 
     def prompt(self, sample: dict, phrasing: Phrasing) -> str:
         """The text up to where the item is to be given."""
@@ -111,18 +145,50 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
 
 
 class Collator:
-    """Pads training samples on the right to the longest of the batch."""
+    """Training samples -> a batch of int64 tensors, right-padded: input_ids, labels, lengths (tokens of each sample).
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    With `packing` samples are laid end to end in rows no longer than the longest of them; `position_ids` begin anew
+    with each sample, by which transformers keeps their attention apart. With `one_row` they make a single row, the
+    form that flash attention reads without any mask.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: bool = False, one_row: bool = False):
+        self.tokenizer, self.packing, self.one_row = tokenizer, packing, one_row
 
     def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        ids = [sample["input_ids"] for sample in samples]
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        if self.packing:
+            rows = [samples] if self.one_row else self._rows(samples)
+            places = [[place for sample in row for place in range(len(sample["input_ids"]))] for row in rows]
+            how = {"position_ids": pad(places, 0)}
+        else:
+            rows = [[sample] for sample in samples]
+            how = {"attention_mask": pad([[1] * length for length in lengths], 0)}
+        ids = [[token for sample in row for token in sample["input_ids"]] for row in rows]
+        # Nothing stands before a sample's first token from which it could be told, in a row least of all.
+        labels = [[label for sample in row for label in (IGNORE, *sample["labels"][1:])] for row in rows]
         return {
             "input_ids": pad(ids, self.tokenizer.pad_token_id),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0),
-            "labels": pad([sample["labels"] for sample in samples], IGNORE),
+            **how,
+            "labels": pad(labels, IGNORE),
+            "lengths": torch.tensor(lengths),
         }
+
+    def _rows(self, samples: list[dict[str, list[int]]]) -> list[list[dict[str, list[int]]]]:
+        """Each sample, the longest first, in the first row that has room for it."""
+        samples = sorted(samples, key=lambda sample: -len(sample["input_ids"]))
+        longest = len(samples[0]["input_ids"])
+        rows: list[list] = []
+        room: list[int] = []
+        for sample in samples:
+            length = len(sample["input_ids"])
+            at = next((at for at, left in enumerate(room) if left >= length), len(rows))
+            if at == len(rows):
+                rows.append([])
+                room.append(longest)
+            rows[at].append(sample)
+            room[at] -= length
+        return rows
 
 
 def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> BatchEncoding:

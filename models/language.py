@@ -36,6 +36,19 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
+@torch.no_grad()
+def keeps_packed_apart(model: PreTrainedModel) -> bool:
+    """Whether samples that stand one after another in a row, told apart by `position_ids` alone, ignore each other."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(8, device=model.device)[None]
+    places = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=model.device)
+    together = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 3:]
+    alone = model(input_ids=ids[:, 3:], use_cache=False).logits
+    model.train(was_training)
+    return torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
+
+
 def code_tokens(index: Mapping[str, list[str]]) -> list[str]:
     """Every code token of the index once, level by level, codes in numeric order."""
     level_of = {code: level for codes in index.values() for level, code in enumerate(codes)}

@@ -1,0 +1,212 @@
+"""Time training beside LC-Rec's way (random batches, pad to longest, full logits, plain Trainer), step by step.
+
+python -m models.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
+python -m bench.train --data_path ../shared/data --ml_100k data     # data/ml-100k with an index, as run.sh leaves it
+python -m bench.train --data_path ../shared/data --ml_100k data --bf16 --updates 60 --batch_size 32
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from arguments import TuningArguments
+from bench.common import Peak, without_twins, write_results
+from data.batches import Batches
+from data.collate import IGNORE, Collator, Instructions
+from data.dataset import open_dataset
+from data.prompts import PROMPT_FILE, read_prompts
+from data.tasks import train_samples
+from errors import InputError, exits_cleanly, one_line
+from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from trainer import RecTrainer
+
+MAX_HIS_LEN = 20  # LC-Rec's
+# Each side has what the one before it has, except that packing stands instead of batches by length.
+SIDES = {
+    "LC-Rec's way": {"plain": True},
+    "+ output head where labels are": {},
+    "+ batches by length": {"order": "group_by_length"},
+    "+ batches by tokens": {"order": "group_by_length", "by_tokens": True},
+    "packing, by tokens": {"by_tokens": True, "packing": True},
+    "whole histories, by tokens": {"order": "group_by_length", "by_tokens": True, "supervise": "history"},
+}
+OURS, HISTORY = "+ batches by tokens", "whole histories, by tokens"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data_path", type=Path, default=Path("../shared/data"), help="of Instruments (default: %(default)s)"
+    )
+    parser.add_argument("--ml_100k", type=Path, default=Path("data"), help="of ml-100k (default: %(default)s)")
+    parser.add_argument("--base_model", default="ckpt/base/SmolLM2-135M-Instruct", help="(default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=8, help="of each side (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples per update (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="for a GPU; what there is is used")
+    parser.add_argument("--sides", default="all", help="numbers of sides, separated by commas (default: %(default)s)")
+    return one_line(parser).parse_args()
+
+
+@exits_cleanly
+def main() -> None:
+    args = parse_args()
+    if not (args.ml_100k / "ml-100k" / "ml-100k.index.json").exists():
+        raise InputError(f"{args.ml_100k}/ml-100k: has no index; make one with bash run.sh, or name its folder")
+    sides = list(SIDES) if args.sides == "all" else [list(SIDES)[int(number)] for number in args.sides.split(",")]
+    timings: dict[str, dict[str, list[dict]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"Instruments: {without_twins(args.data_path, 'Instruments', Path(folder))} twin items left out")
+        for name, path in (("Instruments", folder), ("ml-100k", args.ml_100k)):
+            timings[name] = {side: [] for side in sides}
+            for _ in range(args.repeats):
+                for side in sides:
+                    # A process for each: what one side leaves in memory is not the other's.
+                    with multiprocessing.get_context("spawn").Pool(1) as pool:
+                        timings[name][side].append(pool.apply(measure, (args, name, str(path), side)))
+            table(name, timings[name])
+    figures = {name: ratios(by_side) for name, by_side in timings.items()}
+    if sides == list(SIDES):
+        instruments, ml = figures["Instruments"], figures["ml-100k"]
+        figures |= {
+            "ratio_next": instruments[OURS]["targets_per_s_ratio"],
+            "memory_ratio": instruments[OURS]["memory_mb_ratio"],
+            "ratio_history": instruments[HISTORY]["items_per_s_ratio"],
+            "ratio_history_ml_100k": ml[HISTORY]["items_per_s_ratio"],
+        }
+        for name in ("ratio_next", "memory_ratio", "ratio_history", "ratio_history_ml_100k"):
+            print(f"{name:<24} {figures[name]:.2f}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"\n{write_results('train', device, {'arguments': vars(args), **figures, 'timings': timings})}")
+
+
+class Clock(TrainerCallback):
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.seconds = -now()
+
+    def on_train_end(self, *args, **kwargs) -> None:
+        self.seconds += now()
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> dict[str, float]:
+    """One side's training on the same samples: the items and labelled tokens (targets) of a second, and memory, MB,
+    above that of weights, gradients and optimizer state."""
+    how = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "supervise": "next"} | SIDES[side]
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    dataset = open_dataset(data_path, name, ["index"])
+    tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model)
+    extend_vocabulary(model, tokenizer, dataset.index)
+    model.config.use_cache = False
+    codes = index_token_ids(tokenizer, dataset.index)
+    count = args.updates * args.batch_size
+    samples = train_samples(dataset, how["supervise"], MAX_HIS_LEN, count, seed=1)
+    instructions = Instructions(
+        samples, tokenizer, read_prompts(PROMPT_FILE), {t for c in codes.values() for t in c}, MAX_HIS_LEN, ", "
+    )
+    lengths, tokens = instructions.lengths(), 0
+    if how["by_tokens"]:  # as many as make the same number of updates
+        limits = range(2 * max(lengths) if how["packing"] else max(lengths), int(sum(lengths)) + 2 * max(lengths), 8)
+        tokens = next(n for n in limits if len(Batches(lengths, 1, n, how["packing"], how["order"])) <= args.updates)
+    batches = Batches(lengths, args.batch_size, tokens, how["packing"], how["order"])
+    rows = [instructions[i] for i in range(count)]
+    targets = sum(label != IGNORE for row in rows for label in row["labels"][1:])
+    depth = len(next(iter(codes.values())))
+    items = count if how["supervise"] == "next" else targets / depth
+
+    collator, clock = Collator(tokenizer, how["packing"]), Clock()
+    with tempfile.TemporaryDirectory() as output:
+        shared = {
+            "model": model,
+            "args": TuningArguments(
+                output_dir=output,
+                per_device_train_batch_size=args.batch_size,
+                num_train_epochs=1,
+                save_and_eval_strategy="no",
+                disable_tqdm=True,
+                logging_strategy="no",
+                bf16=args.bf16,
+            ),
+            "train_dataset": instructions,
+            "processing_class": tokenizer,
+            "callbacks": [clock],
+        }
+        if how["plain"]:
+            shared["args"].train_sampling_strategy = "random"
+            without_lengths = lambda rows: {k: v for k, v in collator(rows).items() if k != "lengths"}  # noqa: E731
+            trainer = transformers.Trainer(**shared, data_collator=without_lengths)
+            trainer.pop_callback(transformers.PrinterCallback)
+        else:
+            trainer = RecTrainer(
+                **shared, data_collator=collator, batches=batches, max_logits_mb=256, rank=None, record={}
+            )
+        device = next(model.parameters()).device
+        small = {k: v.to(device) for k, v in Collator(tokenizer)(rows[:1]).items() if k != "lengths"}
+        model(**small).loss.backward()  # before the clock: libraries load, threads start, Adam makes its state
+        trainer.create_optimizer().step()
+        model.zero_grad()
+        before = resident_mb(device)
+        with Peak(device) as peak:
+            trainer.train()
+    gradients = sum(w.numel() * w.element_size() for w in model.parameters()) / 2**20
+    figures = {
+        "items_per_s": items / clock.seconds,
+        "targets_per_s": targets / clock.seconds,
+        "tokens_per_s": sum(len(row["input_ids"]) for row in rows) / clock.seconds,
+        "memory_mb": peak.mb - before - gradients,
+        "seconds": clock.seconds,
+        "updates": trainer.state.global_step,
+        "max_tokens_per_batch": tokens,
+    }
+    if not how["plain"]:
+        ours = trainer.throughput.figures(trainer.accelerator)
+        figures |= {key: ours[key] for key in ("padding", "tflops", "peak_share") if key in ours}
+    return figures
+
+
+def resident_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 2**10
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def ratios(timings: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+    """Each side's medians over those of the first."""
+    first, *_ = map(medians, timings.values())
+    keys = ("items_per_s", "targets_per_s", "memory_mb")
+    return {side: {f"{key}_ratio": medians(runs)[key] / first[key] for key in keys} for side, runs in timings.items()}
+
+
+def table(name: str, timings: dict[str, list[dict]]) -> None:
+    print(f"\n{name:<34}{'items/s':>9}{'targets/s':>11}{'tokens/s':>10}{'memory MB':>11}{'times items/s':>15}")
+    for (side, runs), ratio in zip(timings.items(), ratios(timings).values(), strict=True):
+        middle = medians(runs)
+        print(
+            f"{side:<34}{middle['items_per_s']:>9.2f}{middle['targets_per_s']:>11.1f}{middle['tokens_per_s']:>10.0f}"
+            f"{middle['memory_mb']:>11,.0f}{ratio['items_per_s_ratio']:>15.2f}"
+            + (f"   {middle['peak_share']:.1%} of peak" if "peak_share" in middle else "")
+        )
+
+
+if __name__ == "__main__":
+    main()
