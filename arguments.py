@@ -17,6 +17,19 @@ from errors import InputError, one_line
 METHODS = ("lcrec",)
 
 
+# What the Trainer knows, but our batches and our loss do not.
+UNSUPPORTED = {
+    "label_smoothing_factor": "is not known to the loss of the labels",
+    "auto_find_batch_size": "has no meaning here: give --max_tokens_per_batch",
+    "dataloader_drop_last": "has no meaning here: every sample is trained on",
+    "dataloader_persistent_workers": "would keep the phrasings of the first epoch",
+    "use_cache": "is for generation, and set by the search itself",
+    "torch_compile": "does not work with the loss of the labels",
+    "ddp_static_graph": "does not work with the loss of the labels",
+    "fsdp": "is not supported; use --deepspeed",
+}
+
+
 @dataclass
 class ModelArguments:
     """Which language model is tuned."""
@@ -83,7 +96,7 @@ class TuningArguments(TrainingArguments):
         default="group_by_length",
         help="batches of samples of one length: group_by_length (with --packing as random); random; sequential",
     )
-    max_logits_mb: int = HfArg(default=256, help="MB of logits that the loss computes at a time")
+    max_logits_mb: int = HfArg(default=512, help="MB for the logits that the loss looks at a time")
     num_train_epochs: float = HfArg(default=4, aliases=["--epochs"], help="passes over the training samples")
     learning_rate: float = HfArg(default=5e-5, help="peak learning rate of AdamW")
     weight_decay: float = HfArg(default=0.01, help="weight decay of AdamW")
@@ -102,6 +115,10 @@ class TuningArguments(TrainingArguments):
     dataloader_pin_memory: bool = HfArg(
         default=torch.cuda.is_available(), help="pin batches in memory; helps with a GPU"
     )
+    dataloader_num_workers: int = HfArg(
+        default=4 if torch.cuda.is_available() else 0, help="processes that write out samples while a GPU computes"
+    )
+    logging_nan_inf_filter: bool = HfArg(default=False, help="leave a loss of NaN or infinity out of the log")
     remove_unused_columns: bool = HfArg(default=False, help="left to the collator")
     resume_from_checkpoint: str | None = HfArg(
         default=None, help="checkpoint folder to go on from; auto: the newest complete one in output_dir, if any"
@@ -116,10 +133,9 @@ class TuningArguments(TrainingArguments):
             self.eval_steps = self.save_steps
         if self.train_sampling_strategy not in ORDERS:
             raise ValueError(f"--train_sampling_strategy should be one of {', '.join(ORDERS)}")
-        if self.label_smoothing_factor:
-            raise ValueError("--label_smoothing_factor: the loss of the labels alone knows no smoothing")
-        if self.auto_find_batch_size:
-            raise ValueError("--auto_find_batch_size: give --max_tokens_per_batch instead")
+        for flag, instead in UNSUPPORTED.items():
+            if getattr(self, flag):
+                raise ValueError(f"--{flag} {instead}")
         if self.max_tokens_per_batch < 0 or self.max_logits_mb < 1 or self.per_device_train_batch_size < 1:
             raise ValueError(
                 "--max_tokens_per_batch should be 0 at least, --max_logits_mb and --per_device_batch_size 1"

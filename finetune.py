@@ -80,6 +80,8 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args.base_model)
     model = load_model(model_args.base_model)
     texts = {item: dataset.text(item) for item in dataset.index} if dataset.items else None
+    if training_args.use_liger_kernel and not liger_knows(model.config.model_type):
+        raise InputError(f"--use_liger_kernel: Liger has no kernels for {model.config.model_type!r}; leave it out")
     new_tokens = extend_vocabulary(model, tokenizer, dataset.index, texts, training_args.seed)
     model.config.use_cache = False  # training needs none; the search asks for it
     if method_args.embedding_dropout:
@@ -106,8 +108,8 @@ def main() -> None:
         for part, rows in (("train", samples), ("valid", valid))
     }
 
-    longest = max(range(len(valid)), key=lambda i: len(valid[i]["history"]))
-    tokens = len(instructions["valid"][longest]["input_ids"])
+    lengths = {part: rows.lengths(longest=True) for part, rows in instructions.items()}
+    tokens = max(max(found) for found in lengths.values())
     limit = getattr(model.config, "max_position_embeddings", 0)
     if limit and tokens > limit:
         raise InputError(
@@ -118,20 +120,25 @@ def main() -> None:
     packing = method_args.packing
     if packing and not keeps_packed_apart(model):
         raise InputError(f"{model_args.base_model}: its attention does not keep packed samples apart; omit --packing")
-    flash = packing and training_args.device.type == "cuda" and training_args.bf16 and is_flash_attn_2_available()
-    if flash:
-        model.set_attn_implementation("flash_attention_2")
+    flash = training_args.device.type == "cuda" and training_args.bf16 and is_flash_attn_2_available()
+    flash = packing and flash and model._supports_flash_attn
+    attention = model.config._attn_implementation
     order = training_args.train_sampling_strategy
     batches = Batches(
-        instructions["train"].lengths(),
+        lengths["train"],
         training_args.per_device_train_batch_size,
         training_args.max_tokens_per_batch,
         packing,
         "random" if packing and order == "group_by_length" else order,
-        training_args.seed,
+        training_args.seed if training_args.data_seed is None else training_args.data_seed,
         training_args.process_index,
         training_args.world_size,
+        now=instructions["train"].lengths,
     )
+
+    most = training_args.max_tokens_per_batch
+    size = f"{most:,} tokens" if most else f"{training_args.per_device_train_batch_size} samples"
+    log(f"{len(batches):,} batches of at most {size} an epoch and process")
 
     # ---- Evaluation: search for the valid item of some users ----
     chosen = range(len(valid))
@@ -142,7 +149,7 @@ def main() -> None:
 
     def rank() -> dict[str, float]:
         if flash:  # reads no mask such as the search gives to its beams
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(attention)
         lists = recommend(
             model,
             instructions["valid"],
@@ -176,6 +183,8 @@ def main() -> None:
     )
     if checkpoint:
         log(f"going on from {checkpoint}")
+    if flash:
+        model.set_attn_implementation("flash_attention_2")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     throughput = trainer.throughput.figures(trainer.accelerator)
     log(f"training itself took {throughput['seconds']:.0f} s: {in_words(throughput)}")
@@ -208,6 +217,12 @@ def main() -> None:
     trainer.model_wrapped = model  # what holds on to the process group to the interpreter's end may abort there
     trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
+
+
+def liger_knows(model_type: str) -> bool:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # there only with a GPU
+
+    return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def per_task(args: MethodArguments) -> tuple[int, int]:

@@ -160,8 +160,8 @@ fi
 # ---- 5. Tune ----
 BASE_FILES=()
 [[ ! -d $BASE_MODEL ]] || BASE_FILES=("$BASE_MODEL")
-stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" data/prompts.yaml data/tasks.py data/collate.py finetune.py \
-  models/language.py trainer.py "${BASE_FILES[@]}" -- \
+stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" data/prompts.yaml data/tasks.py data/batches.py \
+  data/collate.py finetune.py models/language.py models/head.py trainer.py "${BASE_FILES[@]}" -- \
   python finetune.py --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
   --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
 

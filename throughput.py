@@ -1,5 +1,6 @@
 """What training does with its time: targets and tokens per second, padding, peak memory, share of a GPU's peak."""
 
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -9,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-# Dense bfloat16 TFLOP/s of a GPU by a part of its name, as its maker states it.
+# Dense bfloat16 TFLOP/s of a GPU by a word of its name, as its maker states it.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
@@ -75,7 +77,7 @@ class Throughput:
         flops = sum(each * count for each, count in zip(self.flops, (targets, tokens, squares), strict=True))
         figures["tflops"] = flops / seconds / accelerator.num_processes / 1e12
         name = torch.cuda.get_device_name(self.device)
-        if peak := next((value for part, value in PEAK_TFLOPS.items() if part in name), None):
+        if peak := next((value for word, value in PEAK_TFLOPS.items() if re.search(rf"\b{word}\b", name)), None):
             figures["peak_share"] = figures["tflops"] / peak
         return figures
 
@@ -96,8 +98,8 @@ def flops_of(model: PreTrainedModel) -> tuple[float, float, float]:
     apart = {id(weight) for module in (head, embedding) for weight in module.parameters()}
     body = sum(w.numel() * (6 if w.requires_grad else 4) for w in model.parameters() if id(w) not in apart)
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     return 6.0 * head.weight.numel(), float(body), 6.0 * config.num_hidden_layers * width
 
 

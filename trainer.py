@@ -127,7 +127,8 @@ class RecTrainer(transformers.Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _mean_over_targets(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        return self.label_head.loss / num_items_in_batch
+        loss, self.label_head.loss = self.label_head.loss, None  # or its gradients would outlive the update
+        return loss / num_items_in_batch
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         """Loss on the valid items, and the ranking metrics of a search for them."""
@@ -142,6 +143,10 @@ class RecTrainer(transformers.Trainer):
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self.throughput.paused():
             super()._save_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self.throughput.paused():
+            super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -52,7 +52,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8, help="samples per update (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="for a GPU; what there is is used")
-    parser.add_argument("--sides", default="all", help="numbers of sides, separated by commas (default: %(default)s)")
     return one_line(parser).parse_args()
 
 
@@ -61,29 +60,27 @@ def main() -> None:
     args = parse_args()
     if not (args.ml_100k / "ml-100k" / "ml-100k.index.json").exists():
         raise InputError(f"{args.ml_100k}/ml-100k: has no index; make one with bash run.sh, or name its folder")
-    sides = list(SIDES) if args.sides == "all" else [list(SIDES)[int(number)] for number in args.sides.split(",")]
     timings: dict[str, dict[str, list[dict]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         print(f"Instruments: {without_twins(args.data_path, 'Instruments', Path(folder))} twin items left out")
         for name, path in (("Instruments", folder), ("ml-100k", args.ml_100k)):
-            timings[name] = {side: [] for side in sides}
+            timings[name] = {side: [] for side in SIDES}
             for _ in range(args.repeats):
-                for side in sides:
+                for side in SIDES:
                     # A process for each: what one side leaves in memory is not the other's.
                     with multiprocessing.get_context("spawn").Pool(1) as pool:
                         timings[name][side].append(pool.apply(measure, (args, name, str(path), side)))
             table(name, timings[name])
     figures = {name: ratios(by_side) for name, by_side in timings.items()}
-    if sides == list(SIDES):
-        instruments, ml = figures["Instruments"], figures["ml-100k"]
-        figures |= {
-            "ratio_next": instruments[OURS]["targets_per_s_ratio"],
-            "memory_ratio": instruments[OURS]["memory_mb_ratio"],
-            "ratio_history": instruments[HISTORY]["items_per_s_ratio"],
-            "ratio_history_ml_100k": ml[HISTORY]["items_per_s_ratio"],
-        }
-        for name in ("ratio_next", "memory_ratio", "ratio_history", "ratio_history_ml_100k"):
-            print(f"{name:<24} {figures[name]:.2f}")
+    instruments, ml = figures["Instruments"], figures["ml-100k"]
+    figures |= {
+        "ratio_next": instruments[OURS]["targets_per_s_ratio"],
+        "memory_ratio": instruments[OURS]["memory_mb_ratio"],
+        "ratio_history": instruments[HISTORY]["items_per_s_ratio"],
+        "ratio_history_ml_100k": ml[HISTORY]["items_per_s_ratio"],
+    }
+    for name in ("ratio_next", "memory_ratio", "ratio_history", "ratio_history_ml_100k"):
+        print(f"{name:<24} {figures[name]:.2f}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"\n{write_results('train', device, {'arguments': vars(args), **figures, 'timings': timings})}")
 
@@ -119,11 +116,11 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     instructions = Instructions(
         samples, tokenizer, read_prompts(PROMPT_FILE), {t for c in codes.values() for t in c}, MAX_HIS_LEN, ", "
     )
-    lengths, tokens = instructions.lengths(), 0
+    lengths, tokens = instructions.lengths(longest=True), 0
     if how["by_tokens"]:  # as many as make the same number of updates
         limits = range(2 * max(lengths) if how["packing"] else max(lengths), int(sum(lengths)) + 2 * max(lengths), 8)
         tokens = next(n for n in limits if len(Batches(lengths, 1, n, how["packing"], how["order"])) <= args.updates)
-    batches = Batches(lengths, args.batch_size, tokens, how["packing"], how["order"])
+    batches = Batches(lengths, args.batch_size, tokens, how["packing"], how["order"], now=instructions.lengths)
     rows = [instructions[i] for i in range(count)]
     targets = sum(label != IGNORE for row in rows for label in row["labels"][1:])
     depth = len(next(iter(codes.values())))
@@ -152,9 +149,8 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
             trainer = transformers.Trainer(**shared, data_collator=without_lengths)
             trainer.pop_callback(transformers.PrinterCallback)
         else:
-            trainer = RecTrainer(
-                **shared, data_collator=collator, batches=batches, max_logits_mb=256, rank=None, record={}
-            )
+            ours = {"batches": batches, "max_logits_mb": shared["args"].max_logits_mb, "rank": None, "record": {}}
+            trainer = RecTrainer(**shared, **ours, data_collator=collator)
         device = next(model.parameters()).device
         small = {k: v.to(device) for k, v in Collator(tokenizer)(rows[:1]).items() if k != "lengths"}
         model(**small).loss.backward()  # before the clock: libraries load, threads start, Adam makes its state

@@ -1,6 +1,6 @@
 """Which samples make a batch: of one length together, or laid end to end, by number or by tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ class Batches(torch.utils.data.Sampler[list[int]]):
 
     Args:
         lengths: tokens of each sample at most.
+        now: gives the tokens of each sample in an epoch, by which they are sorted (default: `lengths`).
         batch_size: samples of a batch at most; ignored where `max_tokens` is given.
         max_tokens: tokens of a batch at most; padding counts, unless the samples are `packed`.
         packed: whether samples are laid end to end without padding.
@@ -38,8 +39,10 @@ class Batches(torch.utils.data.Sampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         processes: int = 1,
+        now: Callable[[], np.ndarray] | None = None,
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.now = now or (lambda: self.lengths)
         self.order, self.seed, self.epoch = order, seed, 0
         self.rank, self.processes = rank, processes
         self.window = 0.0  # tokens of a packed batch, about
@@ -85,7 +88,7 @@ class Batches(torch.utils.data.Sampler[list[int]]):
         if self.order != "sequential":
             draw.shuffle(order)
         if self.order == "group_by_length":
-            order = order[np.argsort(-self.lengths[order], kind="stable")]
+            order = order[np.argsort(-self.now()[order], kind="stable")]
         order = np.resize(order, self.taken)
         borders = self.borders
         if self.window:
@@ -99,7 +102,10 @@ class Batches(torch.utils.data.Sampler[list[int]]):
             yield order[borders[step] : borders[step + 1]].tolist()
 
     def _filled(self, max_tokens: int) -> list[int]:
-        """Borders from the longest sample to the shortest: as many to a batch as its first one leaves room for."""
+        """Borders from the longest sample to the shortest: as many to a batch as its first one leaves room for.
+
+        They hold in every epoch: if no sample is longer than it may be, neither is the n-th longest of them.
+        """
         lengths, borders = -np.sort(-self.lengths), [0]
         while borders[-1] < len(lengths):
             borders.append(borders[-1] + max_tokens // int(lengths[borders[-1]]))

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Collection
-from functools import cache
+from functools import cached_property
 
 import datasets
 import numpy as np
@@ -46,6 +46,7 @@ class Instructions(torch.utils.data.Dataset):
         self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
         self.only_response, self.repeat, self.seed = only_response, phrasings_per_sample, seed
         self.epoch = 0
+        self._rims: dict[tuple[str, int, bool], list[int]] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -57,43 +58,60 @@ class Instructions(torch.utils.data.Dataset):
         if i >= len(self):
             raise IndexError(i)
         sample = self.samples[i % len(self.samples)]
-        draw = random.Random(f"{self.seed} {self.epoch} {i}")
-        phrasing = draw.choice(self.prompts[sample["task"]])
+        phrasing = self.prompts[sample["task"]][self._drawn(i, sample["task"])]
         if sample["target"]:
             return self.answered(sample, phrasing)
-        shift = random.Random(f"{self.seed} {self.epoch} {sample['user']}").random()  # one for all stretches of a user
+        shift = self._shift(sample["user"])
         items = stretch(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
         return self._whole(items, phrasing)
 
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sample with its longest phrasing, int64 [samples].
+    def lengths(self, longest: bool = False) -> np.ndarray:
+        """Tokens of each sample in this epoch, int64 [samples]; or in whichever epoch it is `longest`.
 
         No sample is written out for it: index tokens stand for themselves whatever surrounds them, so that what a
         phrasing adds depends on the number of items alone.
         """
-        histories, targets, tasks = (self.samples[column] for column in ("history", "target", "task"))
-        distinct = sorted({item for items in histories for item in items} | {target for target in targets if target})
+        found = []
+        for i in range(len(self)):
+            task, user, items, target, part, parts = self._sizes[i % len(self._sizes)]
+            if not target:
+                whole = sorted(items)[-self.max_his_len - 1 :]
+                items = whole if longest else stretch(items, part, parts, self.max_his_len, self._shift(user))
+            around = self._around(task, len(items), target > 0)
+            found.append(sum(items) + target + (max(around) if longest else around[self._drawn(i, task)]))
+        return np.array(found, dtype=np.int64)
+
+    @cached_property
+    def _sizes(self) -> list[tuple]:
+        """Of each sample: task, user, tokens of the items of its history and of its target, part, parts."""
+        columns = [self.samples[name] for name in ("task", "user", "history", "target", "part", "parts")]
+        distinct = sorted({item for items in columns[2] for item in items} | set(columns[3]))
         encoded = self.tokenizer(distinct, add_special_tokens=False).input_ids
         tokens = dict(zip(distinct, map(len, encoded), strict=True))
-        stand_in = distinct[0]
+        return [
+            (task, user, [tokens[item] for item in items], tokens[target], part, parts)
+            for task, user, items, target, part, parts in zip(*columns, strict=True)
+        ]
 
-        @cache
-        def around(task: str, items: int, answered: bool) -> int:
+    def _around(self, task: str, items: int, answered: bool) -> list[int]:
+        """Tokens of a sample besides its items and its target, with each phrasing of the task."""
+        if (task, items, answered) not in self._rims:
+            stand_in = next(iter(self.samples))["history"][0]
             sample = {"task": task, "history": [stand_in] * items, "target": stand_in}
-            return max(
-                len((self.answered(sample, p) if answered else self._whole(sample["history"], p))["input_ids"])
-                - tokens[stand_in] * (items + answered)
+            own = len(self.tokenizer(stand_in, add_special_tokens=False).input_ids) * (items + answered)
+            self._rims[task, items, answered] = [
+                len((self.answered(sample, p) if answered else self._whole(sample["history"], p))["input_ids"]) - own
                 for p in self.prompts[task]
-            )
+            ]
+        return self._rims[task, items, answered]
 
-        found = []
-        for task, items, target in zip(tasks, histories, targets, strict=True):
-            if target:
-                found.append(around(task, len(items), True) + sum(map(tokens.get, items)) + tokens[target])
-            else:  # a stretch: which one is drawn anew in each epoch
-                count = min(len(items), self.max_his_len + 1)
-                found.append(around(task, count, False) + count * max(map(tokens.get, items)))
-        return np.tile(np.array(found, dtype=np.int64), self.repeat)
+    def _drawn(self, i: int, task: str) -> int:
+        """Which phrasing sample i has in this epoch."""
+        return random.Random(f"{self.seed} {self.epoch} {i}").randrange(len(self.prompts[task]))
+
+    def _shift(self, user: str) -> float:
+        """Where the stretches of a user begin in this epoch."""
+        return random.Random(f"{self.seed} {self.epoch} {user}").random()
 
     def prompt(self, sample: dict, phrasing: Phrasing) -> str:
         """The text up to where the item is to be given."""
@@ -148,8 +166,8 @@ class Collator:
     """Training samples -> a batch of int64 tensors, right-padded: input_ids, labels, lengths (tokens of each sample).
 
     With `packing` samples are laid end to end in rows no longer than the longest of them; `position_ids` begin anew
-    with each sample, by which transformers keeps their attention apart. With `one_row` they make a single row, the
-    form that flash attention reads without any mask.
+    with each sample, by which transformers keeps their attention apart. With `one_row` they make a single row, with
+    the borders as flash attention reads them (int32 cu_seq_lens_q and _k [samples + 1]; max_length_q and _k).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: bool = False, one_row: bool = False):
@@ -161,6 +179,10 @@ class Collator:
             rows = [samples] if self.one_row else self._rows(samples)
             places = [[place for sample in row for place in range(len(sample["input_ids"]))] for row in rows]
             how = {"position_ids": pad(places, 0)}
+            if self.one_row:
+                starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+                how |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+                how |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
         else:
             rows = [[sample] for sample in samples]
             how = {"attention_mask": pad([[1] * length for length in lengths], 0)}

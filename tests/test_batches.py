@@ -96,17 +96,31 @@ def test_limits_that_cannot_be_kept(how, says):
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("supervise", ["next", "history"])
 @pytest.mark.parametrize("how", [{}, {"add_prefix": True, "his_sep": " then "}])
-def test_lengths_are_those_of_the_longest_phrasing(toy, supervise, bos, how):
+def test_lengths_are_those_of_the_samples(toy, supervise, bos, how):
     _, instructions = build(toy, supervise, bos, phrasings_per_sample=2, **how)
-    lengths, seen = instructions.lengths(), np.zeros(len(instructions), dtype=int)
-    assert len(lengths) == len(instructions)
+    longest, seen = instructions.lengths(longest=True), np.zeros(len(instructions), dtype=int)
     for epoch in range(60):
         instructions.set_epoch(epoch)
-        seen = np.maximum(seen, [len(instructions[i]["input_ids"]) for i in range(len(instructions))])
-    assert (seen <= lengths).all()
-    whole = [sample["parts"] == 1 for sample in instructions.samples] * 2  # stretches may be short in every epoch
-    assert (seen == lengths)[whole].mean() > 0.9
-    assert (seen >= lengths - 8).all()
+        written = [len(instructions[i]["input_ids"]) for i in range(len(instructions))]
+        assert instructions.lengths().tolist() == written
+        seen = np.maximum(seen, written)
+    assert (seen == longest).mean() > 0.9 and (seen <= longest).all()
+
+
+def test_batches_are_sorted_by_the_lengths_of_the_epoch_within_the_limits_of_all(toy):
+    _, instructions = build(toy, "next")
+    longest = instructions.lengths(longest=True)
+    batches = Batches(longest, max_tokens=3 * int(longest.max()), now=instructions.lengths)
+    counts = set()
+    for epoch in range(9):
+        instructions.set_epoch(epoch)
+        batches.set_epoch(epoch)
+        lengths, taken = instructions.lengths(), list(batches)
+        assert max(cost(lengths, batch, packed=False) for batch in taken) <= 3 * longest.max()
+        spans = sorted((min(lengths[batch]), max(lengths[batch])) for batch in taken)
+        assert all(high <= low for (_, high), (low, _) in zip(spans, spans[1:], strict=False))
+        counts.add(len(taken))
+    assert counts == {len(batches)}
 
 
 def test_packed_rows_hold_every_token_once():
@@ -121,3 +135,5 @@ def test_packed_rows_hold_every_token_once():
         assert (batch["labels"][at] == 100 + i).sum() == n - 1  # all but the first
     row = Collator(tokenizer, packing=True, one_row=True)(samples)
     assert row["input_ids"].shape == (1, 32) and (row["position_ids"] == 0).sum() == 6
+    assert row["cu_seq_lens_q"].tolist() == (row["position_ids"][0] == 0).nonzero()[:, 0].tolist() + [32]
+    assert row["max_length_k"] == 9

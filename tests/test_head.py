@@ -4,7 +4,15 @@ import pytest
 import torch
 from conftest import make_model
 from torch.nn import functional
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from data.collate import IGNORE
 from models.head import LabelHead
@@ -13,6 +21,7 @@ SIZE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 SIZE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
 CHANGED = {  # models that do something to the logits after their head
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(head_dim=16, final_logit_softcapping=3.0, **SIZE)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(logits_scaling=3.0, **SIZE)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(logit_scale=0.5, **SIZE)),
 }
 
@@ -51,7 +60,8 @@ def assert_equal_ways(model, max_logits_mb=1, tolerance=1e-5, **context):
     assert ours == pytest.approx(plain, rel=tolerance)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=tolerance, atol=tolerance)
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected[name], rtol=tolerance, atol=tolerance * largest)
 
 
 def few_rows(monkeypatch, rows=3):
@@ -92,7 +102,7 @@ def test_with_a_bias_and_with_frozen_parts(monkeypatch):
 @pytest.mark.parametrize("architecture_", ["llama-tied", "gpt2"])
 def test_equals_the_plain_loss_in_bfloat16(architecture_, monkeypatch):
     few_rows(monkeypatch)
-    assert_equal_ways(make_model(architecture_, 300, spread=1), tolerance=1e-2, dtype=torch.bfloat16)
+    assert_equal_ways(make_model(architecture_, 300, spread=1), tolerance=2e-2, dtype=torch.bfloat16)
 
 
 def test_the_head_is_itself_again_and_evaluation_keeps_no_gradients():
@@ -108,19 +118,30 @@ def test_the_head_is_itself_again_and_evaluation_keeps_no_gradients():
     assert torch.equal(model(**inputs).logits, before)
 
 
+class LogitSizes(TorchDispatchMode):
+    """The sizes in bytes of all tensors made that have a row of the vocabulary's length; the weight turned has 32."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.bytes = vocabulary, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,) and len(tensor) != 32:
+                self.bytes.append(tensor.numel() * tensor.element_size())
+        return made
+
+
 def test_logits_stay_within_the_memory_given():
     model = make_model("llama", 50_000, spread=1)
     inputs, labels = batch()
-    head, shapes = LabelHead(model, 1), []
-    forward = LabelHead._logits
-    try:
-        LabelHead._logits = lambda self, rows: shapes.append(len(rows)) or forward(self, rows)
-        with head.where(labels):
-            model(**inputs)
-    finally:
-        LabelHead._logits = forward
-    assert sum(shapes) == (labels[:, 1:] != IGNORE).sum()
-    assert max(shapes) * 50_000 * 4 <= 2**20
+    head = LabelHead(model, 2)
+    with LogitSizes(50_000) as sizes, head.where(labels):
+        model(**inputs)
+        head.loss.backward()
+    # Four such tensors are alive at a time: logits, their log-probabilities, the gradients of both.
+    assert 4 * max(sizes.bytes) <= 2 * 2**20 and len(sizes.bytes) > 4 * 5
 
 
 def test_a_model_with_logits_of_its_own_is_found_out():
