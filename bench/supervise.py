@@ -63,7 +63,7 @@ def main() -> None:
             return {way: json.loads((output / "run.json").read_text()) for way, output in outputs.items()}
 
         def fitting(trial: dict[str, dict], updates: dict[str, int], seconds: float) -> dict[str, int]:
-            """Updates for that time at the speed of a trial, a multiple of six: the best of six checkpoints is tested."""
+            """Updates for that time at the speed of a trial, a multiple of six, as of six checkpoints one is kept."""
             return {
                 way: max(6, 6 * round(updates[way] * seconds / run["throughput"]["seconds"] / 6))
                 for way, run in trial.items()

@@ -106,8 +106,17 @@ def test_other_architectures_train_save_and_test(script, workshop, tmp_path, arc
     assert results["users"] == 4
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(script, workshop, tmp_path):
-    more = ("--supervise", "history", "--epochs", 4, "--save_steps", 10, "--save_and_eval_strategy", "steps")
+@pytest.mark.parametrize(
+    "batches",
+    [
+        ("--epochs", 4),
+        ("--epochs", 9, "--max_tokens_per_batch", 250, "--gradient_accumulation_steps", 2),
+        ("--epochs", 4, "--max_tokens_per_batch", 300, "--packing"),
+    ],
+    ids=["samples", "tokens", "packed"],
+)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(script, workshop, tmp_path, batches):
+    more = ("--supervise", "history", *batches, "--save_steps", 10, "--save_and_eval_strategy", "steps")
     more += ("--load_best_model_at_end", "False", "--save_total_limit", 9, "--resume_from_checkpoint", "auto")
     assert script(finetune.main, *flags(workshop, tmp_path / "whole", *more))[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
