@@ -38,7 +38,7 @@ def without_twins(data_path: Path, name: str, output: Path) -> int:
 
 
 class Peak:
-    """`with Peak(device) as peak: ...; peak.mb`: the most memory in use, MB; on the CPU of the whole process."""
+    """`with Peak(device) as peak: ...`: MB in use `before` and at most, `mb`; on the CPU of the whole process."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -46,16 +46,23 @@ class Peak:
     def __enter__(self) -> "Peak":
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device) / 2**20
         else:
             Path("/proc/self/clear_refs").write_text("5")  # Linux: begin a new high-water mark
+            self.before = process_mb("VmRSS")
         return self
 
     def __exit__(self, *_) -> None:
         if self.device.type == "cuda":
             self.mb = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            self.mb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+            self.mb = process_mb("VmHWM")
+
+
+def process_mb(kind: str) -> float:
+    """Memory of this process, MB, as Linux counts it: VmRSS is resident now, VmHWM the most since the mark."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**10
 
 
 def write_results(name: str, device: torch.device, figures: dict) -> Path:

@@ -9,13 +9,11 @@ import argparse
 import multiprocessing
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
-from transformers import TrainerCallback
 
 from arguments import TuningArguments
 from bench.common import Peak, without_twins, write_results
@@ -26,7 +24,8 @@ from data.prompts import PROMPT_FILE, read_prompts
 from data.tasks import train_samples
 from errors import InputError, exits_cleanly, one_line
 from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
-from trainer import RecTrainer
+from throughput import Throughput
+from trainer import RecTrainer, Stopwatch
 
 MAX_HIS_LEN = 20  # LC-Rec's
 # Each side has what the one before it has, except that packing stands instead of batches by length.
@@ -85,20 +84,6 @@ def main() -> None:
     print(f"\n{write_results('train', device, {'arguments': vars(args), **figures, 'timings': timings})}")
 
 
-class Clock(TrainerCallback):
-    def on_train_begin(self, *args, **kwargs) -> None:
-        self.seconds = -now()
-
-    def on_train_end(self, *args, **kwargs) -> None:
-        self.seconds += now()
-
-
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> dict[str, float]:
     """One side's training on the same samples: the items and labelled tokens (targets) of a second, and memory, MB,
     above that of weights, gradients and optimizer state."""
@@ -126,7 +111,7 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     depth = len(next(iter(codes.values())))
     items = count if how["supervise"] == "next" else targets / depth
 
-    collator, clock = Collator(tokenizer, how["packing"]), Clock()
+    collator = Collator(tokenizer, how["packing"])
     with tempfile.TemporaryDirectory() as output:
         shared = {
             "model": model,
@@ -141,45 +126,39 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
             ),
             "train_dataset": instructions,
             "processing_class": tokenizer,
-            "callbacks": [clock],
         }
         if how["plain"]:
             shared["args"].train_sampling_strategy = "random"
             without_lengths = lambda rows: {k: v for k, v in collator(rows).items() if k != "lengths"}  # noqa: E731
             trainer = transformers.Trainer(**shared, data_collator=without_lengths)
             trainer.pop_callback(transformers.PrinterCallback)
+            throughput = Throughput(model, trainer.args.device)
+            trainer.add_callback(Stopwatch(throughput))
         else:
             ours = {"batches": batches, "max_logits_mb": shared["args"].max_logits_mb, "rank": None, "record": {}}
             trainer = RecTrainer(**shared, **ours, data_collator=collator)
+            throughput = trainer.throughput
         device = next(model.parameters()).device
         small = {k: v.to(device) for k, v in Collator(tokenizer)(rows[:1]).items() if k != "lengths"}
         model(**small).loss.backward()  # before the clock: libraries load, threads start, Adam makes its state
         trainer.create_optimizer().step()
         model.zero_grad()
-        before = resident_mb(device)
         with Peak(device) as peak:
             trainer.train()
     gradients = sum(w.numel() * w.element_size() for w in model.parameters()) / 2**20
     figures = {
-        "items_per_s": items / clock.seconds,
-        "targets_per_s": targets / clock.seconds,
-        "tokens_per_s": sum(len(row["input_ids"]) for row in rows) / clock.seconds,
-        "memory_mb": peak.mb - before - gradients,
-        "seconds": clock.seconds,
+        "items_per_s": items / throughput.seconds,
+        "targets_per_s": targets / throughput.seconds,
+        "tokens_per_s": sum(len(row["input_ids"]) for row in rows) / throughput.seconds,
+        "memory_mb": peak.mb - peak.before - gradients,
+        "seconds": throughput.seconds,
         "updates": trainer.state.global_step,
         "max_tokens_per_batch": tokens,
     }
     if not how["plain"]:
-        ours = trainer.throughput.figures(trainer.accelerator)
+        ours = throughput.figures(trainer.accelerator)
         figures |= {key: ours[key] for key in ("padding", "tflops", "peak_share") if key in ours}
     return figures
-
-
-def resident_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**20
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 2**10
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:

@@ -74,9 +74,10 @@ class Instructions(torch.utils.data.Dataset):
         found = []
         for i in range(len(self)):
             task, user, items, target, part, parts = self._sizes[i % len(self._sizes)]
-            if not target:
-                whole = sorted(items)[-self.max_his_len - 1 :]
-                items = whole if longest else stretch(items, part, parts, self.max_his_len, self._shift(user))
+            if not target and longest:
+                items = sorted(items)[-self.max_his_len - 1 :]
+            elif not target:
+                items = stretch(items, part, parts, self.max_his_len, self._shift(user))
             around = self._around(task, len(items), target > 0)
             found.append(sum(items) + target + (max(around) if longest else around[self._drawn(i, task)]))
         return np.array(found, dtype=np.int64)

@@ -1,16 +1,14 @@
 """Training: the same updates as the plain Trainer's, whatever batches, processes and packing do with the samples."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import OTHERS, flags, make_model
 from safetensors.torch import load_file
+from test_head import with_logits_of_its_own
+from test_recommend import torchrun
 from test_samples import build
 
 import finetune
@@ -22,7 +20,6 @@ from models.language import keeps_packed_apart
 from throughput import Throughput, flops_of, in_words
 from trainer import NewEpoch, RecTrainer
 
-ROOT = Path(__file__).parents[1]
 PACKS_NOT = {"bloom"}
 
 
@@ -111,37 +108,28 @@ def test_which_models_keep_packed_samples_apart(name, toy):
         assert losses(model, samples, instructions.tokenizer, packing=True)[0] == pytest.approx(loss, rel=1e-5)
 
 
-def run_folder(workshop, tmp_path, script, name, *more):
-    command = [sys.executable, *script, *map(str, flags(workshop, tmp_path / name, *more))]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr
-    run = json.loads((tmp_path / name / "run.json").read_text())
-    return load_file(tmp_path / name / "model.safetensors"), run, result.stdout
-
-
 @pytest.mark.parametrize(
     "how", [("--per_device_batch_size", 5), ("--max_tokens_per_batch", 300, "--packing")], ids=["padded", "packed"]
 )
-def test_processes_share_an_update(workshop, tmp_path, how):
+def test_processes_share_an_update(script, workshop, tmp_path, how):
     """Two processes make the updates of one that accumulates two batches: the loss is weighted by targets in both."""
     same = ("--supervise", "history", "--max_his_len", 4, "--train_sampling_strategy", "sequential", *how)
     same += ("--max_steps", 6, "--save_and_eval_strategy", "no", "--optim", "sgd", "--learning_rate", 0.1)
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "finetune.py")
-    ours, run, said = run_folder(workshop, tmp_path, two, "two", *same)
-    theirs, _, _ = run_folder(workshop, tmp_path, ("finetune.py",), "one", *same, "--gradient_accumulation_steps", 2)
-    assert_close(ours, theirs)
-    assert run["throughput"]["padding"] < 0.25
-    assert said.count("targets/s") == 1 and "% padding" in said and "peak memory" in said
+    two = torchrun(2, "finetune.py", *flags(workshop, tmp_path / "two", *same))
+    assert two.returncode == 0, two.stderr
+    code, _, error = script(
+        finetune.main, *flags(workshop, tmp_path / "one", *same, "--gradient_accumulation_steps", 2)
+    )
+    assert code == 0, error
+    assert_close(*(load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")))
+    assert json.loads((tmp_path / "two/run.json").read_text())["throughput"]["padding"] < 0.25
+    assert two.stdout.count("targets/s") == 1 and "% padding" in two.stdout and "peak memory" in two.stdout
 
 
 def test_a_model_with_logits_of_its_own_trains_by_its_own_loss(toy, tmp_path, capsys):
     _, instructions = build(toy, "next")
     tokenizer = instructions.tokenizer
-    model = make_model("llama", len(tokenizer), spread=1)
-    forward = model.forward
-    model.forward = lambda *args, **kwargs: _shifted(forward(*args, **kwargs))
+    model = with_logits_of_its_own(make_model("llama", len(tokenizer), spread=1))
     args = TuningArguments(output_dir=str(tmp_path), max_steps=2, save_and_eval_strategy="no", use_cpu=True)
     trainer = RecTrainer(
         model=model, args=args, train_dataset=instructions, processing_class=tokenizer, rank=None, record={},
@@ -149,11 +137,6 @@ def test_a_model_with_logits_of_its_own_trains_by_its_own_loss(toy, tmp_path, ca
     )  # fmt: skip
     assert "applied at every position" in capsys.readouterr().out
     assert trainer.train().training_loss > 0
-
-
-def _shifted(output):
-    output.logits = output.logits + 1
-    return output
 
 
 @pytest.mark.parametrize(
