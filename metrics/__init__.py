@@ -1,4 +1,4 @@
-"""Ranking metrics as local `evaluate` modules, loaded from this folder without a network."""
+"""Metrics as local `evaluate` modules, loaded from this folder without a network."""
 
 from pathlib import Path
 
@@ -23,6 +23,11 @@ def parse_metrics(names: str) -> list[tuple[str, int]]:
     return parsed
 
 
+def load(name: str) -> evaluate.Metric:
+    """The metric in folder metrics/`name`: hit, ndcg, auc or uauc."""
+    return evaluate.load(str(FOLDER / name))
+
+
 def ranking_metrics(
     predictions: list[list[str]], references: list[str], names: list[tuple[str, int]]
 ) -> dict[str, float]:
@@ -34,7 +39,6 @@ def ranking_metrics(
     """
     results = {}
     for metric in sorted({metric for metric, _ in names}):
-        module = evaluate.load(str(FOLDER / metric))
         cutoffs = [k for name, k in names if name == metric]
-        results |= module.compute(predictions=predictions, references=references, k=cutoffs)
+        results |= load(metric).compute(predictions=predictions, references=references, k=cutoffs)
     return {f"{metric}@{k}": float(results[f"{metric}@{k}"]) for metric, k in names}

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from baselines import CoOccurrence, Popularity
 from data.dataset import open_dataset
 from errors import InputError
-from metrics import parse_metrics, ranking_metrics
+from metrics import load, parse_metrics, ranking_metrics
+from metrics.roc import auc, auc_of_groups, uauc
 
 
 def test_hit_and_ndcg_agree_with_the_reference(shared):
@@ -53,3 +56,68 @@ def test_baselines_of_ml_100k(ml_100k):
         lists = [baseline.recommend(history, 10, set(history)) for history in histories]
         results = ranking_metrics(lists, targets, [("hit", 10), ("ndcg", 10)])
         assert results == pytest.approx({"hit@10": hit, "ndcg@10": ndcg}, abs=5e-4)
+
+
+def test_auc_and_uauc_agree_with_the_reference(shared):
+    golden = json.loads((shared / "golden" / "metrics.json").read_text())["preference"]
+    users, labels, scores = (np.array(golden[name]) for name in ("user", "label", "score"))
+    found = uauc(users, labels, scores)
+    assert auc(labels, scores) == pytest.approx(golden["auc"], abs=1e-9)
+    assert found["uauc"] == pytest.approx(golden["uauc"], abs=1e-9)
+    assert found["users_counted"] == golden["users_counted"]
+    assert found["users_counted"] + found["users_left_out"] == len(set(golden["user"]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_of_groups_is_that_of_scikit_learn(seed):
+    draw = np.random.default_rng(seed)
+    users = draw.choice(["ann", "bob", "eve", "zoë"] + [f"user {i}" for i in range(60)], 400)
+    labels = draw.integers(0, 2, 400)
+    scores = draw.choice([-np.inf, -1e300, -1.5, 0.0, -0.0, 1e-300, 2.0, np.inf], 400)
+    names, found = auc_of_groups(users, labels, scores)
+    assert names.tolist() == sorted(set(users))
+    for name, value in zip(names, found, strict=True):
+        own = users == name
+        if len(set(labels[own])) < 2:
+            assert np.isnan(value)
+        else:
+            finite = np.clip(scores[own], -1e301, 1e301)  # scikit-learn refuses infinity
+            assert value == pytest.approx(roc_auc_score(labels[own], finite), abs=1e-12)
+    assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, np.clip(scores, -1e301, 1e301)), abs=1e-12)
+
+
+def test_auc_and_uauc_as_evaluate_modules():
+    labels, scores, users = [1, 0, 1, 0, 1], [0.9, 0.1, 0.2, 0.2, 0.3], [7, 7, 8, 8, 9]
+    assert load("auc").compute(references=labels, prediction_scores=scores)["auc"] == pytest.approx(5.5 / 6)
+    found = load("uauc").compute(references=labels, prediction_scores=scores, users=users)
+    assert found == {"uauc": 0.75, "users_counted": 2, "users_left_out": 1}
+    close = [0.1 + 1e-15, 0.1]  # as float32 they would tie
+    assert load("auc").compute(references=[1, 0], prediction_scores=close)["auc"] == 1
+
+
+def test_labels_of_evaluate_modules_are_not_rounded():
+    with pytest.raises(InputError, match="sample 0 has label 0.7"):
+        load("auc").compute(references=[0.7, 1, 0], prediction_scores=[0.1, 0.2, 0.3])
+
+
+def test_uauc_without_a_user_that_counts():
+    found = uauc(np.array([1, 2]), np.array([1, 0]), np.array([0.5, 0.5]))
+    assert np.isnan(found.pop("uauc")) and found == {"users_counted": 0, "users_left_out": 2}
+    assert np.isnan(auc(np.array([1, 1]), np.array([0.1, 0.2])))
+
+
+BAD_SCORES = {
+    "NaN": ([0.1, np.nan], [0, 1], "1 of 2 scores are NaN, the first that of sample 1"),
+    "label": ([0.1, 0.2], [0, 2], "sample 1 has label 2"),
+    "lengths": ([0.1], [0, 1], "not of one length"),
+    "nothing": ([], [], "no samples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SCORES)
+def test_scores_that_cannot_be_measured(case):
+    scores, labels, message = BAD_SCORES[case]
+    with pytest.raises(InputError, match=message):
+        auc(np.array(labels), np.array(scores))
+    with pytest.raises(InputError, match=message):
+        uauc(np.zeros(len(labels)), np.array(labels), np.array(scores))
