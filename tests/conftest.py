@@ -4,6 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -221,4 +224,27 @@ def smollm2(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("smollm2")
     run_main(smollm2.main, "--output_dir", folder)
+    return folder
+
+
+def write_preferences(root: Path, users: int = 40, items: int = 30, name: str = "liked") -> Path:
+    """A preference dataset root/`name`: users like the items of their own parity. The last users are cold."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    rows = {"train": [], "valid": [], "test": []}
+    for user in range(1, users + 1):
+        his = []
+        for at, item in enumerate(draw.permutation(np.arange(1, items + 1)).tolist()):
+            part = "train" if at < items * 0.6 else "valid" if at < items * 0.8 else "test"
+            if part == "train" and user > users - 4:
+                continue
+            label = int((user + item) % 2 == 0)
+            row = {"uid": user, "iid": item, "label": label, "timestamp": at, "his": [*his]}
+            rows[part].append(row | {"not_cold": int(user <= users - 4)})
+            his += [item] * label
+    for part, content in rows.items():
+        pq.write_table(pa.Table.from_pylist(content), folder / f"{part}.parquet")
+    titles = {str(item): {"title": f"Thing {item}"} for item in range(1, items + 1)}
+    (folder / "item.json").write_text(json.dumps(titles))
     return folder
