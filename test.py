@@ -1,7 +1,8 @@
-"""Measure a tuned model: search every test user's next item, beside two baselines that learn nothing.
+"""Measure a model: its search for every test user's next item, or its AUC and UAUC on what test users liked.
 
 python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen
 python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 20 --predictions_file out.jsonl
+python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
 """
 
 import argparse
@@ -18,20 +19,24 @@ from torch import distributed
 from baselines import CoOccurrence, Popularity
 from data.collate import Instructions
 from data.dataset import RecDataset, open_dataset, output_file, read_json, whole_file, write_json
+from data.preference import column, open_preferences
 from data.prompts import Phrasing
 from data.tasks import held_out_samples
 from decoding.beam import SCORES, Recommendation
 from errors import InputError, exits_cleanly, one_line
 from metrics import parse_metrics, ranking_metrics
+from models.collaborative import MODELS as COLLABORATIVE
+from models.collaborative import load
 from models.language import index_token_ids, load_model, load_tokenizer
 from recommend import recommend, trie_of
+from scoring import check_fits, inputs_of, measure, print_table, run_facts, score
 from trainer import RECORD
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py")
+    model.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py or pretrain.py")
     model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
@@ -44,10 +49,12 @@ def parse_args() -> argparse.Namespace:
     data.add_argument(
         "--test_prompt_ids", default="0", help="phrasings: all, or numbers like 0,3 (default: %(default)s)"
     )
-    data.add_argument("--sample_num", type=int, default=-1, help="measure only the first n users; -1: all (default)")
-    search = parser.add_argument_group("search")
+    data.add_argument("--sample_num", type=int, default=-1, help="measure only the first n users, or ratings; -1: all")
+    data.add_argument(
+        "--test_batch_size", type=int, default=32, help="users, or ratings, per batch (default: %(default)s)"
+    )
+    search = parser.add_argument_group("search (of a model that generates)")
     search.add_argument("--num_beams", type=int, default=20, help="width of the search (default: %(default)s)")
-    search.add_argument("--test_batch_size", type=int, default=32, help="users per batch (default: %(default)s)")
     search.add_argument(
         "--score", default="full", choices=SCORES,
         help="log-probabilities over the whole vocabulary, or over the legal tokens only (default: %(default)s)",
@@ -59,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     results = parser.add_argument_group("results")
     results.add_argument("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="(default: %(default)s)")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
-    results.add_argument("--predictions_file", type=Path, help="JSON lines, one a user and phrasing (default: none)")
+    results.add_argument("--predictions_file", type=Path, help="JSON lines, one a user and phrasing, or rating")
     return one_line(parser).parse_args()
 
 
@@ -67,23 +74,36 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure; with the other processes where `test_ddp.py` has set them up."""
     args = parse_args()
-    started = time.monotonic()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if args.test_batch_size < 1:
+        raise InputError(f"--test_batch_size {args.test_batch_size}: should be 1 at least")
+    if distributed.is_initialized():
+        args.gpu_id = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
+        raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
+    record = read_json(args.ckpt_path / RECORD, "the record of a model trained by finetune.py or pretrain.py")
+    if not isinstance(record.get("method"), str):
+        raise InputError(f"{args.ckpt_path / RECORD}: names no method; train the model again")
+    if record["method"] in COLLABORATIVE:
+        test_preferences(args)
+    else:
+        test_search(args, record)
+
+
+def test_search(args: argparse.Namespace, record: dict) -> None:
+    """A model that generates the next item's index, beside two baselines that learn nothing."""
+    started = time.monotonic()
     together = distributed.is_initialized()
     main_process = not together or distributed.get_rank() == 0
     log = print if main_process else lambda *_: None
-    gpu = int(os.environ["LOCAL_RANK"]) if together else args.gpu_id
 
     # ---- What to measure ----
-    record = read_json(args.ckpt_path / RECORD, "the record of a model tuned by finetune.py")
     dataset = open_dataset(args.data_path, args.dataset or record["dataset"], ["index"], args.index_file)
     metrics = parse_metrics(args.metrics)
     if args.num_beams < max(k for _, k in metrics):
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
-    if args.test_batch_size < 1:
-        raise InputError(f"--test_batch_size {args.test_batch_size}: should be 1 at least")
     if dataset.sha256("index") != record["index_sha256"]:
         raise InputError(
             f"{args.ckpt_path}: was tuned with another index than that of {dataset.folder}; see --index_file"
@@ -93,8 +113,6 @@ def main() -> None:
     results_file = args.results_file or Path("results") / dataset.name / f"{record['method']}.json"
     for file in filter(None, (results_file, args.predictions_file)):
         output_file(file)
-    if torch.cuda.is_available() and not 0 <= gpu < torch.cuda.device_count():
-        raise InputError(f"--gpu_id {gpu}: this machine has {torch.cuda.device_count()} GPUs")
 
     samples = held_out_samples(dataset, "test", record["supervise"], record["max_his_len"])
     users = dataset.test_users
@@ -111,7 +129,7 @@ def main() -> None:
 
     # ---- Model ----
     tokenizer, model = load_tokenizer(args.ckpt_path), load_model(args.ckpt_path)
-    model = model.eval().to(f"cuda:{gpu}" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu")
     token_ids = index_token_ids(tokenizer, dataset.index)
     trie = trie_of(token_ids, tokenizer, record["supervise"])
     instructions = Instructions(
@@ -174,9 +192,7 @@ def main() -> None:
             "baselines": baselines,
             "users": len(users),
             "num_beams": args.num_beams,
-            "seconds": round(time.monotonic() - started, 1),
-            "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            **run_facts(args, started),
         },
         indent=1,
     )
@@ -187,8 +203,38 @@ def main() -> None:
     rows |= {method: spread["mean"]}
     if len(prompt_ids) > 1:
         rows |= {f"{method}, worst phrasing": spread["min"], f"{method}, best phrasing": spread["max"]}
-    print_table(rows, names)
+    print_ranking(rows, names)
     print_examples(dataset, users, targets, histories, found[prompt_ids[0]])
+    print(f"\nresults in {results_file}")
+
+
+def test_preferences(args: argparse.Namespace) -> None:
+    """A model that scores ratings: AUC and UAUC of all, warm and cold test ratings."""
+    if distributed.is_initialized() and distributed.get_rank() > 0:
+        return  # seconds of work: the first process does it alone
+    started = time.monotonic()
+    model = load(args.ckpt_path)
+    kind = model.config.model_type
+    dataset = open_preferences(args.data_path, args.dataset or model.config.dataset)
+    check_fits(model, dataset)
+    results_file = args.results_file or Path("results") / dataset.name / f"{kind}.json"
+    for file in filter(None, (results_file, args.predictions_file)):
+        output_file(file)
+    part = dataset.parts["test"]
+    if args.sample_num > 0:
+        part = part.take(min(args.sample_num, len(part)))
+    if torch.cuda.is_available():
+        model.to(f"cuda:{args.gpu_id}")
+    scores = score(model, inputs_of(part, model), args.test_batch_size)
+    results = measure(part, scores)
+    write_json(results_file, {**results, **run_facts(args, started)}, indent=1)
+    if args.predictions_file:
+        columns = (column(part, name).tolist() for name in ("uid", "iid", "label"))
+        with whole_file(args.predictions_file) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for user, item, label, of_model in zip(*columns, scores.tolist(), strict=True):
+                line = {"user": user, "item": item, "label": label, "prompt": None, "score": of_model}
+                file.write(json.dumps(line) + "\n")
+    print_table({kind: results})
     print(f"\nresults in {results_file}")
 
 
@@ -216,7 +262,7 @@ def write_predictions(
                 file.write(json.dumps(line) + "\n")
 
 
-def print_table(rows: dict[str, dict[str, float]], names: list[str]) -> None:
+def print_ranking(rows: dict[str, dict[str, float]], names: list[str]) -> None:
     width = max(map(len, rows))
     print("\n" + " " * width + "".join(f"{name:>10}" for name in names))
     for row, values in rows.items():

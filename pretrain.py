@@ -1,0 +1,288 @@
+"""Train a collaborative model on who liked what: MF, LightGCN, SASRec, DIN, hashed MF.
+
+python pretrain.py --model mf --dataset ml-1m --data_path ../shared/data
+python pretrain.py --model sasrec --dataset ml-1m --data_path ../shared/data --sweep
+python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
+"""
+
+import argparse
+import copy
+import itertools
+import math
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from data.dataset import output_file, output_folder, write_json
+from data.preference import PreferenceDataset, column, open_preferences
+from errors import InputError, exits_cleanly, one_line
+from metrics.roc import auc, uauc
+from models.collaborative import MODELS
+from models.collaborative.base import CollaborativeModel
+from models.collaborative.sasrec import SASRecConfig
+from scoring import inputs_of, measure, print_table, run_facts, score
+from trainer import RECORD
+
+METRICS = ("auc", "uauc")
+LOG_SECONDS = 20  # between two lines about a training, where no terminal shows its progress
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained; a sweep varies the first three."""
+
+    learning_rate: float
+    weight_decay: float
+    embedding_size: int
+    batch_size: int = 1024
+    epochs: int = 500
+    patience: int = 30
+    select_by: str = "auc"
+    seed: int = 42
+
+
+# What was best on ml-1m's valid part (bench/README.md).
+DEFAULTS = {
+    "mf": Settings(1e-3, 1e-4, 64),
+    "lightgcn": Settings(1e-3, 1e-4, 64),
+    "sasrec": Settings(1e-3, 1e-3, 64, patience=10),
+    "din": Settings(1e-3, 1e-3, 64, patience=10),
+    "hash": Settings(1e-2, 1e-4, 32),
+}
+# What --sweep tries where a flag gives no values of its own.
+GRID = {"learning_rate": [1e-2, 1e-3, 1e-4], "weight_decay": [1e-3, 1e-4, 1e-5], "embedding_size": [32, 64, 256]}
+
+
+class Diverged(InputError):
+    """The loss or a score is no number any more."""
+
+
+def build(kind: str, dataset: PreferenceDataset, settings: Settings) -> CollaborativeModel:
+    """An untrained model for the users and items of `dataset`; InputError if memory cannot hold it."""
+    torch.manual_seed(settings.seed)
+    config = MODELS[kind].config_class(
+        num_users=dataset.num_users,
+        num_items=dataset.num_items,
+        embedding_size=settings.embedding_size,
+        dataset=dataset.name,
+        dataset_sha256=dataset.sha256(),
+    )
+    try:
+        model = MODELS[kind](config)
+    except (RuntimeError, MemoryError):
+        size = f"{config.num_users:,} users, {config.num_items:,} items, --embedding_size {config.embedding_size:,}"
+        raise InputError(f"{size}: memory cannot hold a {kind} of that size") from None
+    rows = dataset.parts["train"]
+    liked = column(rows, "label") == 1
+    model.learn_graph(*(torch.from_numpy(column(rows, name)[liked].astype(np.int64)) for name in ("uid", "iid")))
+    return model
+
+
+def train(model: CollaborativeModel, dataset: PreferenceDataset, settings: Settings) -> list[dict]:
+    """Fit `model` to train by BCE, keep the state that is best on valid; returns the learning curve, a line an epoch.
+
+    Raises:
+        Diverged: the loss or a score is no number any more.
+        InputError: UAUC is to choose, but no user of valid has both labels; too few epochs to keep any state.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.epochs <= model.warmup_epochs:
+        kind, first = model.config.model_type, model.warmup_epochs + 1
+        raise InputError(f"--epochs {settings.epochs}: {kind} keeps no state before epoch {first}")
+    torch.manual_seed(settings.seed)
+    model.to(device).train()
+    inputs, valid = inputs_of(dataset.parts["train"], model), inputs_of(dataset.parts["valid"], model)
+    valid_users, valid_labels = (valid[name].cpu().numpy() for name in ("users", "labels"))
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    curve, best, best_state, began, said = [], {}, None, time.monotonic(), 0.0
+    progress = tqdm(
+        range(1, settings.epochs + 1), desc=model.config.model_type, unit="epoch", disable=None, leave=False
+    )
+    for epoch in progress:
+        model.begin_epoch(epoch - 1)
+        total = torch.zeros((), device=device)
+        order = torch.randperm(len(inputs["users"]), device=device)
+        shuffled = {name: tensor[order].split(settings.batch_size) for name, tensor in inputs.items()}
+        for batch in zip(*shuffled.values(), strict=True):
+            loss = model(**dict(zip(shuffled, batch, strict=True))).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(batch[0])
+        line = {"epoch": epoch, "loss": total.item() / len(order)}
+        if not math.isfinite(line["loss"]):
+            raise Diverged(f"the loss is {line['loss']} in epoch {epoch}; lower --learning_rate")
+        scores = score(model, valid)
+        if np.isnan(scores).any():
+            raise Diverged(f"scores are NaN in epoch {epoch}; lower --learning_rate")
+        line |= {"auc": auc(valid_labels, scores), "uauc": uauc(valid_users, valid_labels, scores)["uauc"]}
+        figures = {name: None if math.isnan(value) else value for name, value in line.items()}
+        curve.append(figures | {"seconds": round(time.monotonic() - began, 3)})
+        if math.isnan(line[settings.select_by]):
+            raise InputError(f"{dataset.folder / 'valid.parquet'}: no user has both labels; use --select_by auc")
+        shown = {name: f"{line[name]:.4f}" for name in ("loss", *METRICS)}
+        progress.set_postfix(shown)
+        if progress.disable and curve[-1]["seconds"] - said > LOG_SECONDS:
+            said = curve[-1]["seconds"]
+            print(f"  epoch {epoch}: " + ", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+        if epoch <= model.warmup_epochs:
+            continue
+        if not best or line[settings.select_by] > best[settings.select_by]:
+            best, best_state = line, copy.deepcopy(model.state_dict())
+        elif epoch - best["epoch"] >= settings.patience:
+            break
+    model.load_state_dict(best_state)
+    model.eval()
+    return curve
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, required=True, help="kind of model")
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="ml-1m", help="name of the preference dataset (default: %(default)s)")
+    data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
+    training = parser.add_argument_group("training")
+    for name, kind, help in (
+        ("learning_rate", float, "of Adam"),
+        ("weight_decay", float, "of Adam, added to the gradient"),
+        ("embedding_size", int, "width of an embedding"),
+    ):
+        default = ", ".join(f"{getattr(settings, name):g} {kind}" for kind, settings in DEFAULTS.items())
+        training.add_argument(
+            f"--{name}", type=kind, nargs="+", help=f"{help}; several values with --sweep (default: {default})"
+        )
+    training.add_argument(
+        "--sweep", action="store_true",
+        help="train with every combination of these three, keep the best on valid; those not given take "
+        + "; ".join(f"{name} {' '.join(format(v, 'g') for v in values)}" for name, values in GRID.items()),
+    )  # fmt: skip
+    training.add_argument("--batch_size", type=int, default=Settings.batch_size, help="(default: %(default)s)")
+    training.add_argument("--epochs", type=int, default=Settings.epochs, help="at most (default: %(default)s)")
+    training.add_argument(
+        "--patience",
+        type=int,
+        help="epochs without a better valid metric to stop after (default: 30, sasrec and din 10)",
+    )
+    training.add_argument(
+        "--select_by",
+        choices=METRICS,
+        default=Settings.select_by,
+        help="valid metric that picks the epoch (default: %(default)s)",
+    )
+    training.add_argument("--seed", type=int, default=Settings.seed, help="(default: %(default)s)")
+    results = parser.add_argument_group("results")
+    results.add_argument("--output_dir", type=Path, help="default: ckpt/<dataset>/<model>")
+    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<model>.json")
+    args = one_line(parser).parse_args()
+    for name, least in (("batch_size", 1), ("epochs", 1), ("patience", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < 2**31:
+            raise InputError(f"--{name} {value}: should be from {least} to {2**31 - 1:,}")
+    return args
+
+
+def combinations(args: argparse.Namespace) -> list[Settings]:
+    """The settings to try: one, or with --sweep every combination of what was given."""
+    values = []
+    for name, grid in GRID.items():
+        given = getattr(args, name) or (grid if args.sweep else [getattr(DEFAULTS[args.model], name)])
+        if len(given) > 1 and not args.sweep:
+            raise InputError(f"--{name} has {len(given)} values: give one, or add --sweep")
+        if not all(math.isfinite(value) and (value > 0 or name == "weight_decay" and value == 0) for value in given):
+            raise InputError(f"--{name} {' '.join(map(str, given))}: should be above 0")
+        values.append(given)
+    rest = {name: getattr(args, name) for name in ("batch_size", "epochs", "select_by", "seed")}
+    rest["patience"] = args.patience or DEFAULTS[args.model].patience
+    heads = SASRecConfig.num_heads
+    if args.model == "sasrec" and (odd := [size for size in values[2] if size % heads]):
+        raise InputError(f"--embedding_size {odd[0]}: should be a multiple of {heads}, the attention heads of sasrec")
+    return [Settings(*combination, **rest) for combination in itertools.product(*values)]
+
+
+@exits_cleanly
+def main() -> None:
+    args = parse_args()
+    tried = combinations(args)
+    torch.set_flush_denormal(True)  # weight decay wears unseen rows down to numbers that are slow to compute with
+    transformers.utils.logging.disable_progress_bar()
+    started = time.monotonic()
+
+    # ---- Data ----
+    dataset = open_preferences(args.data_path, args.dataset)
+    output_dir = output_folder(args.output_dir or Path("ckpt") / dataset.name / args.model)
+    results_file = args.results_file or Path("results") / dataset.name / f"{args.model}.json"
+    output_file(results_file)
+    sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in dataset.parts.items())
+    print(f"{dataset.name}: {sizes} ratings; ids: users to {dataset.num_users - 1}, items to {dataset.num_items - 1}")
+
+    # ---- Train, with each of the settings ----
+    runs, best = [], None
+    for settings in tried:
+        began = time.monotonic()
+        varied = {name: getattr(settings, name) for name in GRID}
+        said = ", ".join(f"{name} {value:g}" for name, value in varied.items())
+        model = build(args.model, dataset, settings)
+        try:
+            curve = train(model, dataset, settings)
+        except Diverged as error:
+            print(f"{said}: {error}")
+            continue
+        kept = max(curve[model.warmup_epochs :], key=lambda line: line[args.select_by])
+        runs.append({**varied, **kept, "epochs": len(curve), "seconds": round(time.monotonic() - began, 1)})
+        if best is None or kept[args.select_by] > best[0][args.select_by]:
+            best = kept, model, curve, settings
+        print(
+            f"{said}: valid AUC {kept['auc']:.4f}, UAUC {kept['uauc']:.4f} in epoch {kept['epoch']} of {len(curve)} "
+            f"({runs[-1]['seconds']:.0f} s)"
+        )
+    if best is None:
+        raise InputError("no training came to an end; lower --learning_rate")
+    _, model, curve, settings = best
+    if args.sweep:
+        print_sweep(runs, args.select_by)
+
+    # ---- Keep the best, measure it once on test ----
+    results = measure(dataset.parts["test"], score(model, inputs_of(dataset.parts["test"], model)))
+    facts = run_facts(args, started) | {"settings": asdict(settings)}
+    save(model.cpu(), output_dir, facts | {"sweep": runs, "curve": curve})
+    write_json(results_file, {**results, **facts}, indent=1)
+    print_table({args.model: results})
+    print(f"\nmodel in {output_dir}/, results in {results_file}")
+
+
+def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
+    """Write the model, `run` and the record, each whole or not at all; a folder that has the record is complete."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            model.save_pretrained(temporary)
+            (folder / RECORD).unlink(missing_ok=True)
+            for file in Path(temporary).iterdir():
+                os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: the model cannot be written there ({error})") from None
+    write_json(folder / "run.json", run, indent=1)
+    write_json(folder / RECORD, {"method": model.config.model_type, "dataset": model.config.dataset}, indent=1)
+
+
+def print_sweep(runs: list[dict], select_by: str) -> None:
+    print(f"\n{'lr':>8}{'wd':>8}{'width':>7}{'AUC':>9}{'UAUC':>9}{'epoch':>7}{'s':>6}   (valid)")
+    for run in sorted(runs, key=lambda run: -run[select_by]):
+        print(
+            f"{run['learning_rate']:>8g}{run['weight_decay']:>8g}{run['embedding_size']:>7}"
+            f"{run['auc']:>9.4f}{run['uauc']:>9.4f}{run['epoch']:>7}{run['seconds']:>6.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
