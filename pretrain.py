@@ -49,7 +49,7 @@ class Settings:
     seed: int = 42
 
 
-# What was best on ml-1m's valid part (bench/README.md).
+# Found on ml-1m; bench/README.md says what else was tried.
 DEFAULTS = {
     "mf": Settings(1e-3, 1e-4, 64),
     "lightgcn": Settings(1e-3, 1e-4, 64),
