@@ -12,6 +12,8 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,6 +88,17 @@ def build(kind: str, dataset: PreferenceDataset, settings: Settings) -> Collabor
     return model
 
 
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Weight decay wears unseen rows down to numbers that are slow to compute with: within this they are 0."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@flushed_denormals()
 def train(model: CollaborativeModel, dataset: PreferenceDataset, settings: Settings) -> list[dict]:
     """Fit `model` to train by BCE, keep the state that is best on valid; returns the learning curve, a line an epoch.
 
@@ -214,7 +227,6 @@ def combinations(args: argparse.Namespace) -> list[Settings]:
 def main() -> None:
     args = parse_args()
     tried = combinations(args)
-    torch.set_flush_denormal(True)  # weight decay wears unseen rows down to numbers that are slow to compute with
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
 

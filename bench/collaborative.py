@@ -27,7 +27,7 @@ from metrics import load
 from metrics.roc import uauc
 from models.collaborative import MODELS
 from models.collaborative.base import CollaborativeConfig
-from pretrain import DEFAULTS, Settings, build, train
+from pretrain import DEFAULTS, Settings, build, flushed_denormals, train
 from scoring import inputs_of, measure, score
 
 PUBLISHED = {  # AUC, UAUC on ml-1m: CoLLM, table 2; the hashed model is held against MF
@@ -54,7 +54,6 @@ def parse_args() -> argparse.Namespace:
 @exits_cleanly
 def main() -> None:
     args = parse_args()
-    torch.set_flush_denormal(True)  # as pretrain.py; the plain loop gains from it as well
     dataset = open_preferences(args.data_path, args.dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = time_uauc(args.repeats) | time_mf(dataset, args)
@@ -137,6 +136,7 @@ def our_mf(dataset: PreferenceDataset, epochs: int, settings: Settings) -> list[
     return [line | {"test_auc": test_auc} for line in curve]
 
 
+@flushed_denormals()  # as pretrain.py does
 def plain_mf(dataset: PreferenceDataset, epochs: int, std: float = 1.0) -> list[dict]:
     """The loop that one would write: a learning curve with valid and test AUC. `std` of the embeddings at first."""
     torch.manual_seed(1)

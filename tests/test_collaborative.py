@@ -111,6 +111,7 @@ def test_a_seed_repeats_itself(kind, dataset):
         torch.rand(len(curves))  # what was drawn before plays no part
         curves.append([(line["loss"], line["auc"]) for line in pretrain.train(model, dataset, settings)])
     assert curves[0] == curves[1] != curves[2]  # another seed: other batches
+    assert torch.tensor(1e-30) * 1e-10 > 0  # training leaves the process' arithmetic as it was
 
 
 def test_training_stops_when_valid_gets_no_better(dataset):
