@@ -1,13 +1,9 @@
 """Score the rows of a preference dataset with a collaborative model, and measure AUC and UAUC: all, warm and cold."""
 
-import argparse
 import math
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset
 
 from data.preference import PreferenceDataset, column, last_liked
@@ -84,12 +80,3 @@ def print_table(rows: dict[str, dict[str, dict]]) -> None:
     for name, results in rows.items():
         figures = [results[part][key] for part in parts for key in ("auc", "uauc")]
         print(f"{name:<{width}}" + "".join(f"{'-' if x is None else format(x, '.4f'):>11}" for x in figures))
-
-
-def run_facts(args: argparse.Namespace, started: float) -> dict:
-    """What stands in every results file: how long it took, the flags, the versions."""
-    return {
-        "seconds": round(time.monotonic() - started, 1),
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }

@@ -24,12 +24,13 @@ from data.prompts import Phrasing
 from data.tasks import held_out_samples
 from decoding.beam import SCORES, Recommendation
 from errors import InputError, exits_cleanly, one_line
+from facts import run_facts
 from metrics import parse_metrics, ranking_metrics
 from models.collaborative import MODELS as COLLABORATIVE
 from models.collaborative import load
 from models.language import index_token_ids, load_model, load_tokenizer
 from recommend import recommend, trie_of
-from scoring import check_fits, inputs_of, measure, print_table, run_facts, score
+from scoring import check_fits, inputs_of, measure, print_table, score
 from trainer import RECORD
 
 
@@ -110,9 +111,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
         )
     phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"]]
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, len(phrasings))
-    results_file = args.results_file or Path("results") / dataset.name / f"{record['method']}.json"
-    for file in filter(None, (results_file, args.predictions_file)):
-        output_file(file)
+    results_file = results_file_of(args, dataset.name, record["method"])
 
     samples = held_out_samples(dataset, "test", record["supervise"], record["max_his_len"])
     users = dataset.test_users
@@ -217,9 +216,7 @@ def test_preferences(args: argparse.Namespace) -> None:
     kind = model.config.model_type
     dataset = open_preferences(args.data_path, args.dataset or model.config.dataset)
     check_fits(model, dataset)
-    results_file = args.results_file or Path("results") / dataset.name / f"{kind}.json"
-    for file in filter(None, (results_file, args.predictions_file)):
-        output_file(file)
+    results_file = results_file_of(args, dataset.name, kind)
     part = dataset.parts["test"]
     if args.sample_num > 0:
         part = part.take(min(args.sample_num, len(part)))
@@ -236,6 +233,14 @@ def test_preferences(args: argparse.Namespace) -> None:
                 file.write(json.dumps(line) + "\n")
     print_table({kind: results})
     print(f"\nresults in {results_file}")
+
+
+def results_file_of(args: argparse.Namespace, dataset: str, method: str) -> Path:
+    """Where the results go; InputError, before anything is measured, if they or the predictions cannot be written."""
+    results_file = args.results_file or Path("results") / dataset / f"{method}.json"
+    for file in filter(None, (results_file, args.predictions_file)):
+        output_file(file)
+    return results_file
 
 
 def parse_prompt_ids(given: str, phrasings: int) -> list[int]:

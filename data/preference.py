@@ -84,10 +84,9 @@ def open_preferences(data_path: str | Path, name: str) -> PreferenceDataset:
             "or see --data_path"
         )
     items = read_json(folder / "item.json", "item -> title and description")
-    for item in items:
+    for item, record in items.items():
         if not item.isdecimal() or len(item) > 9 or item != str(int(item)) or item == "0":
             raise InputError(f"{folder / 'item.json'}: item {item[:50]!r} should be a number from 1 to 999999999")
-    for item, record in items.items():
         if not isinstance(record, dict) or not str(record.get("title") or "").strip():
             raise InputError(f"{folder / 'item.json'}: item {item!r} should be an object with a title")
     known = np.array([int(item) for item in items])

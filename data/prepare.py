@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.dataset import output_folder, whole_file, write_json
+from data.dataset import output_folder, whole_file
 from data.preference import COLUMNS, PARTS
 from data.sources import SOURCES
 from errors import InputError, exits_cleanly, one_line
@@ -74,7 +74,7 @@ def preference_parts(ratings: pd.DataFrame, ends: list[pd.Timestamp], liked_abov
     liked_before = (label.groupby(ratings["uid"]).cumsum() - label).to_numpy()
     liked = ratings[label == 1].groupby("uid")["iid"].agg(list)
     histories = [liked.get(user, [])[:n] for user, n in zip(ratings["uid"], liked_before, strict=True)]
-    table = ratings[["uid", "iid", "timestamp"]].assign(label=label, his=histories, not_cold=1)
+    table = ratings[["uid", "iid", "timestamp"]].assign(label=label, his=histories)
     when = pd.to_datetime(table["timestamp"], unit="s")
     spans = zip(PARTS, pairwise(ends), strict=True)
     parts = {part: table[(when >= begin) & (when < end)] for part, (begin, end) in spans}
@@ -115,6 +115,23 @@ def id_lines(ids: dict[str, int]) -> str:
     return "".join(f"{raw}\t{i}\n" for raw, i in ids.items())
 
 
+def item_texts(items: pd.DataFrame, numbers: dict[str, int]) -> str:
+    """What the raw files tell of each numbered item, as JSON."""
+    texts = items.loc[list(numbers)].to_dict("index")
+    return json.dumps({str(numbers[raw]): texts[raw] for raw in numbers}, ensure_ascii=False, indent=1) + "\n"
+
+
+def write_together(folder: Path, content: dict[str, str | pa.Table]) -> None:
+    """The files of a dataset belong together: all of them take their places at the end, or none does."""
+    with ExitStack() as files:
+        for name, content_of in content.items():
+            temporary = files.enter_context(whole_file(folder / name))
+            if isinstance(content_of, pa.Table):
+                pq.write_table(content_of, temporary)
+            else:
+                temporary.write_text(content_of, encoding="utf-8")
+
+
 def sequential(ratings: pd.DataFrame, items: pd.DataFrame, args: argparse.Namespace) -> None:
     """Histories in time order, LC-Rec's files."""
     k = args.min_interactions or 5
@@ -126,12 +143,9 @@ def sequential(ratings: pd.DataFrame, items: pd.DataFrame, args: argparse.Namesp
 
     folder, name = output_folder(args.data_path / args.dataset), args.dataset
     inter = {str(users[u]): [str(numbers[i]) for i in histories[u]] for u in users}
-    write_json(folder / f"{name}.inter.json", inter)
-    texts = items.loc[list(numbers)].to_dict("index")
-    write_json(folder / f"{name}.item.json", {str(numbers[raw]): texts[raw] for raw in numbers}, indent=1)
-    for kind, ids in (("user", users), ("item", numbers)):
-        with whole_file(folder / f"{name}.{kind}2id") as temporary:
-            temporary.write_text(id_lines(ids), encoding="utf-8")
+    content = {f"{name}.inter.json": json.dumps(inter, ensure_ascii=False) + "\n"}
+    content[f"{name}.item.json"] = item_texts(items, numbers)
+    write_together(folder, content | {f"{name}.user2id": id_lines(users), f"{name}.item2id": id_lines(numbers)})
 
     lengths = histories.str.len()
     print(f"{name}: {len(ratings):,} ratings read, {len(core):,} in the {k}-core")
@@ -173,17 +187,13 @@ def preference(ratings: pd.DataFrame, items: pd.DataFrame, args: argparse.Namesp
                 "see --start, --months, --liked_above"
             )
 
-    # The files belong together: all of them take their places at the end, or none does.
     folder = output_folder(args.data_path / name)
-    texts = {str(numbers[raw]): text for raw, text in items.loc[list(numbers)].to_dict("index").items()}
-    with ExitStack() as files:
-        for part, rows in parts.items():
-            table = pa.table({column: pa.array(rows[column], kind) for column, kind in COLUMNS.items()})
-            pq.write_table(table, files.enter_context(whole_file(folder / f"{part}.parquet")))
-        content = json.dumps(texts, ensure_ascii=False, indent=1) + "\n"
-        files.enter_context(whole_file(folder / "item.json")).write_text(content, encoding="utf-8")
-        for kind, ids in (("user", users), ("item", numbers)):
-            files.enter_context(whole_file(folder / f"{kind}2id")).write_text(id_lines(ids), encoding="utf-8")
+    content = {
+        f"{part}.parquet": pa.table({column: pa.array(rows[column], kind) for column, kind in COLUMNS.items()})
+        for part, rows in parts.items()
+    }
+    content["item.json"] = item_texts(items, numbers)
+    write_together(folder, content | {"user2id": id_lines(users), "item2id": id_lines(numbers)})
 
     print(f"{name}: {len(ratings):,} ratings read, {len(core):,} kept; users {len(users):,}, items {len(numbers):,}")
     if again := len(window) - len(first_ratings):

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import output_folder, read_embeddings, write_json
 from errors import InputError, exits_cleanly, one_line
+from facts import run_facts
 from index.collisions import colliding
 from index.rqvae import RQVAE, RQVAEConfig
 
@@ -100,12 +101,7 @@ def main() -> None:
     started = time.monotonic()
     model, curve = train(embeddings, config, args)
     model.save_pretrained(args.output_dir)
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    write_json(
-        args.output_dir / "run.json",
-        {"arguments": arguments, "curve": curve, "seconds": round(time.monotonic() - started, 1)},
-        indent=1,
-    )
+    write_json(args.output_dir / "run.json", {**run_facts(args, started), "curve": curve}, indent=1)
     print(f"RQ-VAE of {sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
 
 

@@ -170,6 +170,18 @@ def test_prepare_orders_by_time_and_keeps_ties_in_file_order(tmp_path, script):
     assert (tmp_path / "mini/mini.item2id").read_text().splitlines()[-1] == "10\t3"
 
 
+def test_prepare_replaces_all_files_or_none(tmp_path, script, refused):
+    write_atomic(tmp_path / "raw", [(u, i, i) for u in (1, 2) for i in (1, 2, 3)], MOVIES)
+    flags = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path, "--min_interactions", 1)
+    assert script(prepare.main, *flags)[0] == 0
+    before = (tmp_path / "mini/mini.inter.json").read_bytes()
+    (tmp_path / "mini/mini.item2id").unlink()
+    (tmp_path / "mini/mini.item2id").mkdir()
+    write_atomic(tmp_path / "raw", [(u, i, -i) for u in (1, 2) for i in (1, 2, 3)], MOVIES)
+    assert "mini.item2id: is a folder" in refused(prepare.main, *flags)
+    assert (tmp_path / "mini/mini.inter.json").read_bytes() == before
+
+
 def test_k_core_is_a_fixed_point():
     table = pd.DataFrame({"user": list("aabbcc") + ["d"], "item": list("xyxyxz") + ["z"]})
     core = prepare.k_core(table, 2)

@@ -164,6 +164,7 @@ WINDOW = ("--start", "2001-01-01", "--months", 2, 1, 1)
 
 
 def prepared(tmp_path, script, *flags):
+    """`script`'s or `refused`'s answer to preparing what `write_movielens` wrote."""
     where = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path / "out")
     return script(prepare.main, "--task", "preference", "--source", "movielens", *where, *flags)
 
@@ -210,9 +211,7 @@ def test_prepare_replaces_all_files_or_none(tmp_path, script, refused):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     shutil.move(folder / "item2id", folder / "kept")
     (folder / "item2id").mkdir()
-    where = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path / "out")
-    flags = ("--task", "preference", "--source", "movielens", *where, *WINDOW, "--liked_above", 4)
-    assert "item2id: is a folder" in refused(prepare.main, *flags)
+    assert "item2id: is a folder" in prepared(tmp_path, refused, *WINDOW, "--liked_above", 4)
     (folder / "item2id").rmdir()
     shutil.move(folder / "kept", folder / "item2id")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -248,25 +247,22 @@ REFUSED = {
 def test_prepare_refuses(tmp_path, refused, case):
     flags, message = REFUSED[case]
     write_movielens(tmp_path / "raw", RATINGS)
-    where = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path / "out")
-    error = refused(prepare.main, "--task", "preference", "--source", "movielens", *where, *flags)
+    error = prepared(tmp_path, refused, *flags)
     assert message in error and not (tmp_path / "out").exists()
 
 
 def test_prepare_refuses_bad_movielens_lines(tmp_path, refused):
-    where = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path / "out")
-    flags = ("--task", "preference", "--source", "movielens", *where)
-    assert "ratings.dat: cannot be read" in refused(prepare.main, *flags)
+    assert "ratings.dat: cannot be read" in prepared(tmp_path, refused)
     write_movielens(tmp_path / "raw", [*RATINGS, (1, 2)])
-    assert "ratings.dat: line 11 does not have the 4 fields" in refused(prepare.main, *flags)
+    assert "ratings.dat: line 11 does not have the 4 fields" in prepared(tmp_path, refused)
     for rating in ("good", "", "inf"):
         write_movielens(tmp_path / "raw", [*RATINGS, (1, 2, rating, 5)])
-        assert "ratings.dat: line 11 has no numeric rating" in refused(prepare.main, *flags)
+        assert "ratings.dat: line 11 has no numeric rating" in prepared(tmp_path, refused)
     write_movielens(tmp_path / "raw", [*RATINGS, (1, 2, 5, 981763200000)])
-    assert "timestamp 981763200000 is no number of seconds" in refused(prepare.main, *flags)
+    assert "timestamp 981763200000 is no number of seconds" in prepared(tmp_path, refused)
     write_movielens(tmp_path / "raw", RATINGS)
     (tmp_path / "raw/movies.dat").write_text(ITEMS.replace("Film 2, The (1952)", " "))
-    assert "item '2' has no title" in refused(prepare.main, *flags, *WINDOW)
+    assert "item '2' has no title" in prepared(tmp_path, refused, *WINDOW)
 
 
 def write_amazon(folder, reviews, metadata, compress=True):

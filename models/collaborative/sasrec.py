@@ -29,7 +29,7 @@ class Block(nn.Module):
     def __init__(self, config: SASRecConfig):
         super().__init__()
         width = config.embedding_size
-        self.heads, self.dropout = config.num_heads, config.dropout
+        self.heads, self.drop = config.num_heads, nn.Dropout(config.dropout)
         self.attention_norm, self.network_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value, self.out = (
             nn.Linear(width, width),
@@ -44,17 +44,10 @@ class Block(nn.Module):
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
         key, value = self.key_value(normed).chunk(2, -1)
         attended = F.scaled_dot_product_attention(
-            split(self.query(normed[:, -queries:])), split(key), split(value), mask, self.drop_rate
+            split(self.query(normed[:, -queries:])), split(key), split(value), mask, self.drop.p * self.training
         )
         x = x[:, -queries:] + self.drop(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self.drop(self.network(self.network_norm(x)))
-
-    @property
-    def drop_rate(self) -> float:
-        return self.dropout if self.training else 0.0
-
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout, self.training)
 
 
 class SASRec(CollaborativeModel):
