@@ -1,5 +1,6 @@
 """The flags of finetune.py: one dataclass a group, LC-Rec's names beside the Trainer's own, YAML presets beneath."""
 
+import json
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,11 +12,13 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import is_liger_kernel_available
 
 from data.batches import ORDERS
+from data.questions import CODE_FORMATS
 from data.tasks import SUPERVISE, TASKS
 from errors import InputError, one_line
 
-METHODS = ("lcrec",)
+METHODS = ("lcrec", "tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
 
+DTYPES = ("float32", "bfloat16", "float16")
 
 # What the Trainer knows, but our batches and our loss do not.
 UNSUPPORTED = {
@@ -36,7 +39,16 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    base_model: str = HfArg(default=None, help="folder or hub name of a decoder-only model (required)")
+    base_model: str = HfArg(
+        default=None, help="folder or hub name of a decoder-only model (required, unless --init_from knows it)"
+    )
+    base_dtype: str = field(
+        default="float32",
+        metadata={"help": "dtype of frozen weights; what is trained is float32", "choices": DTYPES},
+    )
+    load_in_4bit: bool = HfArg(
+        default=False, help="weights of linear layers as nf4; what is trained stands beside them"
+    )
 
 
 @dataclass
@@ -56,14 +68,14 @@ class DataArguments:
 
 @dataclass
 class MethodArguments:
-    """How it is tuned."""
+    """How it is tuned: what LC-Rec takes."""
 
     _argument_group_name = "method"
 
     method: str = field(default="lcrec", metadata={"help": "way of tuning", "choices": METHODS})
     tasks: str = HfArg(default="seqrec", help=f"training tasks, separated by commas, of: {', '.join(TASKS)}")
     train_prompt_sample_num: str = HfArg(default="1", help="phrasings per sample and epoch, one number a task")
-    train_data_sample_num: str = HfArg(default="0", help="samples of each task, one number a task; 0 = all")
+    train_data_sample_num: str = HfArg(default="0", help="training samples of each task, one number a task; 0 = all")
     supervise: str = field(
         default="next",
         metadata={
@@ -77,6 +89,36 @@ class MethodArguments:
     embedding_dropout: float = HfArg(default=0.0, help="dropout on the input embeddings while training")
     valid_users: int = HfArg(default=500, help="users whose valid item is searched for at each evaluation; 0 = all")
     exclude_seen: bool = HfArg(default=False, help="take a user's own items out of the candidates at evaluation")
+
+
+@dataclass
+class YesNoArguments:
+    """How it is tuned: what the methods take that answer Yes or No."""
+
+    _argument_group_name = "method: tallrec, collm, binllm, cora, softprompt, personprompt"
+
+    collab: str | None = HfArg(default=None, help="folder of a collaborative model, from pretrain.py")
+    init_from: str | None = HfArg(default=None, help="folder of the first stage, from --method tallrec")
+    lora: bool | None = HfArg(
+        default=None, help="train LoRA weights (default: tallrec and binllm do, the others with --one_stage)"
+    )
+    lora_r: int = HfArg(default=8, help="rank of the LoRA weights; with cora of the generated ones")
+    lora_alpha: float = HfArg(default=16, help="their scale is alpha / r")
+    lora_dropout: float = HfArg(default=0.05, help="dropout on what they read")
+    lora_target_modules: str = HfArg(default="q_proj,v_proj", help="linear layers that get them, by name")
+    train_collab: bool = HfArg(default=False, help="train the collaborative model on (T1)")
+    collab_from_scratch: bool = HfArg(default=False, help="train the collaborative model from new weights (T2)")
+    one_stage: bool = HfArg(default=False, help="train new LoRA weights together with the method's own parts (T3)")
+    soft_tokens: int = HfArg(default=1, help="soft tokens for each user and item")
+    code_format: str = field(
+        default="bits", metadata={"help": "binllm's codes: 0110... or 172.16.254.3", "choices": CODE_FORMATS}
+    )
+    valid_samples: int = HfArg(default=0, help="valid rows at each evaluation, of users drawn at random; 0 = all")
+    select_by: str = field(
+        default="auc", metadata={"help": "valid metric that picks the checkpoint", "choices": ("auc", "uauc")}
+    )
+    patience: int = HfArg(default=0, help="evaluations without a better one after which to stop; 0 = never")
+    save_full: bool = HfArg(default=False, help="save the base model's weights as well, not only what was trained")
 
 
 @dataclass
@@ -191,5 +233,6 @@ def preset_flags(path: str, known: set[str]) -> list[str]:
             raise InputError(f"{path}: {key!r} is not a flag of this script; see --help")
         if value is not None:
             value = "no" if value is False and key.endswith("strategy") else value  # YAML reads a bare no as false
+            value = json.dumps(value) if isinstance(value, dict) else value
             flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return flags

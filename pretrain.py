@@ -5,6 +5,8 @@ python pretrain.py --model sasrec --dataset ml-1m --data_path ../shared/data --s
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
 """
 
+import quiet  # noqa: F401
+
 import argparse
 import copy
 import itertools

@@ -1,11 +1,9 @@
 """Ask a tuned model for items: the prompts of many users, batch by batch, through the constrained search."""
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import datasets
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import distributed
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,9 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.collate import Instructions, encode_prompt, prompt_batch
 from data.prompts import Phrasing
 from decoding.beam import Recommendation, beam_search
-from decoding.forward import out_of_memory
 from decoding.trie import Trie
-from errors import InputError
+from memory import while_memory_lasts
 
 
 def trie_of(token_ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, supervise: str) -> Trie:
@@ -69,7 +66,7 @@ def recommend(
     model.eval()
     bar = tqdm(total=sum(map(len, batches)), desc="search", unit="user", disable=None if show_progress else True)
     try:
-        for rows, lists in _while_memory_lasts(search, batches):
+        for rows, lists in while_memory_lasts(search, batches, "user", "take fewer beams (--num_beams)"):
             found.update(zip(rows, lists, strict=True))
             bar.update(len(rows))
     finally:
@@ -78,32 +75,6 @@ def recommend(
     if split:
         return _merge(found, trie, num_beams, len(prompts), model.device)
     return [found[i] for i in range(len(prompts))]
-
-
-def _while_memory_lasts(search, batches: list[list[int]]) -> Iterator[tuple[list[int], list[list[Recommendation]]]]:
-    """(rows, their lists) of all batches, in smaller ones from the first that does not fit into memory."""
-    most = max(map(len, batches), default=0)
-    waiting = batches[::-1]
-    while waiting:
-        rows = waiting.pop()
-        if len(rows) > most:
-            waiting += [rows[most:], rows[:most]]
-            continue
-        try:
-            lists = search(rows)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        else:
-            yield rows, lists
-            continue
-        # Out of the except clause the error no longer holds the tensors of the search.
-        clear_device_cache(garbage_collection=True)
-        if len(rows) == 1:
-            raise InputError("memory ran out with one user in the batch; take fewer beams (--num_beams)")
-        most = len(rows) // 2
-        waiting.append(rows)
-        tqdm.write(f"memory ran out with {len(rows)} users in a batch: going on with {most}", file=sys.stderr)
 
 
 def _merge(

@@ -5,6 +5,8 @@ python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
 """
 
+import quiet  # noqa: F401
+
 import argparse
 import json
 import os

@@ -35,10 +35,11 @@ class Throughput:
         self.seconds, self.since = 0.0, None
         self.flops = flops_of(model)
 
-    def add(self, labels: torch.Tensor, lengths: torch.Tensor) -> None:
-        """One batch: int64 labels [rows, length], -100 where there is none, and tokens of each sample [samples]."""
-        targets = (labels[:, 1:] >= 0).sum()
-        slots = torch.full((), labels.numel(), device=labels.device)
+    def add(self, labels: torch.Tensor, lengths: torch.Tensor, slots: int) -> None:
+        """One batch: labels, int64 [rows, length], -100 where there is none, or float [samples]; tokens of each sample
+        [samples]; places for tokens, padding included."""
+        targets = (labels[:, 1:] >= 0).sum() if labels.ndim > 1 else torch.tensor(len(labels), device=labels.device)
+        slots = torch.tensor(slots, device=labels.device)
         self.counts += torch.stack([targets, lengths.sum(), lengths.square().sum(), slots])
 
     def start(self) -> None:
@@ -97,7 +98,7 @@ def flops_of(model: PreTrainedModel) -> tuple[float, float, float]:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     apart = {id(weight) for module in (head, embedding) for weight in module.parameters()}
     body = sum(w.numel() * (6 if w.requires_grad else 4) for w in model.parameters() if id(w) not in apart)
-    config = model.config.get_text_config()
+    config = getattr(model, "language", model).config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     return 6.0 * head.weight.numel(), float(body), 6.0 * config.num_hidden_layers * width

@@ -1,6 +1,7 @@
-"""The one Trainer subclass: our batches and our loss, ranking metrics at evaluation, a record in each checkpoint."""
+"""The one Trainer subclass: our batches and our loss, our metrics at evaluation, a record in each checkpoint."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from data.batches import Batches
+from data.dataset import output_folder, read_json
+from errors import InputError
 from models.head import LabelHead
 from throughput import Throughput
 
@@ -52,8 +55,23 @@ class LogLines(TrainerCallback):
         where = f"  step {state.global_step:>6,} of {state.max_steps:,}, epoch {state.epoch or 0:.1f}   "
         if "loss" in logs:
             tqdm.write(f"{where}loss {float(logs['loss']):.4f}   learning rate {float(logs['learning_rate']):.1e}")
-        elif ranking := {name: value for name, value in logs.items() if "@" in name}:
-            tqdm.write(where + "   ".join(f"{name.replace('eval_', 'valid ')} {v:.4f}" for name, v in ranking.items()))
+        else:
+            found = {name[5:]: value for name, value in logs.items() if name.startswith("eval_")}
+            shown = [f"valid {name} {v:.4f}" for name, v in found.items() if "@" in name or name.endswith("auc")]
+            if shown:
+                tqdm.write(where + "   ".join(shown))
+
+
+class StopsWithoutLoss(TrainerCallback):
+    """Ends a run whose loss is no number any more: what it would train from there on is worth nothing."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        for name in ("loss", "train_loss", "eval_loss"):
+            if not math.isfinite(value := float((logs or {}).get(name, 0))):
+                raise InputError(
+                    f"the {name.replace('_', ' ')} is {value} by step {state.global_step}: lower --learning_rate, "
+                    "warm up longer (--warmup_steps), or take --bf16 instead of --fp16; earlier checkpoints are kept"
+                )
 
 
 class QuietProgress(ProgressCallback):
@@ -64,12 +82,13 @@ class QuietProgress(ProgressCallback):
 
 
 class RecTrainer(transformers.Trainer):
-    """A Trainer for generative recommendation.
+    """A Trainer for recommendation.
 
     Args:
         batches: which samples go together; its own share for each process.
-        max_logits_mb: memory that the loss may use for logits at a time.
-        rank: measures the model by search over the valid users, e.g. {"hit@10": 0.1, "ndcg@10": 0.05}; None skips it.
+        max_logits_mb: memory that the loss of the labels may use for logits at a time; None: the model has a loss of
+            its own, from labels float [samples].
+        measure: metrics of the model on valid, e.g. {"hit@10": 0.1, "ndcg@10": 0.05} by search; None skips it.
         record: what `test.py` must know to ask the model as it was trained; saved with every checkpoint.
     """
 
@@ -77,25 +96,27 @@ class RecTrainer(transformers.Trainer):
         self,
         *args,
         batches: Batches,
-        max_logits_mb: int,
-        rank: Callable[[], dict[str, float]] | None,
+        max_logits_mb: int | None,
+        measure: Callable[[], dict[str, float]] | None,
         record: dict,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.batches, self.rank, self.record = batches, rank, record
-        try:
-            self.label_head = LabelHead(self.model, max_logits_mb)
-            self.compute_loss_func = self._mean_over_targets
-        except ValueError as error:  # then the model's own loss it is
-            self.label_head = None
-            if self.is_world_process_zero():
-                print(f"{error}: its output head is applied at every position, label or not")
+        self.batches, self.measure, self.record = batches, measure, record
+        self.label_head, self.labels_are_tokens = None, max_logits_mb is not None
+        if self.labels_are_tokens:
+            try:
+                self.label_head = LabelHead(self.model, max_logits_mb)
+                self.compute_loss_func = self._mean_over_targets
+            except ValueError as error:  # then the model's own loss it is
+                if self.is_world_process_zero():
+                    print(f"{error}: its output head is applied at every position, label or not")
         self.throughput = Throughput(self.model, self.args.device)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(QuietProgress)
         self.add_callback(LogLines)
+        self.add_callback(StopsWithoutLoss)
         self.add_callback(NewEpoch(self.train_dataset.set_epoch, batches.set_epoch))
         self.add_callback(Stopwatch(self.throughput))
 
@@ -120,7 +141,7 @@ class RecTrainer(transformers.Trainer):
         inputs.pop("skip_logits", None)  # meant for a loss that Liger would put into the model
         lengths = inputs.pop("lengths")
         if model.training:
-            self.throughput.add(inputs["labels"], lengths)
+            self.throughput.add(inputs["labels"], lengths, inputs["input_ids"].numel())
         if self.label_head is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.label_head.where(inputs["labels"]):
@@ -130,15 +151,20 @@ class RecTrainer(transformers.Trainer):
         loss, self.label_head.loss = self.label_head.loss, None  # or its gradients would outlive the update
         return loss / num_items_in_batch
 
-    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        """Loss on the valid items, and the ranking metrics of a search for them."""
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Loss on valid, and what `measure` finds there."""
         with self.throughput.paused():
-            metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            if self.rank is not None:
-                ranking = {f"{metric_key_prefix}_{name}": value for name, value in self.rank().items()}
-                self.log(ranking)
-                metrics |= ranking
-        return metrics
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """Within `evaluate`, so that early stopping and the choice of the best see all metrics."""
+        if self.labels_are_tokens:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        else:  # what is measured tells the loss, too
+            output = EvalLoopOutput(None, None, {}, len(dataloader.dataset))
+        found = self.measure() if self.measure else {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self.throughput.paused():
@@ -163,3 +189,25 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
         if (folder / "trainer_state.json").exists()
     ]
     return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def checkpoint_to_resume(args: transformers.TrainingArguments, record: dict) -> Path | None:
+    """The checkpoint to go on from; InputError if it is of another run, or if an earlier run would be overwritten."""
+    output_folder(Path(args.output_dir))
+    newest = newest_checkpoint(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        if newest or (Path(args.output_dir) / "config.json").exists():
+            raise InputError(
+                f"{args.output_dir}: holds a model of an earlier run; go on with --resume_from_checkpoint auto, "
+                "or choose another --output_dir"
+            )
+        return None
+    checkpoint = newest if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
+    if checkpoint is None:
+        return None
+    if not (checkpoint / "trainer_state.json").exists():
+        raise InputError(f"{checkpoint}: is not a whole checkpoint to go on from; name a checkpoint-N folder, or auto")
+    theirs = read_json(checkpoint / RECORD, "the record of a RecLingua checkpoint")
+    if differing := [key for key, value in record.items() if theirs.get(key) != value]:
+        raise InputError(f"{checkpoint}: was made with another {differing[0]}; train into another --output_dir")
+    return checkpoint

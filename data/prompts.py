@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
+from typing import NamedTuple
 
 import yaml
 
@@ -10,10 +11,22 @@ from errors import InputError
 
 PROMPT_FILE = Path(__file__).with_name("prompts.yaml")
 
-# Task -> the fields that its prompt and its response must use.
-FIELDS = {
-    "seqrec": ({"history"}, {"target"}),
-    "seqrec_history": ({"history"}, set()),
+QUESTION_FILE = Path(__file__).with_name("questions.yaml")
+
+
+class Fields(NamedTuple):
+    """What a task's prompt and response must use, and what its prompt may."""
+
+    prompt: set[str]
+    response: set[str] = frozenset()
+    optional: set[str] = frozenset()
+
+
+FIELDS = {"seqrec": Fields({"history"}, {"target"}), "seqrec_history": Fields({"history"})}
+QUESTION_FIELDS = {
+    "text": Fields({"history", "title"}),
+    "soft": Fields({"history", "title", "user", "item"}, optional={"history_ids"}),
+    "codes": Fields({"history", "title", "user", "item"}),
 }
 
 
@@ -25,8 +38,8 @@ class Phrasing:
     response: str = ""
 
 
-def read_prompts(path: str | Path = PROMPT_FILE) -> dict[str, list[Phrasing]]:
-    """Task -> its phrasings. InputError names the file, the task and the number of a phrasing that is wrong."""
+def read_prompts(path: str | Path = PROMPT_FILE, tasks: dict[str, Fields] = FIELDS) -> dict[str, list[Phrasing]]:
+    """Each of `tasks` -> its phrasings. InputError names the file, the task and the number of one that is wrong."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -37,7 +50,7 @@ def read_prompts(path: str | Path = PROMPT_FILE) -> dict[str, list[Phrasing]]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: should map each task to a list of phrasings")
     prompts = {}
-    for task, fields in FIELDS.items():
+    for task, fields in tasks.items():
         phrasings = content.get(task)
         if not isinstance(phrasings, list) or not phrasings:
             raise InputError(f"{path}: task {task!r} has no phrasing; give it at least one")
@@ -45,21 +58,21 @@ def read_prompts(path: str | Path = PROMPT_FILE) -> dict[str, list[Phrasing]]:
     return prompts
 
 
-def _check(path: Path, task: str, number: int, phrasing: object, fields: tuple[set[str], set[str]]) -> Phrasing:
+def _check(path: Path, task: str, number: int, phrasing: object, fields: Fields) -> Phrasing:
     where = f"{path}: {task} phrasing {number}"
-    keys = {"prompt", "response"} if fields[1] else {"prompt"}
+    keys = {"prompt", "response"} if fields.response else {"prompt"}
     if (
         not isinstance(phrasing, dict)
         or set(phrasing) != keys
         or not all(isinstance(v, str) for v in phrasing.values())
     ):
         raise InputError(f"{where} should have just {' and '.join(sorted(keys))}, each a text")
-    for key, wanted in zip(("prompt", "response"), fields, strict=True):
+    for key, wanted, allowed in (("prompt", fields.prompt, fields.optional), ("response", fields.response, set())):
         try:
             found = {field for _, field, _, _ in Formatter().parse(phrasing.get(key, "")) if field is not None}
         except ValueError as error:
             raise InputError(f"{where}: {key} has a stray brace ({error})") from None
-        if unknown := found - wanted:
+        if unknown := found - wanted - allowed:
             raise InputError(f"{where}: {key} has the unknown field {{{unknown.pop()}}}")
         if missing := wanted - found:
             raise InputError(f"{where}: {key} lacks the field {{{missing.pop()}}}")

@@ -1,10 +1,20 @@
-"""Load a language model and teach it the words of item indices."""
+"""Load a language model, give it LoRA weights, teach it the words of item indices."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
 
 from errors import InputError
 
@@ -22,14 +32,61 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The decoder-only model in folder (or of hub name) `path`; InputError if there is none."""
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False) -> PreTrainedModel:
+    """The decoder-only model in folder (or of hub name) `path`; InputError if there is none.
+
+    Args:
+        load_in_4bit: weights of linear layers as nf4 (QLoRA, arXiv 2305.14314), computed with in `dtype`.
+    """
+    how = {}
+    if load_in_4bit:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
     except Exception as error:
         raise InputError(
             f"{path}: no causal language model could be loaded from there ({_first_line(error)})"
         ) from None
+
+
+def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """Linear layers (those inside a LoRA layer count as that layer) whose names end with one of `targets`, by name.
+
+    Raises:
+        InputError: a target that no layer has, with the names there are.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D)
+        and not {"base_layer", "lora_A", "lora_B", "default"} & set(name.split("."))
+    }
+    names = {name.rpartition(".")[2] for name in found}
+    if missing := [target for target in targets if target not in names]:
+        raise InputError(
+            f"--lora_target_modules {','.join(targets)}: this model has no layer {missing[0]!r}; "
+            f"it has {', '.join(sorted(names))}"
+        )
+    return {name: module for name, module in found.items() if name.rpartition(".")[2] in targets}
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
+    """Put LoRA weights, float32, beside the linear layers whose names end with one of `targets`; they begin at 0."""
+    from peft import LoraConfig, inject_adapter_in_model  # seconds that other methods need not wait
+
+    linear_layers(model, targets)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets)), model
+    )
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
 
 
 def _first_line(error: Exception) -> str:

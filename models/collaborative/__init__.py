@@ -1,6 +1,9 @@
 """Collaborative models, each a folder of config.json and safetensors: `load(folder)` opens any of them."""
 
+import hashlib
 from pathlib import Path
+
+import torch
 
 from data.dataset import read_json
 from errors import InputError
@@ -32,3 +35,11 @@ def load(folder: str | Path) -> CollaborativeModel:
     if wrong:
         raise InputError(f"{folder}: its weights are not those of its config ({wrong[0]}); train it again")
     return model.eval()
+
+
+def fingerprint(model: CollaborativeModel) -> str:
+    """Of all weights; a model that was trained with these keeps it and refuses others."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,310 @@
+"""TALLRec, CoLLM, BinLLM, CoRA, soft and personalised prompts: will this user like this item, Yes or No?"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import distributed
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, YesNoArguments
+from asking import ask
+from data.dataset import read_json
+from data.preference import PreferenceDataset, column, open_preferences
+from data.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
+from data.questions import QuestionCollator, Questions, code_text
+from errors import InputError
+from methods import Prepared
+from metrics.roc import auc, uauc
+from models.collaborative import fingerprint, load
+from models.collaborative.base import CollaborativeModel
+from models.collaborative.hash import HashedMF
+from models.collaborative.mf import MF, MFConfig
+from models.collm import CoLLM, CoLLMConfig
+from models.cora import CoRA, CoRAConfig
+from models.language import add_lora, load_tokenizer
+from models.yesno import YesNoConfig, YesNoModel, open_language
+from scoring import check_fits
+from trainer import RECORD, checkpoint_to_resume
+
+# Method -> its model, and the phrasings it asks with (data/questions.yaml).
+METHODS: dict[str, tuple[type[YesNoModel], str]] = {
+    "tallrec": (YesNoModel, "text"),
+    "collm": (CoLLM, "soft"),
+    "binllm": (YesNoModel, "codes"),
+    "cora": (CoRA, "text"),
+    "softprompt": (CoLLM, "soft"),
+    "personprompt": (CoLLM, "soft"),
+}
+TUNES_LORA = ("tallrec", "binllm")  # what these train is LoRA weights, and nothing else
+READS_COLLAB = ("collm", "binllm", "cora")
+PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts begin with
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    args: YesNoArguments,
+    training_args: TuningArguments,
+    log: Callable[[str], None],
+) -> Prepared:
+    """Questions, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
+    method = method_args.method
+    check_flags(method, model_args, method_args, args, training_args)
+    training_args.metric_for_best_model = args.select_by
+
+    # ---- Data ----
+    dataset = open_preferences(data_args.data_path, data_args.dataset)
+    _, task = METHODS[method]
+    prompts = read_prompts(
+        data_args.prompt_file or QUESTION_FILE, {name: QUESTION_FIELDS[name] for name in {"text", task}}
+    )
+    train, valid = dataset.parts["train"], dataset.parts["valid"]
+    count = int(method_args.train_data_sample_num)
+    if 0 < count < len(train):
+        train = train.shuffle(seed=training_args.seed).select(range(count))
+    valid = of_some_users(valid, args.valid_samples)
+    log(
+        f"{dataset.name}: {len(train):,} of {len(dataset.parts['train']):,} training rows, "
+        f"{len(valid):,} of {len(dataset.parts['valid']):,} valid"
+    )
+
+    # ---- Model ----
+    where = args.init_from or model_args.base_model
+    tokenizer = load_tokenizer(where)
+    model = build(method, model_args, args, dataset)
+    record = {
+        "method": method,
+        "dataset": dataset.name,
+        "ratings_sha256": dataset.sha256(),
+        "base_model": model.config.base_model,
+        "init_from": args.init_from,
+        "collab_sha256": model.config.collab_sha256,
+        "trained": model.config.trained,
+        "max_his_len": data_args.max_his_len,
+        "his_sep": data_args.his_sep,
+        "code_format": args.code_format,
+        "prompts": [asdict(phrasing) for phrasing in prompts[task]],
+        "text_prompts": [asdict(phrasing) for phrasing in prompts["text"]],
+        "seed": training_args.seed,
+    }
+    checkpoint = checkpoint_to_resume(training_args, record)
+
+    # ---- Rows -> tokens ----
+    questions = {
+        part: questions_of(rows, dataset, tokenizer, model, record, draw=part == "train", seed=training_args.seed)
+        for part, rows in (("train", train), ("valid", valid))
+    }
+    lengths = {part: rows.lengths(longest=True) for part, rows in questions.items()}
+    model.config.answer = questions["train"].answer.yes
+    answers = tokenizer.convert_ids_to_tokens(list(questions["train"].answer))
+    log(f"the score is the logit of {answers[0]!r} (token {model.config.answer}); no is {answers[1]!r}")
+    sizes = {
+        part: sum(w.numel() for name, w in model.named_parameters() if model.part_of(name) == part)
+        for part in model.config.trained
+    }
+    log(
+        f"{model.config.base_model}: {model.language.num_parameters():,} parameters; trained are "
+        + ", ".join(f"{size:,} of {part}" for part, size in sizes.items())
+    )
+    for part, rows in questions.items():
+        if rows.cut:  # never at the question
+            log(f"  {rows.cut:,} prompts of {part} exceeded {rows.limit:,} tokens: their oldest titles are left out")
+
+    # ---- Evaluation: ask about the rows of valid ----
+    users, labels = (column(valid, name) for name in ("uid", "label"))
+
+    def measure() -> dict[str, float]:
+        device = training_args.device.type
+        half = torch.bfloat16 if training_args.bf16 else torch.float16
+        with torch.autocast(device, half, enabled=training_args.bf16 or training_args.fp16):
+            scores = ask(
+                model,
+                questions["valid"],
+                training_args.per_device_eval_batch_size,
+                split=distributed.is_initialized(),
+                show_progress=False,
+            )
+        if not np.isfinite(scores).all():
+            raise InputError(
+                "scores on valid are no numbers any more: lower --learning_rate, or use --bf16, not --fp16"
+            )
+        figures = {
+            "loss": F.binary_cross_entropy_with_logits(torch.tensor(scores), torch.tensor(labels).float()).item(),
+            "auc": auc(labels, scores),
+            "uauc": uauc(users, labels, scores)["uauc"],
+        }
+        if np.isnan(figures[args.select_by]):
+            raise InputError(
+                f"{dataset.folder / 'valid.parquet'}: its rows have no {args.select_by}; see --valid_samples"
+            )
+        return figures
+
+    return Prepared(
+        model=model,
+        tokenizer=tokenizer,
+        train=questions["train"],
+        valid=questions["valid"],
+        collator=QuestionCollator(tokenizer),
+        lengths=lengths["train"],
+        measure=measure,
+        record=record,
+        max_logits_mb=None,
+        checkpoint=checkpoint,
+    )
+
+
+def check_flags(
+    method: str,
+    model_args: ModelArguments,
+    method_args: MethodArguments,
+    args: YesNoArguments,
+    training_args: TuningArguments,
+) -> None:
+    """InputError for flags that contradict each other or the method."""
+    if not method_args.train_data_sample_num.isdecimal():
+        raise InputError(f"--train_data_sample_num {method_args.train_data_sample_num}: should be one whole number")
+    if method in READS_COLLAB and not args.collab:
+        raise InputError(f"--collab is required with --method {method}: a folder made by python pretrain.py")
+    if method not in READS_COLLAB and args.collab:
+        raise InputError(f"--collab means nothing with --method {method}; leave it out")
+    if args.init_from and args.one_stage:
+        raise InputError("--one_stage trains both stages at once: leave --init_from out")
+    if args.one_stage and (method in TUNES_LORA or args.lora is False):
+        raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
+    if (args.train_collab or args.collab_from_scratch) and method not in ("collm", "cora"):
+        raise InputError(f"--train_collab and --collab_from_scratch are for collm and cora, not for {method}")
+    if min(args.lora_r, args.soft_tokens) < 1 or args.lora_alpha <= 0 or not 0 <= args.lora_dropout < 1:
+        raise InputError(
+            "--lora_r and --soft_tokens should be 1 at least, --lora_alpha above 0, --lora_dropout below 1"
+        )
+    if min(args.valid_samples, args.patience) < 0:
+        raise InputError("--valid_samples and --patience should be 0 at least")
+    if args.patience and not training_args.load_best_model_at_end:
+        raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
+    if args.lora is False and method in TUNES_LORA and model_args.load_in_4bit:
+        raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
+    if args.save_full and model_args.load_in_4bit:
+        raise InputError("--save_full is for weights in full, not with --load_in_4bit")
+
+
+def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset: PreferenceDataset) -> YesNoModel:
+    """The model that is to be trained: on its first stage where there is one, with its collaborative model."""
+    kind, _ = METHODS[method]
+    lora = (method in TUNES_LORA or args.one_stage) if args.lora is None else args.lora
+    how = {"load_in_4bit": model_args.load_in_4bit, "base_dtype": model_args.base_dtype}
+    if args.init_from:
+        first = read_json(Path(args.init_from) / RECORD, "the record of a first stage, from --method tallrec")
+        if first.get("method") != "tallrec":
+            raise InputError(f"--init_from {args.init_from}: was made by {first.get('method')!r}; give one of tallrec")
+        earlier = YesNoModel.from_pretrained(args.init_from, base_model=model_args.base_model, **how)
+        config, language = earlier.config, earlier.language
+    else:
+        config = YesNoConfig(base_model=model_args.base_model, **how)
+        language = open_language(config)
+    if lora and not config.lora:
+        config.lora = {
+            "rank": args.lora_r,
+            "alpha": args.lora_alpha,
+            "dropout": args.lora_dropout,
+            "targets": args.lora_target_modules.split(","),
+        }
+        add_lora(language, **config.lora)
+    trained = {"lora"} if lora else {"language"} if method in TUNES_LORA else set()
+    collab = None
+    if method in READS_COLLAB:
+        collab = load(args.collab)
+        check_fits(collab, dataset)
+        if method == "binllm" and not isinstance(collab, HashedMF):
+            raise InputError(
+                f"{args.collab}: is a model of type {collab.config.model_type!r}; binllm reads one of hash"
+            )
+        config.collab, config.collab_sha256 = args.collab, fingerprint(collab)
+        if args.collab_from_scratch:
+            collab = like_new(collab)
+    elif method in ("softprompt", "personprompt"):
+        rows = {"num_users": dataset.num_users, "num_items": dataset.num_items}
+        rows = {name: 2 for name in rows} if method == "softprompt" else rows
+        collab = MF(MFConfig(**rows, embedding_size=PROMPT_WIDTH, initializer_range=0.1))
+        trained |= {"collab"}
+    if method not in TUNES_LORA:
+        trained |= {"bridge"} | ({"collab"} if args.train_collab or args.collab_from_scratch else set())
+    own = {}
+    if kind is CoLLM:
+        own = {"soft_tokens": args.soft_tokens, "one_for_all": method == "softprompt"}
+    elif kind is CoRA:
+        targets = args.lora_target_modules.split(",")
+        own = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": targets}
+    saved = trained | set(config.saved or ()) | ({"lora"} if config.lora else set())
+    configs = {YesNoModel: YesNoConfig, CoLLM: CoLLMConfig, CoRA: CoRAConfig}
+    whole = config.to_dict() | own | {"collab_config": collab and collab.config.to_dict()}
+    del whole["model_type"]
+    return kind(configs[kind](**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, collab)
+
+
+def open_model(folder: Path, method: str, **where) -> YesNoModel:
+    """A tuned model, for evaluation; see `YesNoModel.from_pretrained`."""
+    return METHODS[method][0].from_pretrained(folder, **where)
+
+
+def like_new(model: CollaborativeModel) -> CollaborativeModel:
+    """A model of the same kind and size, with new weights; what is no weight, such as a graph, is kept."""
+    new = type(model)(model.config)
+    for name, buffer in model.named_buffers():
+        new.get_buffer(name).copy_(buffer)
+    return new.eval()
+
+
+def questions_of(
+    rows: Dataset,
+    dataset: PreferenceDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    model: YesNoModel,
+    record: dict,
+    draw: bool = False,
+    cold_text_only: bool = False,
+    phrasing: int = 0,
+    seed: int = 0,
+) -> Questions:
+    """The rows as questions in the way that `record` tells; all its phrasings where they are drawn, else one."""
+    phrasings = [Phrasing(**each) for each in record["prompts"]]
+    codes = None
+    if isinstance(model.collab, HashedMF):
+        codes = tuple(
+            {number: code_text(code, record["code_format"]) for number, code in enumerate(of(torch.arange(count)))}
+            for of, count in (
+                (model.collab.user_codes, dataset.num_users),
+                (model.collab.item_codes, dataset.num_items),
+            )
+        )
+    return Questions(
+        rows,
+        {int(item): str(about["title"]) for item, about in dataset.items.items()},
+        tokenizer,
+        phrasings if draw else [phrasings[phrasing]],
+        record["max_his_len"],
+        record["his_sep"],
+        limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
+        soft_tokens=getattr(model.config, "soft_tokens", 1),
+        read_length=model.collab.history_length if model.collab is not None else 0,
+        codes=codes if record["method"] == "binllm" else None,
+        cold_phrasing=Phrasing(**record["text_prompts"][0]) if cold_text_only else None,
+        draw=draw,
+        seed=seed,
+    )
+
+
+def of_some_users(rows: Dataset, count: int) -> Dataset:
+    """The rows of users drawn at random, until there are `count`; all of them for 0."""
+    if not 0 < count < len(rows):
+        return rows
+    users = column(rows, "uid")
+    names, sizes = np.unique(users, return_counts=True)
+    order = np.random.default_rng(0).permutation(len(names))
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1
+    return rows.select(np.flatnonzero(np.isin(users, names[order[:enough]])))
