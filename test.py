@@ -3,6 +3,7 @@
 python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen
 python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 20 --predictions_file out.jsonl
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
+python test.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../shared/data --cold_text_only
 """
 
 import quiet  # noqa: F401
@@ -18,6 +19,7 @@ import torch
 import transformers
 from torch import distributed
 
+from asking import ask
 from baselines import CoOccurrence, Popularity
 from data.collate import Instructions
 from data.dataset import RecDataset, open_dataset, output_file, read_json, whole_file, write_json
@@ -27,6 +29,8 @@ from data.tasks import held_out_samples
 from decoding.beam import SCORES, Recommendation
 from errors import InputError, exits_cleanly, one_line
 from facts import run_facts
+from methods.yesno import METHODS as YESNO
+from methods.yesno import name_of, open_model, questions_of
 from metrics import parse_metrics, ranking_metrics
 from models.collaborative import MODELS as COLLABORATIVE
 from models.collaborative import load
@@ -41,6 +45,8 @@ def parse_args() -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py or pretrain.py")
     model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
+    model.add_argument("--base_model", help="where the base model of an adapter folder is now, if it has moved")
+    model.add_argument("--collab", help="where the collaborative model is now, if it has moved")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
@@ -66,6 +72,11 @@ def parse_args() -> argparse.Namespace:
     search.add_argument(
         "--filter_items", action="store_true", help="no effect, kept for LC-Rec's commands: only items are returned"
     )
+    questions = parser.add_argument_group("questions (of a model that answers Yes or No)")
+    questions.add_argument(
+        "--cold_text_only", action="store_true",
+        help="ask by titles alone where training knew nothing of the user or of the item",
+    )  # fmt: skip
     results = parser.add_argument_group("results")
     results.add_argument("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="(default: %(default)s)")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
@@ -89,10 +100,12 @@ def main() -> None:
     record = read_json(args.ckpt_path / RECORD, "the record of a model trained by finetune.py or pretrain.py")
     if not isinstance(record.get("method"), str):
         raise InputError(f"{args.ckpt_path / RECORD}: names no method; train the model again")
-    if record["method"] in COLLABORATIVE:
-        test_preferences(args)
-    else:
+    if record["method"] == "lcrec":
         test_search(args, record)
+    elif record["method"] in YESNO or record["method"] in COLLABORATIVE:
+        test_preferences(args, record)
+    else:
+        raise InputError(f"{args.ckpt_path / RECORD}: was made by {record['method']!r}, which is no method")
 
 
 def test_search(args: argparse.Namespace, record: dict) -> None:
@@ -209,31 +222,61 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     print(f"\nresults in {results_file}")
 
 
-def test_preferences(args: argparse.Namespace) -> None:
+def test_preferences(args: argparse.Namespace, record: dict) -> None:
     """A model that scores ratings: AUC and UAUC of all, warm and cold test ratings."""
-    if distributed.is_initialized() and distributed.get_rank() > 0:
+    together = distributed.is_initialized()
+    asks = record["method"] in YESNO
+    if together and distributed.get_rank() > 0 and not asks:
         return  # seconds of work: the first process does it alone
     started = time.monotonic()
-    model = load(args.ckpt_path)
-    kind = model.config.model_type
-    dataset = open_preferences(args.data_path, args.dataset or model.config.dataset)
-    check_fits(model, dataset)
-    results_file = results_file_of(args, dataset.name, kind)
+
+    # ---- Model and rows ----
+    if asks:
+        model = open_model(args.ckpt_path, record["method"], base_model=args.base_model, collab=args.collab)
+    else:
+        model = load(args.ckpt_path)
+    dataset = open_preferences(args.data_path, args.dataset or record["dataset"])
+    if not asks:
+        check_fits(model, dataset)
+    elif record["method"] != "tallrec" and record["ratings_sha256"] != dataset.sha256():
+        raise InputError(
+            f"{args.ckpt_path}: knows the users and items of other ratings than those of {dataset.folder}"
+        )
+    name = name_of(model, record["method"]) if asks else record["method"]
+    results_file = results_file_of(args, dataset.name, name)
     part = dataset.parts["test"]
     if args.sample_num > 0:
         part = part.take(min(args.sample_num, len(part)))
     if torch.cuda.is_available():
         model.to(f"cuda:{args.gpu_id}")
-    scores = score(model, inputs_of(part, model), args.test_batch_size)
-    results = measure(part, scores)
-    write_json(results_file, {**results, **run_facts(args, started)}, indent=1)
+
+    # ---- Scores, one phrasing after another ----
+    prompt_ids = parse_prompt_ids(args.test_prompt_ids, len(record["prompts"])) if asks else [None]
+    tokenizer = load_tokenizer(args.ckpt_path) if asks else None
+    scores = {}
+    for number in prompt_ids:
+        if asks:
+            questions = questions_of(part, dataset, tokenizer, model, record, number, args.cold_text_only)
+            scores[number] = ask(model, questions, args.test_batch_size, split=together)
+        else:
+            scores[number] = score(model, inputs_of(part, model), args.test_batch_size)
+    if together and distributed.get_rank() > 0:
+        return
+
+    # ---- Results ----
+    found = {number: measure(part, each) for number, each in scores.items()}
+    results = found[prompt_ids[0]]
+    more = {"test_prompt_ids": prompt_ids, "all_prompt_results": list(found.values())} if asks else {}
+    write_json(results_file, {**results, **more, **run_facts(args, started)}, indent=1)
     if args.predictions_file:
-        columns = (column(part, name).tolist() for name in ("uid", "iid", "label"))
+        columns = [column(part, name).tolist() for name in ("uid", "iid", "label")]
         with whole_file(args.predictions_file) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for user, item, label, of_model in zip(*columns, scores.tolist(), strict=True):
-                line = {"user": user, "item": item, "label": label, "prompt": None, "score": of_model}
-                file.write(json.dumps(line) + "\n")
-    print_table({kind: results})
+            for number, each in scores.items():
+                for user, item, label, of_model in zip(*columns, each.tolist(), strict=True):
+                    line = {"user": user, "item": item, "label": label, "prompt": number, "score": of_model}
+                    file.write(json.dumps(line) + "\n")
+    rows = {f"{name}, phrasing {number}" if len(found) > 1 else name: each for number, each in found.items()}
+    print_table(rows)
     print(f"\nresults in {results_file}")
 
 

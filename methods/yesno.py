@@ -28,7 +28,7 @@ from models.collm import CoLLM, CoLLMConfig
 from models.cora import CoRA, CoRAConfig
 from models.language import add_lora, load_tokenizer
 from models.yesno import YesNoConfig, YesNoModel, open_language
-from scoring import check_fits
+from scoring import check_fits, inputs_of
 from trainer import RECORD, checkpoint_to_resume
 
 # Method -> its model, and the phrasings it asks with (data/questions.yaml).
@@ -42,6 +42,8 @@ METHODS: dict[str, tuple[type[YesNoModel], str]] = {
 }
 TUNES_LORA = ("tallrec", "binllm")  # what these train is LoRA weights, and nothing else
 READS_COLLAB = ("collm", "binllm", "cora")
+LEVEL_ROWS = 32  # of train, by which the level of the logits before training is known
+SCALE_ROWS = 4096  # of train, by which the scale of collaborative vectors is known
 PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts begin with
 
 
@@ -69,6 +71,10 @@ def prepare(
     if 0 < count < len(train):
         train = train.shuffle(seed=training_args.seed).select(range(count))
     valid = of_some_users(valid, args.valid_samples)
+    for part, rows in (("train", train), ("valid", valid)):
+        if len(set(column(rows, "label").tolist())) < 2:
+            raise InputError(f"{dataset.folder}: the {len(rows)} rows taken of {part} are all of one label; take more")
+    liked = column(train, "label").mean()
     log(
         f"{dataset.name}: {len(train):,} of {len(dataset.parts['train']):,} training rows, "
         f"{len(valid):,} of {len(dataset.parts['valid']):,} valid"
@@ -97,13 +103,21 @@ def prepare(
 
     # ---- Rows -> tokens ----
     questions = {
-        part: questions_of(rows, dataset, tokenizer, model, record, draw=part == "train", seed=training_args.seed)
-        for part, rows in (("train", train), ("valid", valid))
+        part: questions_of(rows, dataset, tokenizer, model, record, phrasing, seed=training_args.seed)
+        for part, rows, phrasing in (("train", train, None), ("valid", valid, 0))
     }
     lengths = {part: rows.lengths(longest=True) for part, rows in questions.items()}
     model.config.answer = questions["train"].answer.yes
     answers = tokenizer.convert_ids_to_tokens(list(questions["train"].answer))
     log(f"the score is the logit of {answers[0]!r} (token {model.config.answer}); no is {answers[1]!r}")
+    model.to(training_args.device)
+    shuffled = np.random.default_rng(0).permutation(len(train))
+    if model.collab is not None and method != "softprompt":
+        inputs = inputs_of(train.select(shuffled[:SCALE_ROWS]), model.collab)
+        model.learn_scale(inputs["users"], inputs["items"], inputs.get("histories"))
+    some = questions_of(train.select(shuffled[:LEVEL_ROWS]), dataset, tokenizer, model, record)
+    level = ask(model, some, LEVEL_ROWS, show_progress=False).mean()
+    model.config.offset = float(level - np.log(liked / (1 - liked)))
     sizes = {
         part: sum(w.numel() for name, w in model.named_parameters() if model.part_of(name) == part)
         for part in model.config.trained
@@ -135,7 +149,9 @@ def prepare(
                 "scores on valid are no numbers any more: lower --learning_rate, or use --bf16, not --fp16"
             )
         figures = {
-            "loss": F.binary_cross_entropy_with_logits(torch.tensor(scores), torch.tensor(labels).float()).item(),
+            "loss": F.binary_cross_entropy_with_logits(
+                torch.tensor(scores) - model.config.offset, torch.tensor(labels).float()
+            ).item(),
             "auc": auc(labels, scores),
             "uauc": uauc(users, labels, scores)["uauc"],
         }
@@ -252,6 +268,11 @@ def open_model(folder: Path, method: str, **where) -> YesNoModel:
     return METHODS[method][0].from_pretrained(folder, **where)
 
 
+def name_of(model: YesNoModel, method: str) -> str:
+    """What its results are called: collm-mf, cora-sasrec, binllm, ..."""
+    return f"{method}-{model.collab.config.model_type}" if method in ("collm", "cora") else method
+
+
 def like_new(model: CollaborativeModel) -> CollaborativeModel:
     """A model of the same kind and size, with new weights; what is no weight, such as a graph, is kept."""
     new = type(model)(model.config)
@@ -266,12 +287,11 @@ def questions_of(
     tokenizer: PreTrainedTokenizerBase,
     model: YesNoModel,
     record: dict,
-    draw: bool = False,
+    phrasing: int | None = 0,
     cold_text_only: bool = False,
-    phrasing: int = 0,
     seed: int = 0,
 ) -> Questions:
-    """The rows as questions in the way that `record` tells; all its phrasings where they are drawn, else one."""
+    """The rows as questions in the way that `record` tells, with one of its phrasings; None: drawn for each epoch."""
     phrasings = [Phrasing(**each) for each in record["prompts"]]
     codes = None
     if isinstance(model.collab, HashedMF):
@@ -286,7 +306,7 @@ def questions_of(
         rows,
         {int(item): str(about["title"]) for item, about in dataset.items.items()},
         tokenizer,
-        phrasings if draw else [phrasings[phrasing]],
+        phrasings if phrasing is None else [phrasings[phrasing]],
         record["max_his_len"],
         record["his_sep"],
         limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
@@ -294,7 +314,7 @@ def questions_of(
         read_length=model.collab.history_length if model.collab is not None else 0,
         codes=codes if record["method"] == "binllm" else None,
         cold_phrasing=Phrasing(**record["text_prompts"][0]) if cold_text_only else None,
-        draw=draw,
+        draw=phrasing is None,
         seed=seed,
     )
 

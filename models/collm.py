@@ -31,11 +31,15 @@ class CoLLM(YesNoModel):
 
     def join(self) -> None:
         """One network for all embeddings of the same width: d -> 10 d -> ReLU -> soft_tokens x hidden."""
-        out = self.config.soft_tokens * self.get_input_embeddings().embedding_dim
-        widths = sorted({self.collab.user_width, self.collab.item_width})
-        self.maps = nn.ModuleDict(
-            {str(d): nn.Sequential(nn.Linear(d, 10 * d), nn.ReLU(), nn.Linear(10 * d, out)) for d in widths}
-        )
+        super().join()
+        embedding = self.get_input_embeddings()
+        out, spread = self.config.soft_tokens * embedding.embedding_dim, embedding.weight.float().std()
+        self.maps = nn.ModuleDict()
+        for d in sorted({self.collab.user_width, self.collab.item_width}):
+            last = nn.Linear(10 * d, out)
+            nn.init.normal_(last.weight, std=spread * (0.6 / d) ** 0.5)  # soft tokens begin as wide as words are
+            nn.init.zeros_(last.bias)
+            self.maps[str(d)] = nn.Sequential(nn.Linear(d, 10 * d), nn.ReLU(), last)
 
     def words(
         self,
@@ -51,15 +55,17 @@ class CoLLM(YesNoModel):
         if self.config.one_for_all:
             users, items, liked = users.clamp(max=1), items.clamp(max=1), liked.clamp(max=1)
         embedded = self.get_input_embeddings()(input_ids)
-        vectors = [self.collab.user_vectors(users, histories, items), self.collab.item_vectors(items)]
-        tokens = [self._map(vector) for vector in vectors]
+        tokens = [
+            self._map("user", self.collab.user_vectors(users, histories, items)),
+            self._map("item", self.collab.item_vectors(items)),
+        ]
         if int(soft.max()) > 2 * self.config.soft_tokens:
-            tokens.append(self._map(self.collab.item_vectors(liked)))
+            tokens.append(self._map("item", self.collab.item_vectors(liked)))
         rows, places = soft.nonzero(as_tuple=True)
         chosen = torch.cat(tokens, 1)[rows, soft[rows, places] - 1]
         return embedded.index_put((rows, places), chosen.to(embedded.dtype))
 
-    def _map(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _map(self, whose: str, vectors: torch.Tensor) -> torch.Tensor:
         """[batch, width], or [batch, items, width] -> soft tokens [batch, soft_tokens (x items), hidden]."""
-        mapped = self.maps[str(vectors.shape[-1])](vectors)
+        mapped = self.maps[str(vectors.shape[-1])](self.standardised(whose, vectors))
         return mapped.reshape(len(vectors), -1, self.get_input_embeddings().embedding_dim)

@@ -43,6 +43,7 @@ class CoRA(YesNoModel):
     shares_beginnings = False  # the same words become something else for every user and item
 
     def join(self) -> None:
+        super().join()
         config = self.config
         width = self.collab.user_width + self.collab.item_width
         if width % config.num_heads:
@@ -59,6 +60,8 @@ class CoRA(YesNoModel):
                 num_hidden_layers=config.num_layers,
                 num_attention_heads=config.num_heads,
                 cross_attention_frequency=1,
+                # At the usual .02 the queries would hardly notice the one vector they read.
+                initializer_range=width**-0.5,
             )
         )
         layers = linear_layers(self.language, config.targets)
@@ -97,7 +100,9 @@ class CoRA(YesNoModel):
         Args:
             with_ids: bool [pairs], where False the pair adds nothing.
         """
-        known = torch.cat([self.collab.user_vectors(users, histories, items), self.collab.item_vectors(items)], -1)
+        user = self.standardised("user", self.collab.user_vectors(users, histories, items))
+        item = self.standardised("item", self.collab.item_vectors(items))
+        known = torch.cat([user, item], -1)
         queries = self.queries.expand(len(known), -1, -1)
         read = self.qformer(query_embeds=queries, encoder_hidden_states=known[:, None]).last_hidden_state
         scale = torch.full((len(known), 1), self.config.alpha / self.config.r, device=known.device)

@@ -48,11 +48,15 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, load_in_4bi
         )
         how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
     except Exception as error:
         raise InputError(
             f"{path}: no causal language model could be loaded from there ({_first_line(error)})"
         ) from None
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # that kernel lets no gradient through, and says nothing of it
+    return model
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:

@@ -35,6 +35,8 @@ class YesNoConfig(PreTrainedConfig):
         base_dtype: of its frozen weights; what is trained is float32.
         load_in_4bit: its linear layers as nf4.
         answer: token id of Yes.
+        offset: taken off the logit within the loss, so that training begins at the share of Yes there is, not at the
+            level, ten or more, that a language model's logits have; which score is higher is not up to it.
         lora: r, alpha, dropout and targets of its LoRA weights; empty: it has none.
         collab, collab_sha256: folder and fingerprint of the collaborative model; its own config is `collab_config`.
         trained: which of PARTS gradients go to: the language model itself, its LoRA weights, what joins it to the
@@ -49,6 +51,7 @@ class YesNoConfig(PreTrainedConfig):
     base_dtype: str = "float32"
     load_in_4bit: bool = False
     answer: int = 0
+    offset: float = 0.0
     lora: dict | None = None
     collab: str | None = None
     collab_sha256: str | None = None
@@ -82,6 +85,28 @@ class YesNoModel(PreTrainedModel):
 
     def join(self) -> None:
         """Make what stands between the language model and the collaborative one, the part "bridge"."""
+        if self.collab is None:
+            return
+        for name, width in (("user", self.collab.user_width), ("item", self.collab.item_width)):
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_std", torch.ones(width))
+
+    @torch.no_grad()
+    def learn_scale(self, users: torch.Tensor, items: torch.Tensor, histories: torch.Tensor | None = None) -> None:
+        """Called before training with some of its rows, int64 [rows]: from then on `standardised` knows their scale.
+
+        Embeddings of collaborative models spread by .01 (items of DIN) or by 1 (users of SASRec); a network that is to
+        read both should not have to find that out.
+        """
+        found = {"user": self.collab.user_vectors(users, histories, items), "item": self.collab.item_vectors(items)}
+        for name, vectors in found.items():
+            std, mean = torch.std_mean(vectors, 0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-8, std, 1.0))
+
+    def standardised(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors [..., width] of a "user" or an "item" on the scale that `learn_scale` has learned."""
+        return (vectors - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
 
     @staticmethod
     def part_of(name: str) -> str:
@@ -151,7 +176,7 @@ class YesNoModel(PreTrainedModel):
         loss = None
         if labels is not None:
             count = len(labels) if num_items_in_batch is None else num_items_in_batch
-            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / count
+            loss = F.binary_cross_entropy_with_logits(logits - self.config.offset, labels, reduction="sum") / count
         return CollaborativeOutput(loss=loss, logits=logits)
 
     def _may_share(self, prefix: int) -> bool:

@@ -53,6 +53,8 @@ ARCHITECTURES = {
     ),
     "gemma": lambda n: GemmaForCausalLM(GemmaConfig(vocab_size=n, head_dim=16, **ROPE)),
 }
+# Wide enough to be quantised: weights come in blocks of 64.
+WIDE = ROPE | {"hidden_size": 128, "intermediate_size": 256}
 # Those whose beams cannot always be one query block.
 OTHERS = {
     "bloom": lambda n: BloomForCausalLM(BloomConfig(vocab_size=n, hidden_size=32, n_layer=2, n_head=2)),
@@ -88,7 +90,8 @@ def make_tokenizer(bos: bool):
 def make_model(architecture: str, vocabulary: int, spread: float = 8):
     """A tiny model with random weights, by default spread so wide that its choices are not near-ties."""
     torch.manual_seed(0)
-    model = (ARCHITECTURES | OTHERS)[architecture](vocabulary).eval()
+    wide = {"llama-wide": lambda n: LlamaForCausalLM(LlamaConfig(vocab_size=n, **WIDE))}
+    model = (ARCHITECTURES | OTHERS | wide)[architecture](vocabulary).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:
