@@ -99,8 +99,13 @@ class YesNoArguments:
 
     collab: str | None = HfArg(default=None, help="folder of a collaborative model, from pretrain.py")
     init_from: str | None = HfArg(default=None, help="folder of the first stage, from --method tallrec")
-    lora: bool | None = HfArg(
-        default=None, help="train LoRA weights (default: tallrec and binllm do, the others with --one_stage)"
+    lora: bool | None = field(
+        default=None,
+        metadata={
+            "help": "train LoRA weights (default: tallrec and binllm do, the others with --one_stage)",
+            "nargs": "?",
+            "const": True,
+        },
     )
     lora_r: int = HfArg(default=8, help="rank of the LoRA weights; with cora of the generated ones")
     lora_alpha: float = HfArg(default=16, help="their scale is alpha / r")

@@ -5,6 +5,9 @@
 #   bash run.sh Industrial --data_path ../shared/data  a dataset folder that is already in LC-Rec's format
 #   bash run.sh ml-100k --base_model Qwen/Qwen3-0.6B   another base model: a folder or a hub name
 #   bash run.sh ml-100k --force                        do every stage again
+#   bash run.sh ml-1m --method collm --data_path ../shared/data
+#                                                      will a user like an item? tallrec, collm, binllm, cora, softprompt
+#                                                      or personprompt; --collab mf (default), lightgcn, sasrec or din
 #
 # A stage whose outputs are there and whose inputs and command have not changed is skipped; an interrupted run goes on
 # where it stopped, fine-tuning from its last checkpoint. --setup_only makes .venv and stops. --seed, --config preset.yaml
@@ -12,17 +15,20 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' run.sh; }
 die() { echo "error: $*" >&2; exit 2; }
 
 # ---- What to do ----
-DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" FORCE="" SETUP_ONLY="" SEED=42
+DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" FORCE="" SETUP_ONLY="" SEED=42 METHOD=lcrec COLLAB=""
 [[ $# -gt 0 && $1 != -* ]] && { DATASET=$1; shift; }
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --data_path | --base_model | --config | --seed)
+    --data_path | --base_model | --config | --seed | --method | --collab)
       [[ $# -ge 2 ]] || die "$1 needs a value; see bash run.sh --help"
-      case $1 in --data_path) DATA_PATH=$2 ;; --base_model) BASE_MODEL=$2 ;; --config) CONFIG=$2 ;; --seed) SEED=$2 ;; esac
+      case $1 in
+        --data_path) DATA_PATH=$2 ;; --base_model) BASE_MODEL=$2 ;; --config) CONFIG=$2 ;;
+        --seed) SEED=$2 ;; --method) METHOD=$2 ;; --collab) COLLAB=$2 ;;
+      esac
       shift 2 ;;
     --force) FORCE=1; shift ;;
     --setup_only) SETUP_ONLY=1; shift ;;
@@ -32,6 +38,14 @@ while [[ $# -gt 0 ]]; do
 done
 [[ $DATASET =~ ^[A-Za-z0-9._-]+$ ]] || die "'$DATASET' is not a dataset name"
 [[ $SEED =~ ^[0-9]{1,9}$ ]] || die "--seed $SEED: should be a whole number"
+case $METHOD in
+  collm | cora)
+    COLLAB=${COLLAB:-mf}
+    [[ $COLLAB =~ ^(mf|lightgcn|sasrec|din)$ ]] || die "--collab $COLLAB: should be mf, lightgcn, sasrec or din" ;;
+  lcrec | tallrec | binllm | softprompt | personprompt)
+    [[ -z $COLLAB ]] || die "--collab means nothing with --method $METHOD; leave it out" ;;
+  *) die "--method $METHOD: should be lcrec, tallrec, collm, binllm, cora, softprompt or personprompt" ;;
+esac
 
 # ---- The environment: .venv, made once and again when the pins change ----
 setup() {
@@ -54,7 +68,8 @@ export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 WORK=data/$DATASET                # what is made from the data
 CKPT=ckpt/$DATASET                # what is trained
 SOURCE=${DATA_PATH:-data}         # holds $DATASET/ with the interactions and item texts; read in place, never written to
-RESULTS=results/$DATASET/lcrec.json
+RUN=$METHOD${COLLAB:+-$COLLAB}     # what a preset, a tuned model and its results are called: collm-mf
+RESULTS=results/$DATASET/$RUN.json
 SECONDS=0
 
 # stage NAME OUTPUT INPUT... -- COMMAND...: run COMMAND unless OUTPUT is there and was made by it from the same inputs.
@@ -103,72 +118,133 @@ stage() {
   printf '   (%d s)\n' $((SECONDS - began))
 }
 
-# ---- Which preset: the dataset's own, or MovieLens-100k's; a smaller model where there is no GPU ----
+# ---- Which preset: the dataset's own, or MovieLens-100k's; a smaller model, or fewer rows, where there is no GPU ----
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   DEVICE=gpu SUFFIX=""
 else
   DEVICE=cpu SUFFIX=-cpu
 fi
-if [[ -z $CONFIG ]]; then
+if [[ -z $CONFIG && $METHOD == lcrec ]]; then
   CONFIG=config/lcrec-$DATASET$SUFFIX.yaml
   [[ -f $CONFIG ]] || { CONFIG=config/lcrec-ml-100k$SUFFIX.yaml; echo "no preset for $DATASET, so with that of ml-100k"; }
 fi
+CONFIG=${CONFIG:-config/$RUN.yaml}
 [[ -f $CONFIG ]] || die "$CONFIG: no such preset"
 if [[ -n $BASE_MODEL ]]; then
   MODEL_SAID=$BASE_MODEL
-elif [[ $DEVICE == gpu ]]; then
+elif [[ $DEVICE == gpu || $METHOD != lcrec ]]; then
   MODEL_SAID="SmolLM2-135M-Instruct"
 else
   MODEL_SAID="a small Llama from scratch: there is no GPU, and tuning SmolLM2-135M would take this machine hours"
 fi
 printf '%s: dataset %s, preset %s\n  base model: %s\n' "RecLingua" "$DATASET" "$CONFIG" "$MODEL_SAID"
 
-# ---- 1. Raw ratings -> histories and item texts ----
-if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
-  stage prepare "$WORK/$DATASET.inter.json" data/prepare.py data/sources.py -- \
-    python -m data.prepare --source recbole --dataset "$DATASET"
-fi
-INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.json
-[[ -f $INTER ]] || die "$INTER: no such file; see --data_path, and python -m data.prepare"
+# ---- The base model ----
+make_base_model() {
+  [[ -z $BASE_MODEL ]] || return 0
+  if [[ $DEVICE == gpu || $METHOD != lcrec ]]; then
+    BASE_MODEL=ckpt/base/SmolLM2-135M-Instruct
+    stage base "$BASE_MODEL" models/smollm2.py -- python -m models.smollm2 --output_dir "$BASE_MODEL"
+  else
+    BASE_MODEL=$CKPT/base
+    stage base "$BASE_MODEL" "$INTER" models/scratch.py data/prompts.yaml -- \
+      python -m models.scratch --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$BASE_MODEL" --seed "$SEED"
+  fi
+}
 
-# ---- 2. Item texts -> embeddings; 3. embeddings -> indices ----
-EMBEDDINGS=$WORK/$DATASET.emb-minilm-td.npy INDEX=$WORK/$DATASET.index.json
-if [[ -f $ITEM ]]; then
-  stage embed "$EMBEDDINGS" "$INTER" "$ITEM" index/embed.py -- \
-    python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS"
-  stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" index/rqvae.py index/train.py -- \
-    python -m index.train --embeddings "$EMBEDDINGS" --output_dir "$CKPT/rqvae" --seed "$SEED"
-  stage index "$INDEX" "$CKPT/rqvae" "$EMBEDDINGS" index/generate.py index/collisions.py -- \
-    python -m index.generate --dataset "$DATASET" --data_path "$SOURCE" --rqvae "$CKPT/rqvae" \
-    --embeddings "$EMBEDDINGS" --output "$INDEX"
+# ---- Which item comes next? ----
+generate_items() {
+  # ---- 1. Raw ratings -> histories and item texts ----
+  if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
+    stage prepare "$WORK/$DATASET.inter.json" data/prepare.py data/sources.py -- \
+      python -m data.prepare --source recbole --dataset "$DATASET"
+  fi
+  INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.json
+  [[ -f $INTER ]] || die "$INTER: no such file; see --data_path, and python -m data.prepare"
+
+  # ---- 2. Item texts -> embeddings; 3. embeddings -> indices ----
+  EMBEDDINGS=$WORK/$DATASET.emb-minilm-td.npy INDEX=$WORK/$DATASET.index.json
+  if [[ -f $ITEM ]]; then
+    stage embed "$EMBEDDINGS" "$INTER" "$ITEM" index/embed.py -- \
+      python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS"
+    stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" index/rqvae.py index/train.py -- \
+      python -m index.train --embeddings "$EMBEDDINGS" --output_dir "$CKPT/rqvae" --seed "$SEED"
+    stage index "$INDEX" "$CKPT/rqvae" "$EMBEDDINGS" index/generate.py index/collisions.py -- \
+      python -m index.generate --dataset "$DATASET" --data_path "$SOURCE" --rqvae "$CKPT/rqvae" \
+      --embeddings "$EMBEDDINGS" --output "$INDEX"
+  else
+    INDEX=$SOURCE/$DATASET/$DATASET.index.json
+    echo "$ITEM is not there, so there are no item texts: the dataset's own index is used"
+    [[ -f $INDEX ]] || die "$INDEX: no such file; a dataset needs item texts or an index"
+  fi
+
+  # ---- 4. The base model ----
+  make_base_model
+
+  # ---- 5. Tune ----
+  BASE_FILES=()
+  [[ ! -d $BASE_MODEL ]] || BASE_FILES=("$BASE_MODEL")
+  stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" data/prompts.yaml data/tasks.py data/batches.py \
+    data/collate.py finetune.py methods/lcrec.py models/language.py models/head.py trainer.py "${BASE_FILES[@]}" -- \
+    python finetune.py --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
+    --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
+
+  # ---- 6. Test: every user's last item, against popularity and co-occurrence ----
+  stage test "$RESULTS" "$INTER" "$INDEX" "$CKPT/lcrec/run.json" test.py recommend.py \
+    decoding/beam.py decoding/forward.py decoding/trie.py -- \
+    python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
+    --num_beams 20 --exclude_seen --results_file "$RESULTS" --predictions_file "${RESULTS%.json}.predictions.jsonl"
+}
+
+# ---- Will a user like an item? Text alone first, then the method with its collaborative model ----
+ask_yes_or_no() {
+  local folder=$SOURCE/$DATASET first=$CKPT/tallrec collab="" tune=() test=() start=() base=() kind=$COLLAB
+  [[ $METHOD != binllm ]] || kind=hash
+  if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
+    stage prepare-preference "$WORK/train.parquet" data/prepare.py data/sources.py -- \
+      python -m data.prepare --task preference --source recbole --dataset "$DATASET" --months 6 1 1
+  fi
+  for part in train.parquet valid.parquet test.parquet item.json; do
+    [[ -f $folder/$part ]] || die "$folder/$part: no such file; see --data_path, and python -m data.prepare --help"
+  done
+  if [[ $DEVICE == gpu ]]; then
+    tune=(--bf16) test=(--bf16)
+  else # about half an hour on two cores; all rows would take a day
+    tune=(--use_cpu --train_data_sample_num 800 --valid_samples 300 --max_his_len 5 --epochs 1 --per_device_batch_size 8
+      --per_device_eval_batch_size 16 --logging_steps 20)
+    test=(--sample_num 800)
+    echo "  a sample of the rows: there is no GPU (800 of train, 800 of test, histories of 5 titles, one epoch)"
+  fi
+  [[ ! -d $BASE_MODEL ]] || base=("$BASE_MODEL")
+  local rows=("$folder/train.parquet" "$folder/valid.parquet" "$folder/item.json")
+  local code=(data/questions.py data/questions.yaml finetune.py methods/yesno.py models/yesno.py models/language.py)
+
+  stage tallrec "$first" "${rows[@]}" config/tallrec.yaml "${code[@]}" "${base[@]}" -- \
+    python finetune.py --config config/tallrec.yaml --base_model "$BASE_MODEL" --dataset "$DATASET" \
+    --data_path "$SOURCE" --output_dir "$first" --resume_from_checkpoint auto --seed "$SEED" "${tune[@]}"
+  stage test-tallrec "results/$DATASET/tallrec.json" "$folder/test.parquet" "$first/run.json" test.py asking.py -- \
+    python test.py --ckpt_path "$first" --dataset "$DATASET" --data_path "$SOURCE" \
+    --results_file "results/$DATASET/tallrec.json" "${test[@]}"
+  [[ $METHOD != tallrec ]] || return 0
+
+  if [[ -n $kind ]]; then
+    collab=$CKPT/$kind
+    stage "collab-$kind" "$collab" "${rows[@]}" pretrain.py "models/collaborative/$kind.py" -- \
+      python pretrain.py --model "$kind" --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$collab" --seed "$SEED"
+    start=(--collab "$collab")
+  fi
+  stage "$RUN" "$CKPT/$RUN" "${rows[@]}" "$CONFIG" "${code[@]}" models/collm.py models/cora.py "$first/run.json" -- \
+    python finetune.py --config "$CONFIG" --init_from "$first" "${start[@]}" --dataset "$DATASET" --data_path "$SOURCE" \
+    --output_dir "$CKPT/$RUN" --resume_from_checkpoint auto --seed "$SEED" "${tune[@]}"
+  stage "test-$RUN" "$RESULTS" "$folder/test.parquet" "$CKPT/$RUN/run.json" test.py asking.py -- \
+    python test.py --ckpt_path "$CKPT/$RUN" --dataset "$DATASET" --data_path "$SOURCE" --results_file "$RESULTS" \
+    --predictions_file "${RESULTS%.json}.predictions.jsonl" "${test[@]}"
+}
+
+if [[ $METHOD == lcrec ]]; then
+  generate_items
 else
-  INDEX=$SOURCE/$DATASET/$DATASET.index.json
-  echo "$ITEM is not there, so there are no item texts: the dataset's own index is used"
-  [[ -f $INDEX ]] || die "$INDEX: no such file; a dataset needs item texts or an index"
+  make_base_model
+  ask_yes_or_no
 fi
-
-# ---- 4. The base model ----
-if [[ -z $BASE_MODEL && $DEVICE == gpu ]]; then
-  BASE_MODEL=ckpt/base/SmolLM2-135M-Instruct
-  stage base "$BASE_MODEL" models/smollm2.py -- python -m models.smollm2 --output_dir "$BASE_MODEL"
-elif [[ -z $BASE_MODEL ]]; then
-  BASE_MODEL=$CKPT/base
-  stage base "$BASE_MODEL" "$INTER" models/scratch.py data/prompts.yaml -- \
-    python -m models.scratch --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$BASE_MODEL" --seed "$SEED"
-fi
-
-# ---- 5. Tune ----
-BASE_FILES=()
-[[ ! -d $BASE_MODEL ]] || BASE_FILES=("$BASE_MODEL")
-stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" data/prompts.yaml data/tasks.py data/batches.py \
-  data/collate.py finetune.py models/language.py models/head.py trainer.py "${BASE_FILES[@]}" -- \
-  python finetune.py --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
-  --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
-
-# ---- 6. Test: every user's last item, against popularity and co-occurrence ----
-stage test "$RESULTS" "$INTER" "$INDEX" "$CKPT/lcrec/run.json" test.py recommend.py \
-  decoding/beam.py decoding/forward.py decoding/trie.py -- \
-  python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
-  --num_beams 20 --exclude_seen --results_file "$RESULTS" --predictions_file "${RESULTS%.json}.predictions.jsonl"
-
-printf '\nall stages done in %d min %02d s; the tuned model is %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$CKPT/lcrec"
+printf '\nall stages done in %d min %02d s; the tuned model is %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$CKPT/$RUN"

@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
         "--cold_text_only", action="store_true",
         help="ask by titles alone where training knew nothing of the user or of the item",
     )  # fmt: skip
+    questions.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights stay as they are")
     results = parser.add_argument_group("results")
     results.add_argument("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="(default: %(default)s)")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
@@ -257,7 +258,8 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
     for number in prompt_ids:
         if asks:
             questions = questions_of(part, dataset, tokenizer, model, record, number, args.cold_text_only)
-            scores[number] = ask(model, questions, args.test_batch_size, split=together)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+                scores[number] = ask(model, questions, args.test_batch_size, split=together)
         else:
             scores[number] = score(model, inputs_of(part, model), args.test_batch_size)
     if together and distributed.get_rank() > 0:

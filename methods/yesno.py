@@ -81,9 +81,8 @@ def prepare(
     )
 
     # ---- Model ----
-    where = args.init_from or model_args.base_model
-    tokenizer = load_tokenizer(where)
     model = build(method, model_args, args, dataset)
+    tokenizer = load_tokenizer(args.init_from or model_args.base_model)
     record = {
         "method": method,
         "dataset": dataset.name,

@@ -37,8 +37,9 @@ class CoLLM(YesNoModel):
         self.maps = nn.ModuleDict()
         for d in sorted({self.collab.user_width, self.collab.item_width}):
             last = nn.Linear(10 * d, out)
-            nn.init.normal_(last.weight, std=spread * (0.6 / d) ** 0.5)  # soft tokens begin as wide as words are
-            nn.init.zeros_(last.bias)
+            # All begin as the same words of no meaning; what is particular about an id comes in by training alone.
+            nn.init.zeros_(last.weight)
+            nn.init.normal_(last.bias, std=spread)
             self.maps[str(d)] = nn.Sequential(nn.Linear(d, 10 * d), nn.ReLU(), last)
 
     def words(
