@@ -118,7 +118,7 @@ class YesNoArguments:
     code_format: str = field(
         default="bits", metadata={"help": "binllm's codes: 0110... or 172.16.254.3", "choices": CODE_FORMATS}
     )
-    valid_samples: int = HfArg(default=0, help="valid rows at each evaluation, of users drawn at random; 0 = all")
+    valid_samples: int = HfArg(default=0, help="valid rows at each evaluation, drawn at random; 0 = all")
     select_by: str = field(
         default="auc", metadata={"help": "valid metric that picks the checkpoint", "choices": ("auc", "uauc")}
     )

@@ -23,7 +23,7 @@ from asking import ask
 from baselines import CoOccurrence, Popularity
 from data.collate import Instructions
 from data.dataset import RecDataset, open_dataset, output_file, read_json, whole_file, write_json
-from data.preference import column, open_preferences
+from data.preference import column, open_preferences, sample
 from data.prompts import Phrasing
 from data.tasks import held_out_samples
 from decoding.beam import SCORES, Recommendation
@@ -58,7 +58,12 @@ def parse_args() -> argparse.Namespace:
     data.add_argument(
         "--test_prompt_ids", default="0", help="phrasings: all, or numbers like 0,3 (default: %(default)s)"
     )
-    data.add_argument("--sample_num", type=int, default=-1, help="measure only the first n users, or ratings; -1: all")
+    data.add_argument(
+        "--sample_num",
+        type=int,
+        default=-1,
+        help="measure only the first n users, or n ratings drawn at random; -1: all",
+    )
     data.add_argument(
         "--test_batch_size", type=int, default=32, help="users, or ratings, per batch (default: %(default)s)"
     )
@@ -245,9 +250,7 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
         )
     name = name_of(model, record["method"]) if asks else record["method"]
     results_file = results_file_of(args, dataset.name, name)
-    part = dataset.parts["test"]
-    if args.sample_num > 0:
-        part = part.take(min(args.sample_num, len(part)))
+    part = sample(dataset.parts["test"], max(0, args.sample_num))
     if torch.cuda.is_available():
         model.to(f"cuda:{args.gpu_id}")
 

@@ -29,6 +29,8 @@ COLUMNS = {
     "not_cold": pa.int8(),
 }
 
+ROWS_PER_USER = 8  # of a sample
+
 
 @dataclass(frozen=True)
 class PreferenceDataset:
@@ -69,6 +71,23 @@ def last_liked(part: Dataset, length: int) -> np.ndarray:
     places = ends[:, None] + np.arange(-length, 0)
     there = places >= lists.offsets.to_numpy()[:-1, None]
     return np.where(there, items[np.where(there, places, 0)] if len(items) else 0, 0).astype(np.int64)
+
+
+def sample(part: Dataset, count: int) -> Dataset:
+    """About `count` rows: up to ROWS_PER_USER of each of as many users as that takes, all drawn at random, the same
+    ones every time; all rows for 0. Rows of one user in plenty would make AUC a matter of a few users, single ones
+    would leave UAUC without users."""
+    if not 0 < count < len(part):
+        return part
+    draw = np.random.default_rng(0)
+    users = column(part, "uid")
+    order = draw.permutation(len(users))
+    names, first = np.unique(users, return_inverse=True)
+    place = draw.permutation(len(names))[first]  # of each row's user among the users
+    order = order[np.argsort(place[order], kind="stable")]
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(place[order])) + 1])
+    number = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+    return part.select(np.sort(order[number < ROWS_PER_USER][:count]))
 
 
 def open_preferences(data_path: str | Path, name: str) -> PreferenceDataset:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, YesNoArguments
 from asking import ask
 from data.dataset import read_json
-from data.preference import PreferenceDataset, column, open_preferences
+from data.preference import PreferenceDataset, column, open_preferences, sample
 from data.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
 from data.questions import QuestionCollator, Questions, code_text
 from errors import InputError
@@ -70,7 +70,7 @@ def prepare(
     count = int(method_args.train_data_sample_num)
     if 0 < count < len(train):
         train = train.shuffle(seed=training_args.seed).select(range(count))
-    valid = of_some_users(valid, args.valid_samples)
+    valid = sample(valid, args.valid_samples)
     for part, rows in (("train", train), ("valid", valid)):
         if len(set(column(rows, "label").tolist())) < 2:
             raise InputError(f"{dataset.folder}: the {len(rows)} rows taken of {part} are all of one label; take more")
@@ -316,14 +316,3 @@ def questions_of(
         draw=phrasing is None,
         seed=seed,
     )
-
-
-def of_some_users(rows: Dataset, count: int) -> Dataset:
-    """The rows of users drawn at random, until there are `count`; all of them for 0."""
-    if not 0 < count < len(rows):
-        return rows
-    users = column(rows, "uid")
-    names, sizes = np.unique(users, return_counts=True)
-    order = np.random.default_rng(0).permutation(len(names))
-    enough = int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1
-    return rows.select(np.flatnonzero(np.isin(users, names[order[:enough]])))

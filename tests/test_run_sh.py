@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import write_toy
+from conftest import write_preferences, write_toy
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -84,6 +84,25 @@ def test_from_a_folder_to_results_and_again(run, tmp_path):
     assert json.loads((run.folder / "results/toy/lcrec.json").read_text())["users"] == 71
 
 
+def test_yes_or_no_from_ratings_to_results_and_again(run, workshop, tmp_path):
+    write_preferences(tmp_path / "mine")
+    flags = ("liked", "--method", "cora", "--data_path", tmp_path / "mine", "--base_model", workshop / "base")
+    first = run(*flags)
+    assert first.returncode == 0, first.stdout + first.stderr
+    for name in ("tallrec", "mf", "cora-mf"):
+        results = json.loads((run.folder / f"results/liked/{name}.json").read_text())
+        assert results["test"]["samples"] == 240
+    assert (
+        "a sample of the rows: there is no GPU" in first.stdout
+        and "the tuned model is ckpt/liked/cora-mf" in first.stdout
+    )
+    second = run(*flags)
+    assert second.returncode == 0 and second.stdout.count("done before, skipped") == 5, second.stdout
+    other = run("liked", "--method", "binllm", *flags[3:])
+    assert other.returncode == 0 and other.stdout.count("done before, skipped") == 2, other.stdout + other.stderr
+    assert (run.folder / "results/liked/binllm.json").exists()
+
+
 def test_bad_input_of_run_sh(run, tmp_path):
     cases = {
         ("--what",): "--what is not an option",
@@ -91,6 +110,10 @@ def test_bad_input_of_run_sh(run, tmp_path):
         ("../toy",): "'../toy' is not a dataset name",
         ("toy", "--data_path", tmp_path): "toy.inter.json: no such file",
         ("toy", "--config", "no.yaml"): "no.yaml: no such preset",
+        ("toy", "--method", "guess"): "--method guess: should be lcrec, tallrec",
+        ("toy", "--method", "cora", "--collab", "hash"): "--collab hash: should be mf",
+        ("toy", "--collab", "mf"): "--collab means nothing with --method lcrec",
+        ("toy", "--method", "tallrec", "--base_model", "x"): "data/toy/train.parquet: no such file",
     }
     for argv, message in cases.items():
         done = run(*argv)
