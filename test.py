@@ -231,8 +231,9 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
 def test_preferences(args: argparse.Namespace, record: dict) -> None:
     """A model that scores ratings: AUC and UAUC of all, warm and cold test ratings."""
     together = distributed.is_initialized()
+    main_process = not together or distributed.get_rank() == 0
     asks = record["method"] in YESNO
-    if together and distributed.get_rank() > 0 and not asks:
+    if not (asks or main_process):
         return  # seconds of work: the first process does it alone
     started = time.monotonic()
 
@@ -262,10 +263,10 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
         if asks:
             questions = questions_of(part, dataset, tokenizer, model, record, number, args.cold_text_only)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-                scores[number] = ask(model, questions, args.test_batch_size, split=together)
+                scores[number] = ask(model, questions, args.test_batch_size, together, show_progress=main_process)
         else:
             scores[number] = score(model, inputs_of(part, model), args.test_batch_size)
-    if together and distributed.get_rank() > 0:
+    if not main_process:
         return
 
     # ---- Results ----

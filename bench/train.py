@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
             throughput = Throughput(model, trainer.args.device)
             trainer.add_callback(Stopwatch(throughput))
         else:
-            ours = {"batches": batches, "max_logits_mb": shared["args"].max_logits_mb, "rank": None, "record": {}}
+            ours = {"batches": batches, "max_logits_mb": shared["args"].max_logits_mb, "measure": None, "record": {}}
             trainer = RecTrainer(**shared, **ours, data_collator=collator)
             throughput = trainer.throughput
         device = next(model.parameters()).device

@@ -91,6 +91,7 @@ def prepare(
         "init_from": args.init_from,
         "collab_sha256": model.config.collab_sha256,
         "trained": model.config.trained,
+        "model": {key: getattr(model.config, key, None) for key in ("lora", "soft_tokens", "r", "alpha", "targets")},
         "max_his_len": data_args.max_his_len,
         "his_sep": data_args.his_sep,
         "code_format": args.code_format,

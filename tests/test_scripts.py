@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import finetune
 import test as test_script
-from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, parse
+from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, YesNoArguments, parse
 from errors import InputError
 from models import scratch
 from trainer import RECORD
@@ -183,14 +183,14 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
 
 # ---- Flags and presets ----
 
-GROUPS = [ModelArguments, DataArguments, MethodArguments, TuningArguments]
+GROUPS = [ModelArguments, DataArguments, MethodArguments, YesNoArguments, TuningArguments]
 
 
 def test_presets_supply_defaults_and_the_command_line_wins(tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("epochs: 7\nhis_sep: ''\nadd_prefix: true\nonly_train_response: false\n")
     out = ["--output_dir", str(tmp_path), "--use_cpu"]
-    _, data, method, training = parse(
+    _, data, method, _, training = parse(
         GROUPS, "", [*out, "--epochs", "9", "--config", str(preset), "--add_prefix", "False"]
     )
     assert (data.his_sep, data.add_prefix, method.only_train_response, training.num_train_epochs) == (
@@ -207,8 +207,9 @@ def test_presets_supply_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_preset_is_understood(preset, tmp_path):
     more = ["--bf16", "False", "--output_dir", str(tmp_path)]
-    _, data, method, training = parse(GROUPS, "", ["--config", str(preset), *more])
+    _, data, method, yesno, training = parse(GROUPS, "", ["--config", str(preset), *more])
     assert method.method in preset.stem and training.eval_strategy == training.save_strategy != "no"
+    finetune.refuse_flags_of_others(method.method, yesno if method.method == "lcrec" else method)
 
 
 def test_lc_rec_names_work(tmp_path):

@@ -47,7 +47,7 @@ def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, supervise):
     shared = {"args": args, "train_dataset": instructions, "processing_class": tokenizer}
     ours = RecTrainer(
         model=make_model("llama-tied", len(tokenizer), spread=1), **shared, data_collator=Collator(tokenizer),
-        batches=Batches(instructions.lengths(longest=True), 3), max_logits_mb=1, rank=None, record={},
+        batches=Batches(instructions.lengths(longest=True), 3), max_logits_mb=1, measure=None, record={},
     )  # fmt: skip
 
     class Plain(transformers.Trainer):
@@ -132,7 +132,7 @@ def test_a_model_with_logits_of_its_own_trains_by_its_own_loss(toy, tmp_path, ca
     model = with_logits_of_its_own(make_model("llama", len(tokenizer), spread=1))
     args = TuningArguments(output_dir=str(tmp_path), max_steps=2, save_and_eval_strategy="no", use_cpu=True)
     trainer = RecTrainer(
-        model=model, args=args, train_dataset=instructions, processing_class=tokenizer, rank=None, record={},
+        model=model, args=args, train_dataset=instructions, processing_class=tokenizer, measure=None, record={},
         data_collator=Collator(tokenizer), batches=Batches(instructions.lengths(longest=True), 3), max_logits_mb=1,
     )  # fmt: skip
     assert "applied at every position" in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_throughput_counts_tokens_targets_and_padding():
     labels = torch.full((2, 10), IGNORE)
     labels[0, 7:] = 5
     labels[1, 4] = 5
-    throughput.add(labels, torch.tensor([10, 5]))
+    throughput.add(labels, torch.tensor([10, 5]), labels.numel())
     with throughput.paused():
         at = throughput.seconds
     throughput.stop()
