@@ -58,7 +58,7 @@ def prepare(
     """Questions, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
     method = method_args.method
     check_flags(method, model_args, method_args, args, training_args)
-    training_args.metric_for_best_model = args.select_by
+    training_args.metric_for_best_model = args.select_by  # finetune.py's own flag is for lcrec
 
     # ---- Data ----
     dataset = open_preferences(data_args.data_path, data_args.dataset)
@@ -112,7 +112,7 @@ def prepare(
     log(f"the score is the logit of {answers[0]!r} (token {model.config.answer}); no is {answers[1]!r}")
     model.to(training_args.device)
     shuffled = np.random.default_rng(0).permutation(len(train))
-    if model.collab is not None and method != "softprompt":
+    if "bridge" in model.config.trained and method != "softprompt":  # whose embeddings are all alike
         inputs = inputs_of(train.select(shuffled[:SCALE_ROWS]), model.collab)
         model.learn_scale(inputs["users"], inputs["items"], inputs.get("histories"))
     some = questions_of(train.select(shuffled[:LEVEL_ROWS]), dataset, tokenizer, model, record)
@@ -155,7 +155,8 @@ def prepare(
             "auc": auc(labels, scores),
             "uauc": uauc(users, labels, scores)["uauc"],
         }
-        if np.isnan(figures[args.select_by]):
+        figures = {name: value for name, value in figures.items() if not np.isnan(value)}
+        if args.select_by not in figures:
             raise InputError(
                 f"{dataset.folder / 'valid.parquet'}: its rows have no {args.select_by}; see --valid_samples"
             )
@@ -201,6 +202,8 @@ def check_flags(
         )
     if min(args.valid_samples, args.patience) < 0:
         raise InputError("--valid_samples and --patience should be 0 at least")
+    if training_args.metric_for_best_model not in (TuningArguments.metric_for_best_model, args.select_by):
+        raise InputError(f"--metric_for_best_model means nothing with --method {method}: give --select_by auc or uauc")
     if args.patience and not training_args.load_best_model_at_end:
         raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
     if args.lora is False and method in TUNES_LORA and model_args.load_in_4bit:
