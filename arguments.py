@@ -42,12 +42,20 @@ class ModelArguments:
     base_model: str = HfArg(
         default=None, help="folder or hub name of a decoder-only model (required, unless --init_from knows it)"
     )
-    base_dtype: str = field(
-        default="float32",
-        metadata={"help": "dtype of frozen weights; what is trained is float32", "choices": DTYPES},
+    base_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of frozen weights, what is trained is float32 (default: float32, or that of --init_from)",
+            "choices": DTYPES,
+        },
     )
-    load_in_4bit: bool = HfArg(
-        default=False, help="weights of linear layers as nf4; what is trained stands beside them"
+    load_in_4bit: bool | None = field(
+        default=None,
+        metadata={
+            "help": "frozen weights of linear layers as nf4 (default: no, or as --init_from)",
+            "nargs": "?",
+            "const": True,
+        },
     )
 
 

@@ -6,6 +6,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from data.questions import QuestionCollator, Questions
+from errors import InputError
 from memory import while_memory_lasts
 from models.yesno import YesNoModel
 
@@ -33,7 +34,7 @@ def ask(
             batches are those of a single process, so that the number of processes changes no logit.
 
     Raises:
-        InputError: memory does not suffice for one row.
+        InputError: memory does not suffice for one row; a logit is no number.
     """
     collate = QuestionCollator(questions.tokenizer)
     batches = batches_of(questions, batch_size, model.shares_beginnings)
@@ -61,4 +62,8 @@ def ask(
         model.train(was_training)
     if split:
         distributed.all_reduce(scores)
+    if not scores.isfinite().all():
+        raise InputError(
+            "the model's scores are no numbers: lower --learning_rate, or compute in bfloat16 (--bf16), not in float16"
+        )
     return scores.cpu().numpy()

@@ -32,7 +32,7 @@ def prepare(
     """Samples, model and evaluation by search, from the flags; InputError for those that cannot be."""
     if not 0 <= method_args.embedding_dropout < 1:
         raise InputError(f"--embedding_dropout {method_args.embedding_dropout}: should be from 0 to below 1")
-    if model_args.load_in_4bit or model_args.base_dtype != "float32":
+    if model_args.load_in_4bit or model_args.base_dtype:
         raise InputError("--load_in_4bit and --base_dtype are for base models that stay frozen; lcrec tunes all of it")
     best = training_args.metric_for_best_model
     if training_args.load_best_model_at_end and best not in ("loss", *(f"{name}@{k}" for name, k in EVAL_METRICS)):

@@ -44,6 +44,12 @@ TUNES_LORA = ("tallrec", "binllm")  # what these train is LoRA weights, and noth
 READS_COLLAB = ("collm", "binllm", "cora")
 LEVEL_ROWS = 32  # of train, by which the level of the logits before training is known
 SCALE_ROWS = 4096  # of train, by which the scale of collaborative vectors is known
+LORA_DEFAULTS = {
+    "rank": YesNoArguments.lora_r,
+    "alpha": YesNoArguments.lora_alpha,
+    "dropout": YesNoArguments.lora_dropout,
+    "targets": YesNoArguments.lora_target_modules.split(","),
+}
 PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts begin with
 
 
@@ -57,8 +63,8 @@ def prepare(
 ) -> Prepared:
     """Questions, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
     method = method_args.method
-    check_flags(method, model_args, method_args, args, training_args)
-    training_args.metric_for_best_model = args.select_by  # finetune.py's own flag is for lcrec
+    check_flags(method, model_args, data_args, method_args, args, training_args)
+    training_args.metric_for_best_model, training_args.greater_is_better = args.select_by, True
 
     # ---- Data ----
     dataset = open_preferences(data_args.data_path, data_args.dataset)
@@ -88,18 +94,21 @@ def prepare(
         "dataset": dataset.name,
         "ratings_sha256": dataset.sha256(),
         "base_model": model.config.base_model,
-        "init_from": args.init_from,
+        "base_dtype": model.config.base_dtype,
+        "load_in_4bit": model.config.load_in_4bit,
         "collab_sha256": model.config.collab_sha256,
         "trained": model.config.trained,
-        "model": {key: getattr(model.config, key, None) for key in ("lora", "soft_tokens", "r", "alpha", "targets")},
+        "train_data_sample_num": count,
         "max_his_len": data_args.max_his_len,
         "his_sep": data_args.his_sep,
-        "code_format": args.code_format,
         "prompts": [asdict(phrasing) for phrasing in prompts[task]],
         "text_prompts": [asdict(phrasing) for phrasing in prompts["text"]],
         "seed": training_args.seed,
+        **{flag: value for flag, value in asdict(args).items() if flag not in ("patience", "save_full")},
     }
     checkpoint = checkpoint_to_resume(training_args, record)
+    if "collab" in model.config.trained and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = True  # what scores in a collaborative model makes no vector
 
     # ---- Rows -> tokens ----
     questions = {
@@ -144,10 +153,6 @@ def prepare(
                 split=distributed.is_initialized(),
                 show_progress=False,
             )
-        if not np.isfinite(scores).all():
-            raise InputError(
-                "scores on valid are no numbers any more: lower --learning_rate, or use --bf16, not --fp16"
-            )
         figures = {
             "loss": F.binary_cross_entropy_with_logits(
                 torch.tensor(scores) - model.config.offset, torch.tensor(labels).float()
@@ -179,6 +184,7 @@ def prepare(
 def check_flags(
     method: str,
     model_args: ModelArguments,
+    data_args: DataArguments,
     method_args: MethodArguments,
     args: YesNoArguments,
     training_args: TuningArguments,
@@ -190,6 +196,12 @@ def check_flags(
         raise InputError(f"--collab is required with --method {method}: a folder made by python pretrain.py")
     if method not in READS_COLLAB and args.collab:
         raise InputError(f"--collab means nothing with --method {method}; leave it out")
+    others = {"index_file": data_args, "add_prefix": data_args}  # flags that only some methods listen to
+    others |= {} if METHODS[method][0] is CoLLM else {"soft_tokens": args}
+    others |= {} if method == "binllm" else {"code_format": args}
+    for flag, group in others.items():
+        if getattr(group, flag) != getattr(type(group)(), flag):
+            raise InputError(f"--{flag} means nothing with --method {method}; leave it out")
     if args.init_from and args.one_stage:
         raise InputError("--one_stage trains both stages at once: leave --init_from out")
     if args.one_stage and (method in TUNES_LORA or args.lora is False):
@@ -217,23 +229,32 @@ def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset
     kind, _ = METHODS[method]
     lora = (method in TUNES_LORA or args.one_stage) if args.lora is None else args.lora
     how = {"load_in_4bit": model_args.load_in_4bit, "base_dtype": model_args.base_dtype}
+    low_rank = {
+        "rank": args.lora_r,
+        "alpha": args.lora_alpha,
+        "dropout": args.lora_dropout,
+        "targets": args.lora_target_modules.split(","),
+    }
     if args.init_from:
         first = read_json(Path(args.init_from) / RECORD, "the record of a first stage, from --method tallrec")
         if first.get("method") != "tallrec":
             raise InputError(f"--init_from {args.init_from}: was made by {first.get('method')!r}; give one of tallrec")
         earlier = YesNoModel.from_pretrained(args.init_from, base_model=model_args.base_model, **how)
         config, language = earlier.config, earlier.language
+        if "language" in config.saved:  # with the weights of the folder, not of the base model
+            for name, weight in language.named_parameters():
+                weight.data = weight.data if "lora_" in name else weight.data.to(getattr(torch, config.base_dtype))
     else:
-        config = YesNoConfig(base_model=model_args.base_model, **how)
+        config = YesNoConfig(base_model=model_args.base_model, **{key: v for key, v in how.items() if v is not None})
         language = open_language(config)
     if lora and not config.lora:
-        config.lora = {
-            "rank": args.lora_r,
-            "alpha": args.lora_alpha,
-            "dropout": args.lora_dropout,
-            "targets": args.lora_target_modules.split(","),
-        }
+        config.lora = low_rank
         add_lora(language, **config.lora)
+    elif lora and kind is not CoRA and low_rank != config.lora and low_rank != LORA_DEFAULTS:
+        raise InputError(
+            f"--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of {args.init_from} are "
+            "trained on as they are; leave these flags out"
+        )
     trained = {"lora"} if lora else {"language"} if method in TUNES_LORA else set()
     collab = None
     if method in READS_COLLAB:
@@ -254,12 +275,12 @@ def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset
     if method not in TUNES_LORA:
         trained |= {"bridge"} | ({"collab"} if args.train_collab or args.collab_from_scratch else set())
     own = {}
+    saved = trained | {"language"} & set(config.saved or ()) | ({"lora"} if config.lora else set())
+    saved |= {"bridge"} if kind is not YesNoModel else set()
     if kind is CoLLM:
         own = {"soft_tokens": args.soft_tokens, "one_for_all": method == "softprompt"}
     elif kind is CoRA:
-        targets = args.lora_target_modules.split(",")
-        own = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": targets}
-    saved = trained | set(config.saved or ()) | ({"lora"} if config.lora else set())
+        own = {"r": low_rank["rank"], **{key: low_rank[key] for key in ("alpha", "dropout", "targets")}}
     configs = {YesNoModel: YesNoConfig, CoLLM: CoLLMConfig, CoRA: CoRAConfig}
     whole = config.to_dict() | own | {"collab_config": collab and collab.config.to_dict()}
     del whole["model_type"]

@@ -33,7 +33,7 @@ class CoLLM(YesNoModel):
         """One network for all embeddings of the same width: d -> 10 d -> ReLU -> soft_tokens x hidden."""
         super().join()
         embedding = self.get_input_embeddings()
-        out, spread = self.config.soft_tokens * embedding.embedding_dim, embedding.weight.float().std()
+        out, spread = self.config.soft_tokens * embedding.embedding_dim, embedding.weight.float().std().item()
         self.maps = nn.ModuleDict()
         for d in sorted({self.collab.user_width, self.collab.item_width}):
             last = nn.Linear(10 * d, out)

@@ -76,6 +76,11 @@ class CoRA(YesNoModel):
         for name, layer in layers.items():
             layer.register_forward_hook(self._adder(self.b[name.replace(".", "/")]))
 
+    def train(self, mode: bool = True) -> "CoRA":
+        """Weights of rows that were kept for a backward pass are forgotten with the training."""
+        self.a, self.read = (self.a, self.read) if mode else ({}, None)
+        return super().train(mode)
+
     def _adder(self, b: nn.Parameter):
         def add(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             if not self.a:

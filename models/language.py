@@ -59,16 +59,18 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, load_in_4bi
     return model
 
 
-def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+def linear_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:
     """Linear layers (those inside a LoRA layer count as that layer) whose names end with one of `targets`, by name.
 
     Raises:
         InputError: a target that no layer has, with the names there are.
     """
+    head = model.get_output_embeddings()  # whose logits but one nobody computes
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D)
+        if module is not head
+        and isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D)
         and not {"base_layer", "lora_A", "lora_B", "default"} & set(name.split("."))
     }
     names = {name.rpartition(".")[2] for name in found}

@@ -132,9 +132,12 @@ class YesNoModel(PreTrainedModel):
         super().train(mode)
         if self.collab is not None and "collab" not in self.config.trained:
             self.collab.eval()
-        # A checkpointed layer recomputes itself in training mode alone.
-        if not {"language", "lora"} & set(self.config.trained) and not self.language.is_activation_checkpointing:
-            self.language.eval()
+        if not {"language", "lora"} & set(self.config.trained):
+            # A layer that is checkpointed recomputes itself in training mode alone.
+            checkpointed = self.language.is_activation_checkpointing
+            for module in self.language.modules():
+                if isinstance(module, nn.Dropout) or not checkpointed:
+                    module.training = False
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -235,9 +238,15 @@ class YesNoModel(PreTrainedModel):
             InputError: something is missing, or is not what the model was trained with.
         """
         config = cls.config_class.from_dict(read_json(Path(folder) / "config.json", "the config of a tuned model"))
+        if config.trained is None or config.saved is None:
+            raise InputError(f"{Path(folder) / 'config.json'}: is not the config of a tuned {cls.__name__}")
         for key, value in changes.items():
             if value is not None:
                 setattr(config, key, value)
+        if config.load_in_4bit and "language" in config.saved:
+            raise InputError(
+                f"{folder}: holds a whole language model, which is not quantised: not with --load_in_4bit"
+            )
         model = cls(config, open_language(config), open_collab(config, folder))
         state = {}
         try:

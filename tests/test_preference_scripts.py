@@ -12,6 +12,7 @@ from test_recommend import torchrun
 import finetune
 import pretrain
 import test as test_script
+from models.collm import CoLLM
 from models.scratch import train_tokenizer
 from trainer import RECORD
 
@@ -227,6 +228,14 @@ def test_bad_input(workshop, studio, tmp_path, refused):
     assert "--tasks means nothing with --method collm" in refuse("collm", "--tasks", "x")
     assert "--collab means nothing with --method lcrec" in refuse("collm", "--method", "lcrec")
     assert "leave --init_from out" in refuse("collm", "--one_stage")
+    assert "trained on as they are; leave these flags out" in refuse("binllm", "--lora_r", 3)
+    assert "--soft_tokens means nothing with --method cora" in refuse("cora", "--soft_tokens", 2)
+    assert "--add_prefix means nothing with --method collm" in refuse("collm", "--add_prefix")
+    assert "give --select_by auc or uauc" in refuse("collm", "--metric_for_best_model", "loss")
+    assert "this model has no layer 'lm_head'" in refuse("cora", "--lora_target_modules", "lm_head")
+    assert "--load_in_4bit and --base_dtype are for base models that stay frozen" in refused(
+        finetune.main, *flags_of_lcrec(workshop, tmp_path / "out"), "--load_in_4bit"
+    )
     assert "was made by 'mf'; give one of tallrec" in refuse("collm", "--init_from", studio / "mf")
     assert "4 bits cannot be tuned" in refused(
         finetune.main, *tune(studio, "tallrec", tmp_path / "out", *base, "--lora", "False", "--load_in_4bit")
@@ -248,6 +257,35 @@ def test_bad_input(workshop, studio, tmp_path, refused):
         finetune.main, *tune(studio, "tallrec", tmp_path / "out", "--base_model", tmp_path / "mute")
     )
     assert not list((tmp_path / "out").glob("*"))
+
+
+def flags_of_lcrec(workshop, output):
+    where = ("--dataset", "toy", "--data_path", workshop / "datasets", "--base_model", workshop / "base")
+    return *where, "--output_dir", output, "--use_cpu"
+
+
+def test_the_second_stage_keeps_how_the_first_held_its_base(script, workshop, studio, tmp_path):
+    few = ("--max_steps", 2, "--save_strategy", "no", "--save_and_eval_strategy", "no")
+    base = ("--base_model", workshop / "base", "--base_dtype", "bfloat16")
+    assert script(finetune.main, *tune(studio, "tallrec", tmp_path / "half", *base, *few))[0] == 0
+    whole = ("--lora", "False", "--base_model", workshop / "base")
+    assert script(finetune.main, *tune(studio, "tallrec", tmp_path / "whole", *whole, *few))[0] == 0
+    for name, more in (("half", ()), ("whole", ("--base_dtype", "bfloat16"))):
+        out = tmp_path / f"collm-{name}"
+        code, _, error = script(
+            finetune.main, *tune(studio, "collm", out, "--init_from", tmp_path / name, *more, "--max_steps", 3)
+        )
+        assert code == 0, error
+        config = json.loads((out / "config.json").read_text())
+        assert config["base_dtype"] == "bfloat16" and ("language" in config["saved"]) == (name == "whole")
+        run = json.loads((out / "run.json").read_text())
+        valid = next(line["eval_auc"] for line in run["log"] if "eval_auc" in line)
+        model = CoLLM.from_pretrained(out)
+        dtypes = {w.dtype for key, w in model.named_parameters() if model.part_of(key) == "language"}
+        assert dtypes == {torch.bfloat16} and 0 <= valid <= 1
+    flags = tune(studio, "collm", tmp_path / "x", "--init_from", tmp_path / "whole", "--load_in_4bit")
+    code, _, error = script(finetune.main, *flags)
+    assert code == 2 and "holds a whole language model, which is not quantised" in error
 
 
 def odd_width(studio, tmp_path, refuse):
