@@ -46,7 +46,7 @@ def ask(
     def answer(rows: list[int]) -> torch.Tensor:
         batch = collate([questions[i] for i in rows])
         del batch["labels"], batch["lengths"]
-        return model(**{k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}).logits
+        return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
 
     was_training = model.training
     model.eval()

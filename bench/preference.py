@@ -161,7 +161,7 @@ def time_steps(args: argparse.Namespace, dataset: PreferenceDataset, device: tor
     batches = [
         collate([questions[i + j] for j in range(args.batch_size)]) for i in range(0, len(rows), args.batch_size)
     ]
-    batches = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     for batch in batches:
         del batch["lengths"]
     shared = {"answer": questions.answer.yes, "saved": [], "load_in_4bit": False}

@@ -215,21 +215,22 @@ class Questions(torch.utils.data.Dataset):
 class QuestionCollator:
     """Questions -> a batch, padded on the right, as `models/yesno.py` takes it.
 
-    int64 input_ids, soft [batch, length]; last [batch], where each prompt ends; prefix, how many columns are the same
-    whatever item is asked about; users, items [batch]; liked [batch, max_his_len]; histories [batch, read_length];
+    int64 input_ids, soft [batch, length]; last [batch], where each prompt ends; shared [batch], how many of its tokens
+    are the same whatever item is asked about; users, items [batch]; liked [batch, max_his_len]; histories [batch,
+    read_length];
     bool with_ids [batch]; float32 labels [batch]; lengths [batch], tokens of each prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor | int]:
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         batch = {
             "input_ids": pad([sample["input_ids"] for sample in samples], self.tokenizer.pad_token_id),
             "soft": pad([sample["soft"] for sample in samples], 0),
             "last": lengths - 1,
-            "prefix": min(sample["shared"] for sample in samples),
+            "shared": torch.tensor([sample["shared"] for sample in samples]),
             "with_ids": torch.tensor([sample["with_ids"] for sample in samples]),
             "labels": torch.tensor([float(sample["label"]) for sample in samples]),
             "lengths": lengths,

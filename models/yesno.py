@@ -4,6 +4,7 @@ What is saved is what was trained, with a pointer to the rest: an adapter folder
 too; its collaborative knowledge comes in as words.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,6 @@ from models.language import add_lora, load_model
 
 PARTS = ("language", "lora", "bridge", "collab")
 WORTH_A_PASS = 64  # tokens to be saved by a forward pass of its own
-SHORT = 8  # columns that are not worth a cache
 
 
 class YesNoConfig(PreTrainedConfig):
@@ -154,7 +154,7 @@ class YesNoModel(PreTrainedModel):
         self,
         input_ids: torch.Tensor,
         last: torch.Tensor,
-        prefix: int = 0,
+        shared: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **about,
@@ -164,7 +164,8 @@ class YesNoModel(PreTrainedModel):
         Args:
             input_ids: int64 [batch, length], padded on the right, which no earlier place sees.
             last: int64 [batch], where each prompt ends.
-            prefix: how many first columns have nothing to do with the item; computed once for rows that share them.
+            shared: int64 [batch], with how many tokens each prompt begins that have nothing to do with the item; they
+                are computed once for rows that begin alike.
             labels: float [batch], 1 liked, 0 not.
             num_items_in_batch: what the summed loss is divided by (default: the rows).
             about: what else a `data.questions.QuestionCollator` gives.
@@ -173,28 +174,53 @@ class YesNoModel(PreTrainedModel):
             logits float32 [batch]; the loss, binary cross-entropy, where there are labels.
         """
         words = self.words(input_ids, **about)
-        prefix = prefix if self._may_share(prefix) else 0
-        cache = self._beginnings(input_ids[:, :prefix]) if prefix else None
-        logits = self._yes(words[:, prefix:], last - prefix, cache)
+        if shared is None or not shared.any() or not self._may_share():
+            logits = self._yes(words, last)
+        else:
+            logits = self._yes_after(self._can_skip(shared), input_ids, words, last)
         loss = None
         if labels is not None:
             count = len(labels) if num_items_in_batch is None else num_items_in_batch
             loss = F.binary_cross_entropy_with_logits(logits - self.config.offset, labels, reduction="sum") / count
         return CollaborativeOutput(loss=loss, logits=logits)
 
-    def _may_share(self, prefix: int) -> bool:
-        """Whether the first columns can be computed apart: no gradient is to go through what they become."""
+    def _may_share(self) -> bool:
+        """Whether what prompts begin with can be computed apart: no gradient is to go through it."""
         learns = torch.is_grad_enabled() and bool({"language", "lora"} & set(self.config.trained))
-        if prefix < SHORT or learns or not self.shares_beginnings or self.language.is_activation_checkpointing:
+        if learns or not self.shares_beginnings or self.language.is_activation_checkpointing:
             return False
-        kinds = {type(layer) for layer in DynamicCache(config=self.language.config).layers}
-        return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        return {type(layer) for layer in self._cache().layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+    def _can_skip(self, shared: torch.Tensor) -> torch.Tensor:
+        """`shared`, or the least of it for all rows, where a model counts places in a cache instead of positions."""
+        counts = any(layer.is_sliding for layer in self._cache().layers) or not takes(self.language, "position_ids")
+        return shared.min().expand(len(shared)) if counts else shared
+
+    def _cache(self) -> DynamicCache:
+        return DynamicCache(config=self.language.config)
+
+    def _yes_after(
+        self, shared: torch.Tensor, input_ids: torch.Tensor, words: torch.Tensor, last: torch.Tensor
+    ) -> torch.Tensor:
+        """As `_yes`; each distinct beginning, `shared` tokens of a row, is computed once, without gradients."""
+        longest, places = int(shared.max()), torch.arange(input_ids.shape[1], device=input_ids.device)
+        beginnings = torch.where(places < shared[:, None], input_ids, input_ids[0, 0])[:, :longest]
+        cache = self._beginnings(beginnings)
+        # What follows, moved to the left: place `shared` of each row becomes place 0.
+        rest = shared[:, None] + torch.arange(int((last - shared).max()) + 1, device=last.device)
+        rows, where = torch.arange(len(last), device=last.device)[:, None], rest.clamp(max=input_ids.shape[1] - 1)
+        given = {}
+        if int(shared.min()) < longest:  # some rows of the cache end with places that nothing stands in
+            there = places[:longest] < shared[:, None]
+            given = {"attention_mask": torch.cat([there, torch.ones_like(rest, dtype=torch.bool)], 1).long()}
+            given["position_ids"] = rest
+        return self._yes(words[rows, where], last - shared, cache, **given)
 
     @torch.no_grad()
     def _beginnings(self, ids: torch.Tensor) -> DynamicCache:
         """Keys and values of int64 ids [batch, length]: each distinct row once, and once what all begin with."""
         rows, row_of = torch.unique(ids, dim=0, return_inverse=True)
-        cache, done = DynamicCache(config=self.language.config), 0
+        cache, done = self._cache(), 0
         common = int((rows == rows[:1]).all(0).cumprod(0).sum())
         if (len(rows) - 1) * common >= WORTH_A_PASS:
             self._yes(rows[:1, :common], row_of[:1] * 0, cache)
@@ -205,7 +231,9 @@ class YesNoModel(PreTrainedModel):
         cache.batch_select_indices(row_of)
         return cache
 
-    def _yes(self, words: torch.Tensor, last: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+    def _yes(
+        self, words: torch.Tensor, last: torch.Tensor, cache: DynamicCache | None = None, **given
+    ) -> torch.Tensor:
         """Logits of Yes, float32 [batch], after place `last` of each row; no other logit is computed."""
         head, rows = self.language.get_output_embeddings(), torch.arange(len(last), device=last.device)
 
@@ -215,7 +243,7 @@ class YesNoModel(PreTrainedModel):
                 logit = logit + head.bias[self.config.answer].float()
             return logit[:, None, None]
 
-        given = {"inputs_embeds" if words.is_floating_point() else "input_ids": words}
+        given["inputs_embeds" if words.is_floating_point() else "input_ids"] = words
         # What a model does to its logits after the head (caps, scales) it does to this one as well.
         with patched(head, forward):
             return self.language(**given, past_key_values=cache, use_cache=cache is not None).logits[:, 0, 0]
@@ -263,6 +291,10 @@ class YesNoModel(PreTrainedModel):
         if wrong := [*missing, *found.unexpected_keys]:
             raise InputError(f"{folder}: its weights are not those of its config ({wrong[0]}); train it again")
         return model.eval()
+
+
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_a_batch_is_padded_on_the_right(liked):
         length = len(sample["input_ids"])
         assert batch["input_ids"][row, :length].tolist() == sample["input_ids"] and batch["last"][row] == length - 1
     assert batch["histories"].shape == (3, 6) and batch["liked"].shape == (3, 4)
-    assert batch["prefix"] == min(sample["shared"] for sample in samples)
+    assert batch["shared"].tolist() == [sample["shared"] for sample in samples]
 
 
 # ---- Which token says Yes ----

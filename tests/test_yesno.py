@@ -103,13 +103,13 @@ def test_neither_padding_nor_neighbours_change_a_logit(liked, kind, collab):
     model, tokenizer = make(kind, collab=collab)
     questions = questions_for(model, tokenizer, liked)
     rows = [0, 1, 2, 50, 51, 100, 235]
-    alone = torch.cat([logits_of(model, questions, [i], prefix=0) for i in rows])
+    alone = torch.cat([logits_of(model, questions, [i], shared=None) for i in rows])
     assert alone.std() > 3e-3
-    for prefix in (0, batch_of(questions, rows)["prefix"]):
-        torch.testing.assert_close(logits_of(model, questions, rows, prefix=prefix), alone, rtol=0, atol=1e-4)
-        torch.testing.assert_close(
-            logits_of(model, questions, rows[::-1], prefix=prefix), alone.flip(0), rtol=0, atol=1e-4
-        )
+    found = logits_of(model, questions, rows, shared=None)
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)
+    for order in (rows, rows[::-1]):
+        expected = alone if order is rows else alone.flip(0)
+        torch.testing.assert_close(logits_of(model, questions, order), expected, rtol=0, atol=1e-4)
     for size in (1, 3, 64):
         found = ask(model, questions, size, show_progress=False)
         torch.testing.assert_close(torch.from_numpy(found)[rows], alone, rtol=0, atol=1e-4)
@@ -183,9 +183,9 @@ def test_a_shared_beginning_changes_no_gradient(liked, kind):
     questions = questions_for(model, tokenizer, liked)
     rows = [0, 1, 2, 50, 51, 100]
     gradients = []
-    for prefix in (0, batch_of(questions, rows)["prefix"]):
+    for shared in (None, batch_of(questions, rows)["shared"]):
         model.zero_grad()
-        model(**(batch_of(questions, rows) | {"prefix": prefix})).loss.backward()
+        model(**(batch_of(questions, rows) | {"shared": shared})).loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
@@ -230,7 +230,7 @@ def test_cora_begins_as_the_base_model(liked):
     for layer in linear_layers(text.language, model.config.targets).values():
         layer._forward_hooks.clear()
     torch.testing.assert_close(
-        logits_of(model, questions, rows, prefix=0), logits_of(text, questions, rows, prefix=0), rtol=0, atol=0
+        logits_of(model, questions, rows, shared=None), logits_of(text, questions, rows, shared=None), rtol=0, atol=0
     )
 
 
