@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the others keep their last figures")
     parser.add_argument("--data_path", default="../shared/data", help="of ml-1m (default: %(default)s)")
     parser.add_argument("--base_model", default="ckpt/base/SmolLM2-135M-Instruct", help="(default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=160, help="rows of test that are scored (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=256, help="rows of test that are scored (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="training steps of a timing (default: %(default)s)")
@@ -106,32 +106,30 @@ def time_scoring(args: argparse.Namespace, dataset: PreferenceDataset, device: t
     model = YesNoModel(YesNoConfig(answer=yes, trained=[], saved=[]), language).eval().to(device)
 
     @torch.no_grad()
-    def naive(batch_size: int, by_length: bool = False) -> np.ndarray:
-        order = np.argsort(-questions.lengths(), kind="stable") if by_length else np.arange(len(questions))
-        scores = np.zeros(len(questions), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            ids = [questions[int(i)]["input_ids"] for i in rows]
+    def naive(questions: Questions) -> np.ndarray:
+        scores = []
+        for start in range(0, len(questions), args.batch_size):
+            ids = [questions[i]["input_ids"] for i in range(start, min(start + args.batch_size, len(questions)))]
             batch = {
                 "input_ids": pad(ids, tokenizer.pad_token_id, left=True).to(device),
                 "attention_mask": pad([[1] * len(each) for each in ids], 0, left=True).to(device),
             }
-            scores[rows] = language(**batch, use_cache=False).logits[:, -1, yes].float().cpu().numpy()
-        return scores
+            scores.append(language(**batch, use_cache=False).logits[:, -1, yes].float().cpu())
+        return torch.cat(scores).numpy()
 
     sides = {
-        "padded to the longest, all logits": lambda: naive(args.batch_size),
-        "+ batches by length": lambda: naive(args.batch_size, by_length=True),
-        "ours": lambda: ask(model, questions, args.batch_size, show_progress=False),
+        "padded to the longest, all logits": naive,
+        "ours": lambda questions: ask(model, questions, args.batch_size, show_progress=False),
     }
-    naive(2), ask(model, questions_of(dataset.parts["test"].take(8), dataset, tokenizer), 4, show_progress=False)
+    for score in sides.values():
+        score(questions_of(dataset.parts["test"].take(8), dataset, tokenizer))  # before the clock: threads start
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     scores = {}
     for _ in range(args.repeats):
         for side, score in sides.items():
-            seconds[side].append(timed(lambda score=score, side=side: scores.update({side: score()}), device))
+            seconds[side].append(timed(lambda score=score, side=side: scores.update({side: score(questions)}), device))
     middle = {side: statistics.median(times) for side, times in seconds.items()}
-    first, *_, ours = sides
+    first, ours = sides
     print(f"\nscoring {args.rows} rows, {questions.lengths().mean():.0f} tokens each, batches of {args.batch_size}")
     for side, time_taken in middle.items():
         apart = np.abs(scores[side] - scores[first]).max()
