@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -18,6 +19,19 @@ AFTER_HEAD: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "logit_scale": torch.mul,  # Cohere
     "logits_scaling": torch.div,  # Granite
 }
+
+
+@contextmanager
+def patched(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside it `module` computes `forward`."""
+    before = module.__dict__.get("forward")  # an instance's own, as some wrappers leave it
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 class LabelHead:
@@ -61,14 +75,8 @@ class LabelHead:
             # Returned as well, so that a wrapper that looks at a model's outputs (DDP) sees what they depend on.
             return self.loss.view(1, 1, 1)
 
-        patched = self.head.__dict__.get("forward")  # an instance's own, as some wrappers leave it
-        self.head.forward = forward
-        try:
+        with patched(self.head, forward):
             yield
-        finally:
-            del self.head.forward
-            if patched is not None:
-                self.head.forward = patched
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         logits = self.head_forward(rows)

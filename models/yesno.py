@@ -5,8 +5,6 @@ too; its collaborative knowledge comes in as words.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +20,7 @@ from errors import InputError
 from models.collaborative import MODELS as COLLABORATIVE
 from models.collaborative import fingerprint, load
 from models.collaborative.base import CollaborativeModel, CollaborativeOutput
+from models.head import patched
 from models.language import add_lora, load_model
 
 PARTS = ("language", "lora", "bridge", "collab")
@@ -295,19 +294,6 @@ class YesNoModel(PreTrainedModel):
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
-
-
-@contextmanager
-def patched(module: nn.Module, forward) -> Iterator[None]:
-    """Inside it `module` computes `forward`."""
-    before = module.__dict__.get("forward")  # an instance's own, as some wrappers leave it
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def open_language(config: YesNoConfig) -> PreTrainedModel:

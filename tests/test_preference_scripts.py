@@ -182,6 +182,20 @@ def test_two_processes_give_the_results_of_one(script, studio, tmp_path):
     assert [json.loads(line) for line in out[1].read_text().splitlines()] == rows
 
 
+def test_two_processes_train_as_one_that_accumulates(script, studio, tmp_path):
+    same = ("--collab", studio / "din", "--train_collab", "--per_device_batch_size", 4, "--max_steps", 4)
+    same += ("--train_sampling_strategy", "sequential", "--save_and_eval_strategy", "no")
+    same += ("--optim", "sgd", "--learning_rate", 0.1)
+    two = torchrun(2, "finetune.py", *second(studio, "collm", tmp_path / "two", *same))
+    assert two.returncode == 0, two.stderr
+    flags = second(studio, "collm", tmp_path / "one", *same, "--gradient_accumulation_steps", 2)
+    code, _, error = script(finetune.main, *flags)
+    assert code == 0, error
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-5)
+
+
 def test_a_stopped_run_ends_as_if_it_had_not_been(script, studio, tmp_path):
     more = ("--epochs", 2, "--save_steps", 10, "--save_and_eval_strategy", "steps", "--save_total_limit", 99)
     more += ("--load_best_model_at_end", "False", "--resume_from_checkpoint", "auto", "--train_data_sample_num", 150)
