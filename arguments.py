@@ -45,14 +45,14 @@ class ModelArguments:
     base_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "dtype of frozen weights, what is trained is float32 (default: float32, or that of --init_from)",
+            "help": "dtype of frozen weights, what is trained is float32; if not said, float32 or that of --init_from",
             "choices": DTYPES,
         },
     )
     load_in_4bit: bool | None = field(
         default=None,
         metadata={
-            "help": "frozen weights of linear layers as nf4 (default: no, or as --init_from)",
+            "help": "frozen weights of linear layers as nf4; if not said, as --init_from has them",
             "nargs": "?",
             "const": True,
         },
@@ -68,7 +68,9 @@ class DataArguments:
     dataset: str = HfArg(default="ml-100k", help="name of the dataset")
     data_path: str = HfArg(default="data", help="folder that holds <dataset>/")
     index_file: str = HfArg(default=".index.json", help="suffix of the index file, or a path to one if it has a slash")
-    prompt_file: str | None = HfArg(default=None, help="YAML file of phrasings (default: data/prompts.yaml)")
+    prompt_file: str | None = HfArg(
+        default=None, help="phrasings, instead of data/prompts.yaml (lcrec) or data/questions.yaml"
+    )
     max_his_len: int = HfArg(default=20, help="items of a history that the model reads")
     his_sep: str = HfArg(default=", ", help="what stands between two items of a history")
     add_prefix: bool = HfArg(default=False, help="number the items of a history")
@@ -110,7 +112,7 @@ class YesNoArguments:
     lora: bool | None = field(
         default=None,
         metadata={
-            "help": "train LoRA weights (default: tallrec and binllm do, the others with --one_stage)",
+            "help": "train LoRA weights; if not said, tallrec and binllm do, the others with --one_stage",
             "nargs": "?",
             "const": True,
         },

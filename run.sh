@@ -209,7 +209,7 @@ ask_yes_or_no() {
   done
   if [[ $DEVICE == gpu ]]; then
     tune=(--bf16) test=(--bf16)
-  else # about half an hour on two cores; all rows would take a day
+  else # six epochs of all rows would take two cores more than a day
     tune=(--use_cpu --train_data_sample_num 800 --valid_samples 300 --max_his_len 5 --epochs 1 --per_device_batch_size 8
       --per_device_eval_batch_size 16 --logging_steps 20)
     test=(--sample_num 800)
