@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -211,6 +212,14 @@ class TuningArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process: start with torchrun --nproc_per_node {self.n_gpu}, "
                 "or show it one by CUDA_VISIBLE_DEVICES=0"
             )
+
+
+def refuse_flags(method: str, group: object, flags: Iterable[str]) -> None:
+    """InputError for one of these flags of a group that was given, although the method does not listen to it."""
+    defaults = {field.name: field.default for field in fields(group)}
+    for flag in flags:
+        if getattr(group, flag) != defaults[flag]:
+            raise InputError(f"--{flag} means nothing with --method {method}; leave it out")
 
 
 def parse(dataclasses: list[type], description: str, argv: list[str] | None = None) -> tuple:

@@ -16,14 +16,22 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
 from transformers import EarlyStoppingCallback, set_seed
 
-from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, YesNoArguments, parse
+from arguments import (
+    DataArguments,
+    MethodArguments,
+    ModelArguments,
+    TuningArguments,
+    YesNoArguments,
+    parse,
+    refuse_flags,
+)
 from data.batches import Batches
 from data.dataset import write_json
 from errors import InputError, exits_cleanly
+from facts import run_facts
 from methods import lcrec, yesno
 from throughput import in_words
 from trainer import RecTrainer
@@ -38,7 +46,8 @@ def main() -> None:
         [ModelArguments, DataArguments, MethodArguments, YesNoArguments, TuningArguments], __doc__
     )
     generates = method_args.method == "lcrec"
-    refuse_flags_of_others(method_args.method, yesno_args if generates else method_args)
+    others = yesno_args if generates else method_args  # what the methods of the other kind listen to
+    refuse_flags(method_args.method, others, (field.name for field in fields(others) if field.name not in SHARED))
     needed = {"base_model": model_args.base_model or yesno_args.init_from, "output_dir": training_args.output_dir}
     for flag, value in needed.items():
         if not value:
@@ -110,13 +119,12 @@ def main() -> None:
     trainer.save_model(training_args.output_dir)
     if main_process:
         given = (model_args, data_args, method_args, yesno_args)
+        flags = {name: value for group in given for name, value in asdict(group).items()} | training_args.to_dict()
         write_json(
             Path(training_args.output_dir) / "run.json",
             {
-                "arguments": {k: v for group in given for k, v in asdict(group).items()} | training_args.to_dict(),
+                **run_facts(flags, started),
                 "seed": training_args.seed,
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-                "seconds": round(time.monotonic() - started, 1),
                 "best_metric": trainer.state.best_metric,
                 "best_step": trainer.state.best_global_step,
                 "train_loss": result.training_loss,
@@ -134,13 +142,6 @@ def main() -> None:
     trainer.model_wrapped = model  # what holds on to the process group to the interpreter's end may abort there
     trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
-
-
-def refuse_flags_of_others(method: str, args: MethodArguments | YesNoArguments) -> None:
-    """InputError for a flag that another method would have listened to."""
-    for flag in fields(args):
-        if flag.name not in SHARED and getattr(args, flag.name) != flag.default:
-            raise InputError(f"--{flag.name} means nothing with --method {method}; leave it out")
 
 
 if __name__ == "__main__":

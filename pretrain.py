@@ -269,7 +269,7 @@ def main() -> None:
 
     # ---- Keep the best, measure it once on test ----
     results = measure(dataset.parts["test"], score(model, inputs_of(dataset.parts["test"], model)))
-    facts = run_facts(args, started) | {"settings": asdict(settings)}
+    facts = run_facts(vars(args), started) | {"settings": asdict(settings)}
     save(model.cpu(), output_dir, facts | {"sweep": runs, "curve": curve})
     write_json(results_file, {**results, **facts}, indent=1)
     print_table({args.model: results})

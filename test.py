@@ -212,7 +212,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
             "baselines": baselines,
             "users": len(users),
             "num_beams": args.num_beams,
-            **run_facts(args, started),
+            **run_facts(vars(args), started),
         },
         indent=1,
     )
@@ -273,7 +273,7 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
     found = {number: measure(part, each) for number, each in scores.items()}
     results = found[prompt_ids[0]]
     more = {"test_prompt_ids": prompt_ids, "all_prompt_results": list(found.values())} if asks else {}
-    write_json(results_file, {**results, **more, **run_facts(args, started)}, indent=1)
+    write_json(results_file, {**results, **more, **run_facts(vars(args), started)}, indent=1)
     if args.predictions_file:
         columns = [column(part, name).tolist() for name in ("uid", "iid", "label")]
         with whole_file(args.predictions_file) as temporary, temporary.open("w", encoding="utf-8") as file:

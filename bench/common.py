@@ -59,6 +59,12 @@ class Peak:
             self.mb = process_mb("VmHWM")
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def process_mb(kind: str) -> float:
     """Memory of this process, MB, as Linux counts it: VmRSS is resident now, VmHWM the most since the mark."""
     lines = Path("/proc/self/status").read_text().splitlines()

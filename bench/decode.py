@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, set_seed
 
 from arguments import DataArguments, MethodArguments
-from bench.common import Peak, without_twins, write_results
+from bench.common import Peak, synchronise, without_twins, write_results
 from data.collate import Instructions, encode_prompt, prompt_batch
 from data.dataset import open_dataset, write_json
 from data.prompts import PROMPT_FILE, read_prompts
@@ -298,11 +298,6 @@ def trie_figures(items: int, device: torch.device) -> dict:
         "trie_1m_tensors_mb": tensors / 2**20,
         "trie_1m_lookup_ms": statistics.median(times) * 1000,
     }
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import transformers
 from datasets import Dataset
 
 from asking import ask
-from bench.common import RESULTS, write_results
+from bench.common import RESULTS, synchronise, write_results
 from data.collate import pad
 from data.dataset import read_json
 from data.preference import PreferenceDataset, open_preferences
@@ -198,12 +198,10 @@ def time_steps(args: argparse.Namespace, dataset: PreferenceDataset, device: tor
 
 
 def timed(work, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     began = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter() - began
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -85,9 +86,8 @@ def sample(part: Dataset, count: int) -> Dataset:
     names, first = np.unique(users, return_inverse=True)
     place = draw.permutation(len(names))[first]  # of each row's user among the users
     order = order[np.argsort(place[order], kind="stable")]
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(place[order])) + 1])
-    number = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
-    return part.select(np.sort(order[number < ROWS_PER_USER][:count]))
+    earlier = pd.Series(order).groupby(users[order]).cumcount()  # rows of the same user before each
+    return part.select(np.sort(order[earlier < ROWS_PER_USER][:count]))
 
 
 def open_preferences(data_path: str | Path, name: str) -> PreferenceDataset:

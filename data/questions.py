@@ -195,8 +195,8 @@ class Questions(torch.utils.data.Dataset):
             elif field == "title":
                 ids += self._encoded(gap + self._title(self.items[i]))
             elif field in ("user", "item") and self.codes:
-                whose, row = (0, self.users[i]) if field == "user" else (1, self.items[i])
-                ids += self._encoded(gap + self.codes[whose][int(row)])
+                whose, number = (USER, self.users[i]) if field == "user" else (ITEM, self.items[i])
+                ids += self._encoded(gap + self.codes[whose][int(number)])
             elif field is not None:
                 soft += [0] * (len(ids) - len(soft))
                 whose = {"user": [USER], "item": [ITEM]}.get(field) or [LIKED + place for place in places]
@@ -216,9 +216,8 @@ class QuestionCollator:
     """Questions -> a batch, padded on the right, as `models/yesno.py` takes it.
 
     int64 input_ids, soft [batch, length]; last [batch], where each prompt ends; shared [batch], how many of its tokens
-    are the same whatever item is asked about; users, items [batch]; liked [batch, max_his_len]; histories [batch,
-    read_length];
-    bool with_ids [batch]; float32 labels [batch]; lengths [batch], tokens of each prompt.
+    are the same whatever item is asked about; users, items [batch]; liked [batch, max_his_len]; histories
+    [batch, read_length]; bool with_ids [batch]; float32 labels [batch]; lengths [batch], tokens of each prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

@@ -3,21 +3,19 @@
 Both compute the prompt once and then, level by level, the logits after the newest token of every beam.
 """
 
-import inspect
 import logging
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from decoding.trie import Trie
 from errors import InputError
+from models.language import WORTH_A_PASS, attention_window, takes
 
 logger = logging.getLogger(__name__)
-
-WORTH_A_PASS = 64  # tokens to be saved by a forward pass of its own
 
 
 class BeamBlock:
@@ -106,7 +104,7 @@ class BeamRows:
         self.beams = beams
         self.cache.reorder_cache(rows)
         self.mask = torch.cat([self.mask[rows], self.mask.new_ones((len(rows), 1))], dim=1)
-        positions = {"position_ids": self.mask.sum(-1, keepdim=True) - 1} if _takes(self.model, "position_ids") else {}
+        positions = {"position_ids": self.mask.sum(-1, keepdim=True) - 1} if takes(self.model, "position_ids") else {}
         output = self.model(
             input_ids=tokens.reshape(-1, 1),
             attention_mask=self.mask,
@@ -125,7 +123,7 @@ def beam_forward(model: PreTrainedModel, length: int, trie: Trie, num_beams: int
     """
     widths = [min(num_beams, states) for states in trie.level.diff().tolist()]
     room = length + sum(widths[1:-1])  # the root has no token, the last level is not fed
-    window = _window(model)
+    window = attention_window(model)
     if not window or not _block_is_right(model, room):
         reason = "its beams cannot be computed as one block"
     elif length + trie.depth > window:
@@ -145,19 +143,11 @@ _said: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
 _tried: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()  # room -> is a block right?
 
 
-def _window(model: PreTrainedModel) -> float:
-    """How far back every layer sees, in tokens; 0 where a layer keeps more than the keys and values of tokens."""
-    layers = DynamicCache(config=model.config).layers
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return 0
-    return min((layer.get_max_length() for layer in layers if layer.is_sliding), default=float("inf"))
-
-
 def _block_is_right(model: PreTrainedModel, room: int) -> bool:
     """Try it once for each size of cache: what no document says of an architecture, a small forward pass does."""
     room = max(64, 1 << (room - 1).bit_length())
     if room not in (tried := _tried.setdefault(model, {})):
-        tried[room] = _takes(model, "position_ids") and _try_block(model, room)
+        tried[room] = takes(model, "position_ids") and _try_block(model, room)
     return tried[room]
 
 
@@ -221,13 +211,8 @@ def _prefill(
         attention_mask=attention_mask,
         past_key_values=cache,
         use_cache=True,
-        **{name: value for name, value in optional.items() if _takes(model, name)},
+        **{name: value for name, value in optional.items() if takes(model, name)},
     )
-
-
-def _takes(model: PreTrainedModel, argument: str) -> bool:
-    wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's forward takes all
-    return argument in inspect.signature(wrapped.forward).parameters
 
 
 class _RoomyLayer(DynamicLayer):

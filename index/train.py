@@ -101,7 +101,7 @@ def main() -> None:
     started = time.monotonic()
     model, curve = train(embeddings, config, args)
     model.save_pretrained(args.output_dir)
-    write_json(args.output_dir / "run.json", {**run_facts(args, started), "curve": curve}, indent=1)
+    write_json(args.output_dir / "run.json", {**run_facts(vars(args), started), "curve": curve}, indent=1)
     print(f"RQ-VAE of {sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
 
 

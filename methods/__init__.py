@@ -18,7 +18,7 @@ class Prepared:
         measure: the metrics of the model on valid.
         max_logits_mb: for a loss of labelled tokens; None: the model has its own.
         checkpoint: to go on from.
-        packing, flash: samples end to end; with flash attention, which `attention` gives way to while training.
+        packing, flash: samples end to end; with flash attention, which is for training alone.
     """
 
     model: PreTrainedModel

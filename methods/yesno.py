@@ -11,7 +11,7 @@ from torch import distributed
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, YesNoArguments
+from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, YesNoArguments, refuse_flags
 from asking import ask
 from data.dataset import read_json
 from data.preference import PreferenceDataset, column, open_preferences, sample
@@ -24,8 +24,8 @@ from models.collaborative import fingerprint, load
 from models.collaborative.base import CollaborativeModel
 from models.collaborative.hash import HashedMF
 from models.collaborative.mf import MF, MFConfig
-from models.collm import CoLLM, CoLLMConfig
-from models.cora import CoRA, CoRAConfig
+from models.collm import CoLLM
+from models.cora import CoRA
 from models.language import add_lora, load_tokenizer
 from models.yesno import YesNoConfig, YesNoModel, open_language
 from scoring import check_fits, inputs_of
@@ -44,12 +44,6 @@ TUNES_LORA = ("tallrec", "binllm")  # what these train is LoRA weights, and noth
 READS_COLLAB = ("collm", "binllm", "cora")
 LEVEL_ROWS = 32  # of train, by which the level of the logits before training is known
 SCALE_ROWS = 4096  # of train, by which the scale of collaborative vectors is known
-LORA_DEFAULTS = {
-    "rank": YesNoArguments.lora_r,
-    "alpha": YesNoArguments.lora_alpha,
-    "dropout": YesNoArguments.lora_dropout,
-    "targets": YesNoArguments.lora_target_modules.split(","),
-}
 PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts begin with
 
 
@@ -194,14 +188,10 @@ def check_flags(
         raise InputError(f"--train_data_sample_num {method_args.train_data_sample_num}: should be one whole number")
     if method in READS_COLLAB and not args.collab:
         raise InputError(f"--collab is required with --method {method}: a folder made by python pretrain.py")
-    if method not in READS_COLLAB and args.collab:
-        raise InputError(f"--collab means nothing with --method {method}; leave it out")
-    others = {"index_file": data_args, "add_prefix": data_args}  # flags that only some methods listen to
-    others |= {} if METHODS[method][0] is CoLLM else {"soft_tokens": args}
-    others |= {} if method == "binllm" else {"code_format": args}
-    for flag, group in others.items():
-        if getattr(group, flag) != getattr(type(group)(), flag):
-            raise InputError(f"--{flag} means nothing with --method {method}; leave it out")
+    refuse_flags(method, data_args, ["index_file", "add_prefix"])
+    heard = {"collab": method in READS_COLLAB, "soft_tokens": METHODS[method][0] is CoLLM}
+    heard |= {"code_format": method == "binllm"}
+    refuse_flags(method, args, [flag for flag, listens in heard.items() if not listens])
     if args.init_from and args.one_stage:
         raise InputError("--one_stage trains both stages at once: leave --init_from out")
     if args.one_stage and (method in TUNES_LORA or args.lora is False):
@@ -229,12 +219,7 @@ def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset
     kind, _ = METHODS[method]
     lora = (method in TUNES_LORA or args.one_stage) if args.lora is None else args.lora
     how = {"load_in_4bit": model_args.load_in_4bit, "base_dtype": model_args.base_dtype}
-    low_rank = {
-        "rank": args.lora_r,
-        "alpha": args.lora_alpha,
-        "dropout": args.lora_dropout,
-        "targets": args.lora_target_modules.split(","),
-    }
+    low_rank = low_rank_of(args)
     if args.init_from:
         first = read_json(Path(args.init_from) / RECORD, "the record of a first stage, from --method tallrec")
         if first.get("method") != "tallrec":
@@ -250,7 +235,7 @@ def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset
     if lora and not config.lora:
         config.lora = low_rank
         add_lora(language, **config.lora)
-    elif lora and kind is not CoRA and low_rank != config.lora and low_rank != LORA_DEFAULTS:
+    elif lora and kind is not CoRA and low_rank != config.lora and low_rank != low_rank_of(YesNoArguments()):
         raise InputError(
             f"--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of {args.init_from} are "
             "trained on as they are; leave these flags out"
@@ -274,17 +259,21 @@ def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset
         trained |= {"collab"}
     if method not in TUNES_LORA:
         trained |= {"bridge"} | ({"collab"} if args.train_collab or args.collab_from_scratch else set())
-    own = {}
     saved = trained | {"language"} & set(config.saved or ()) | ({"lora"} if config.lora else set())
-    saved |= {"bridge"} if kind is not YesNoModel else set()
+    own = {}
     if kind is CoLLM:
         own = {"soft_tokens": args.soft_tokens, "one_for_all": method == "softprompt"}
     elif kind is CoRA:
-        own = {"r": low_rank["rank"], **{key: low_rank[key] for key in ("alpha", "dropout", "targets")}}
-    configs = {YesNoModel: YesNoConfig, CoLLM: CoLLMConfig, CoRA: CoRAConfig}
+        own = {"r" if key == "rank" else key: value for key, value in low_rank.items()}
     whole = config.to_dict() | own | {"collab_config": collab and collab.config.to_dict()}
     del whole["model_type"]
-    return kind(configs[kind](**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, collab)
+    return kind(kind.config_class(**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, collab)
+
+
+def low_rank_of(args: YesNoArguments) -> dict:
+    """What the flags say of low-rank weights, LoRA's or CoRA's."""
+    targets = args.lora_target_modules.split(",")
+    return {"rank": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": targets}
 
 
 def open_model(folder: Path, method: str, **where) -> YesNoModel:
@@ -318,14 +307,10 @@ def questions_of(
     """The rows as questions in the way that `record` tells, with one of its phrasings; None: drawn for each epoch."""
     phrasings = [Phrasing(**each) for each in record["prompts"]]
     codes = None
-    if isinstance(model.collab, HashedMF):
-        codes = tuple(
-            {number: code_text(code, record["code_format"]) for number, code in enumerate(of(torch.arange(count)))}
-            for of, count in (
-                (model.collab.user_codes, dataset.num_users),
-                (model.collab.item_codes, dataset.num_items),
-            )
-        )
+    if record["method"] == "binllm":
+        ids = (torch.arange(count, device=model.device) for count in (dataset.num_users, dataset.num_items))
+        bits = [of(some) for of, some in zip((model.collab.user_codes, model.collab.item_codes), ids, strict=True)]
+        codes = tuple({n: code_text(code, record["code_format"]) for n, code in enumerate(each)} for each in bits)
     return Questions(
         rows,
         {int(item): str(about["title"]) for item, about in dataset.items.items()},
@@ -336,7 +321,7 @@ def questions_of(
         limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
         soft_tokens=getattr(model.config, "soft_tokens", 1),
         read_length=model.collab.history_length if model.collab is not None else 0,
-        codes=codes if record["method"] == "binllm" else None,
+        codes=codes,
         cold_phrasing=Phrasing(**record["text_prompts"][0]) if cold_text_only else None,
         draw=phrasing is None,
         seed=seed,

@@ -1,5 +1,6 @@
 """Load a language model, give it LoRA weights, teach it the words of item indices."""
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
 from errors import InputError
+
+WORTH_A_PASS = 64  # tokens to be saved by a forward pass of its own
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -57,6 +62,20 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, load_in_4bi
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # that kernel lets no gradient through, and says nothing of it
     return model
+
+
+def attention_window(model: PreTrainedModel) -> float:
+    """How far back every layer sees, in tokens; 0 where a layer keeps more than the keys and values of tokens."""
+    layers = DynamicCache(config=model.config).layers
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return 0
+    return min((layer.get_max_length() for layer in layers if layer.is_sliding), default=float("inf"))
+
+
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the model's forward knows the argument."""
+    wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's forward takes all
+    return argument in inspect.signature(wrapped.forward).parameters
 
 
 def linear_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:

@@ -4,7 +4,6 @@ What is saved is what was trained, with a pointer to the rest: an adapter folder
 too; its collaborative knowledge comes in as words.
 """
 
-import inspect
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from data.dataset import read_json
 from errors import InputError
@@ -21,10 +19,9 @@ from models.collaborative import MODELS as COLLABORATIVE
 from models.collaborative import fingerprint, load
 from models.collaborative.base import CollaborativeModel, CollaborativeOutput
 from models.head import patched
-from models.language import add_lora, load_model
+from models.language import WORTH_A_PASS, add_lora, attention_window, load_model, takes
 
 PARTS = ("language", "lora", "bridge", "collab")
-WORTH_A_PASS = 64  # tokens to be saved by a forward pass of its own
 
 
 class YesNoConfig(PreTrainedConfig):
@@ -126,12 +123,17 @@ class YesNoModel(PreTrainedModel):
         self._keys_to_ignore_on_save = {name for name in self.state_dict() if self.part_of(name) not in config.saved}
         self.train(self.training)
 
+    @property
+    def tunes_language(self) -> bool:
+        """Whether gradients go through what the language model is, or has beside it."""
+        return not {"language", "lora"}.isdisjoint(self.config.trained)
+
     def train(self, mode: bool = True) -> "YesNoModel":
         """Parts that are frozen stay in evaluation mode."""
         super().train(mode)
         if self.collab is not None and "collab" not in self.config.trained:
             self.collab.eval()
-        if not {"language", "lora"} & set(self.config.trained):
+        if not self.tunes_language:
             # A layer that is checkpointed recomputes itself in training mode alone.
             checkpointed = self.language.is_activation_checkpointing
             for module in self.language.modules():
@@ -185,18 +187,16 @@ class YesNoModel(PreTrainedModel):
 
     def _may_share(self) -> bool:
         """Whether what prompts begin with can be computed apart: no gradient is to go through it."""
-        learns = torch.is_grad_enabled() and bool({"language", "lora"} & set(self.config.trained))
+        learns = torch.is_grad_enabled() and self.tunes_language
         if learns or not self.shares_beginnings or self.language.is_activation_checkpointing:
             return False
-        return {type(layer) for layer in self._cache().layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+        return attention_window(self.language) > 0
 
     def _can_skip(self, shared: torch.Tensor) -> torch.Tensor:
         """`shared`, or the least of it for all rows, where a model counts places in a cache instead of positions."""
-        counts = any(layer.is_sliding for layer in self._cache().layers) or not takes(self.language, "position_ids")
+        slides = attention_window(self.language) < float("inf")
+        counts = slides or not takes(self.language, "position_ids")
         return shared.min().expand(len(shared)) if counts else shared
-
-    def _cache(self) -> DynamicCache:
-        return DynamicCache(config=self.language.config)
 
     def _yes_after(
         self, shared: torch.Tensor, input_ids: torch.Tensor, words: torch.Tensor, last: torch.Tensor
@@ -219,7 +219,7 @@ class YesNoModel(PreTrainedModel):
     def _beginnings(self, ids: torch.Tensor) -> DynamicCache:
         """Keys and values of int64 ids [batch, length]: each distinct row once, and once what all begin with."""
         rows, row_of = torch.unique(ids, dim=0, return_inverse=True)
-        cache, done = self._cache(), 0
+        cache, done = DynamicCache(config=self.language.config), 0
         common = int((rows == rows[:1]).all(0).cumprod(0).sum())
         if (len(rows) - 1) * common >= WORTH_A_PASS:
             self._yes(rows[:1, :common], row_of[:1] * 0, cache)
@@ -290,10 +290,6 @@ class YesNoModel(PreTrainedModel):
         if wrong := [*missing, *found.unexpected_keys]:
             raise InputError(f"{folder}: its weights are not those of its config ({wrong[0]}); train it again")
         return model.eval()
-
-
-def takes(model: PreTrainedModel, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
 
 
 def open_language(config: YesNoConfig) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ from safetensors.torch import load_file
 
 import finetune
 import test as test_script
-from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, YesNoArguments, parse
+from arguments import (
+    DataArguments,
+    MethodArguments,
+    ModelArguments,
+    TuningArguments,
+    YesNoArguments,
+    parse,
+    refuse_flags,
+)
 from errors import InputError
 from models import scratch
 from trainer import RECORD
@@ -209,7 +218,8 @@ def test_every_shipped_preset_is_understood(preset, tmp_path):
     more = ["--bf16", "False", "--output_dir", str(tmp_path)]
     _, data, method, yesno, training = parse(GROUPS, "", ["--config", str(preset), *more])
     assert method.method in preset.stem and training.eval_strategy == training.save_strategy != "no"
-    finetune.refuse_flags_of_others(method.method, yesno if method.method == "lcrec" else method)
+    others = yesno if method.method == "lcrec" else method
+    refuse_flags(method.method, others, {f.name for f in fields(others)} - finetune.SHARED)
 
 
 def test_lc_rec_names_work(tmp_path):
