@@ -41,8 +41,8 @@ def occasion(dataset: RecDataset, user: str, part: str) -> tuple[list[str], str]
 
     Of "test" the last item; of "train" the last one that training knows, so that nothing held out is told.
     """
-    history = dataset.histories[user][:-1] if part == "test" else dataset.train_history(user)
-    return (history, dataset.histories[user][-1]) if part == "test" else (history[:-1], history[-1])
+    history = dataset.histories[user] if part == "test" else dataset.train_history(user)
+    return history[:-1], history[-1]
 
 
 def read_users(dataset: RecDataset, user_file: str | Path = ".user.json") -> UserTexts:
