@@ -58,6 +58,7 @@ class ModelArguments:
             "const": True,
         },
     )
+    load_in_8bit: bool = HfArg(default=False, help="frozen weights of linear layers as int8; lcrec's LoRA only")
 
 
 @dataclass
@@ -69,10 +70,12 @@ class DataArguments:
     dataset: str = HfArg(default="ml-100k", help="name of the dataset")
     data_path: str = HfArg(default="data", help="folder that holds <dataset>/")
     index_file: str = HfArg(default=".index.json", help="suffix of the index file, or a path to one if it has a slash")
+    user_file: str = HfArg(default=".user.json", help="suffix of the file of what users say, or a path to one")
     prompt_file: str | None = HfArg(
         default=None, help="phrasings, instead of data/prompts.yaml (lcrec) or data/questions.yaml"
     )
-    max_his_len: int = HfArg(default=20, help="items of a history that the model reads")
+    max_his_len: int = HfArg(default=20, help="items of a history that the model reads; -1 with lcrec: all")
+    max_text_len: int = HfArg(default=64, help="words of a title, a description or what a user says, at most")
     his_sep: str = HfArg(default=", ", help="what stands between two items of a history")
     add_prefix: bool = HfArg(default=False, help="number the items of a history")
 
@@ -85,8 +88,12 @@ class MethodArguments:
 
     method: str = field(default="lcrec", metadata={"help": "way of tuning", "choices": METHODS})
     tasks: str = HfArg(default="seqrec", help=f"training tasks, separated by commas, of: {', '.join(TASKS)}")
-    train_prompt_sample_num: str = HfArg(default="1", help="phrasings per sample and epoch, one number a task")
-    train_data_sample_num: str = HfArg(default="0", help="training samples of each task, one number a task; 0 = all")
+    train_prompt_sample_num: str = HfArg(
+        default="1", help="phrasings per sample and epoch, one number a task or one for all"
+    )
+    train_data_sample_num: str = HfArg(
+        default="0", help="training samples of each task, one number a task or one for all; 0 = all"
+    )
     supervise: str = field(
         default="next",
         metadata={
@@ -103,6 +110,38 @@ class MethodArguments:
 
 
 @dataclass
+class LoraArguments:
+    """Low-rank weights."""
+
+    _argument_group_name = "LoRA (with cora: the weights that it makes)"
+
+    lora: bool | None = field(
+        default=None,
+        metadata={
+            "help": "train LoRA weights; if not said, tallrec and binllm do, and with --one_stage the others",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    lora_r: int = HfArg(default=8, help="their rank")
+    lora_alpha: float | None = HfArg(
+        default=None, help="their scale is alpha / r; if not said 16, with lcrec LC-Rec's 32"
+    )
+    lora_dropout: float = HfArg(default=0.05, help="dropout on what they read")
+    lora_target_modules: str | None = HfArg(
+        default=None, help="linear layers that get them, by name; if not said q_proj,v_proj, with lcrec all of them"
+    )
+
+    def low_rank(self, alpha: float, targets: str) -> dict:
+        """rank, alpha, dropout and targets, `alpha` and `targets` where the flags do not say."""
+        given = {"rank": self.lora_r, "alpha": self.lora_alpha, "dropout": self.lora_dropout}
+        given["alpha"] = alpha if self.lora_alpha is None else self.lora_alpha
+        if self.lora_r < 1 or given["alpha"] <= 0 or not 0 <= self.lora_dropout < 1:
+            raise InputError("--lora_r should be 1 at least, --lora_alpha above 0, --lora_dropout from 0 to below 1")
+        return given | {"targets": (self.lora_target_modules or targets).split(",")}
+
+
+@dataclass
 class YesNoArguments:
     """How it is tuned: what the methods take that answer Yes or No."""
 
@@ -110,18 +149,6 @@ class YesNoArguments:
 
     collab: str | None = HfArg(default=None, help="folder of a collaborative model, from pretrain.py")
     init_from: str | None = HfArg(default=None, help="folder of the first stage, from --method tallrec")
-    lora: bool | None = field(
-        default=None,
-        metadata={
-            "help": "train LoRA weights; if not said, tallrec and binllm do, the others with --one_stage",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    lora_r: int = HfArg(default=8, help="rank of the LoRA weights; with cora of the generated ones")
-    lora_alpha: float = HfArg(default=16, help="their scale is alpha / r")
-    lora_dropout: float = HfArg(default=0.05, help="dropout on what they read")
-    lora_target_modules: str = HfArg(default="q_proj,v_proj", help="linear layers that get them, by name")
     train_collab: bool = HfArg(default=False, help="train the collaborative model on (T1)")
     collab_from_scratch: bool = HfArg(default=False, help="train the collaborative model from new weights (T2)")
     one_stage: bool = HfArg(default=False, help="train new LoRA weights together with the method's own parts (T3)")

@@ -21,6 +21,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from arguments import (
     DataArguments,
+    LoraArguments,
     MethodArguments,
     ModelArguments,
     TuningArguments,
@@ -42,8 +43,8 @@ SHARED = {"method", "train_data_sample_num"}  # of LC-Rec's flags, what every me
 @exits_cleanly
 def main() -> None:
     # ---- Arguments ----
-    model_args, data_args, method_args, yesno_args, training_args = parse(
-        [ModelArguments, DataArguments, MethodArguments, YesNoArguments, TuningArguments], __doc__
+    model_args, data_args, method_args, lora_args, yesno_args, training_args = parse(
+        [ModelArguments, DataArguments, MethodArguments, LoraArguments, YesNoArguments, TuningArguments], __doc__
     )
     generates = method_args.method == "lcrec"
     others = yesno_args if generates else method_args  # what the methods of the other kind listen to
@@ -52,7 +53,7 @@ def main() -> None:
     for flag, value in needed.items():
         if not value:
             raise InputError(f"--{flag} is required; see --help")
-    if data_args.max_his_len < 1:
+    if data_args.max_his_len < 1 and not (generates and data_args.max_his_len == -1):
         raise InputError(f"--max_his_len {data_args.max_his_len}: should be 1 at least")
     if training_args.per_device_eval_batch_size < 1 or not 0 <= training_args.seed < 2**32:
         raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
@@ -66,9 +67,9 @@ def main() -> None:
 
     # ---- Data and model, as the method has them ----
     if generates:
-        prepared = lcrec.prepare(model_args, data_args, method_args, training_args, log)
+        prepared = lcrec.prepare(model_args, data_args, method_args, lora_args, training_args, log)
     else:
-        prepared = yesno.prepare(model_args, data_args, method_args, yesno_args, training_args, log)
+        prepared = yesno.prepare(model_args, data_args, method_args, lora_args, yesno_args, training_args, log)
     model = prepared.model
 
     # ---- Tokens -> batches ----
@@ -118,7 +119,7 @@ def main() -> None:
         model.keep_everything()
     trainer.save_model(training_args.output_dir)
     if main_process:
-        given = (model_args, data_args, method_args, yesno_args)
+        given = (model_args, data_args, method_args, lora_args, yesno_args)
         flags = {name: value for group in given for name, value in asdict(group).items()} | training_args.to_dict()
         write_json(
             Path(training_args.output_dir) / "run.json",

@@ -8,16 +8,17 @@ from torch import distributed
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.collate import Instructions, encode_prompt, prompt_batch
+from data.collate import encode_prompt, prompt_batch
+from data.instructions import Instructions
 from data.prompts import Phrasing
 from decoding.beam import Recommendation, beam_search
 from decoding.trie import Trie
 from memory import while_memory_lasts
 
 
-def trie_of(token_ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, supervise: str) -> Trie:
-    """The trie of all items. Where an answer ends with the end token (`--supervise next`), so does every path."""
-    return Trie.build(token_ids, end=tokenizer.eos_token_id if supervise == "next" else None)
+def trie_of(token_ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, task: str) -> Trie:
+    """The trie of all items. Every path ends with the end token, as answers do, unless they are part of a history."""
+    return Trie.build(token_ids, end=None if task == "seqrec_history" else tokenizer.eos_token_id)
 
 
 def recommend(

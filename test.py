@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -21,20 +22,22 @@ from torch import distributed
 
 from asking import ask
 from baselines import CoOccurrence, Popularity
-from data.collate import Instructions
 from data.dataset import RecDataset, open_dataset, output_file, read_json, whole_file, write_json
+from data.instructions import Instructions
 from data.preference import column, open_preferences, sample
 from data.prompts import Phrasing
-from data.tasks import held_out_samples
+from data.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_of
+from data.users import read_users
 from decoding.beam import SCORES, Recommendation
 from errors import InputError, exits_cleanly, one_line
 from facts import run_facts
+from methods import lcrec
 from methods.yesno import METHODS as YESNO
 from methods.yesno import name_of, open_model, questions_of
 from metrics import parse_metrics, ranking_metrics
 from models.collaborative import MODELS as COLLABORATIVE
 from models.collaborative import load
-from models.language import index_token_ids, load_model, load_tokenizer
+from models.language import index_token_ids, load_tokenizer
 from recommend import recommend, trie_of
 from scoring import check_fits, inputs_of, measure, print_table, score
 from trainer import RECORD
@@ -46,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py or pretrain.py")
     model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
     model.add_argument("--base_model", help="where the base model of an adapter folder is now, if it has moved")
+    model.add_argument("--lora", action="store_true", help="no effect, kept for LC-Rec's commands: a folder tells it")
     model.add_argument("--collab", help="where the collaborative model is now, if it has moved")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
@@ -54,7 +58,15 @@ def parse_args() -> argparse.Namespace:
         "--index_file", default=".index.json",
         help="suffix of the index file, or a path to one if it has a slash (default: %(default)s)",
     )  # fmt: skip
-    data.add_argument("--test_task", default="SeqRec", choices=["SeqRec"], help="(default: %(default)s)")
+    data.add_argument(
+        "--user_file", default=".user.json",
+        help="suffix of the file of what users say, or a path to one (default: %(default)s)",
+    )  # fmt: skip
+    data.add_argument(
+        "--test_task", default="SeqRec", choices=list(TEST_TASKS),
+        help="what a model that generates is asked for: the next item, from indices or from titles (FusionSeqRec); "
+        "what a user is looking for (default: %(default)s)",
+    )  # fmt: skip
     data.add_argument(
         "--test_prompt_ids", default="0", help="phrasings: all, or numbers like 0,3 (default: %(default)s)"
     )
@@ -122,7 +134,12 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     log = print if main_process else lambda *_: None
 
     # ---- What to measure ----
-    dataset = open_dataset(args.data_path, args.dataset or record["dataset"], ["index"], args.index_file)
+    task = TEST_TASKS[args.test_task]
+    if task != "seqrec" and task not in record["tasks"].split(","):
+        raise InputError(f"{args.ckpt_path}: was not tuned on {task} (--tasks), so it cannot be tested on it")
+    task = seqrec_of(record["supervise"]) if task == "seqrec" else task
+    needs = ["index", "items"] if task == "fusionseqrec" else ["index"]
+    dataset = open_dataset(args.data_path, args.dataset or record["dataset"], needs, args.index_file)
     metrics = parse_metrics(args.metrics)
     if args.num_beams < max(k for _, k in metrics):
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
@@ -130,15 +147,19 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
         raise InputError(
             f"{args.ckpt_path}: was tuned with another index than that of {dataset.folder}; see --index_file"
         )
-    phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"]]
-    prompt_ids = parse_prompt_ids(args.test_prompt_ids, len(phrasings))
-    results_file = results_file_of(args, dataset.name, record["method"])
+    phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"][task]]
+    answerable = [number for number, phrasing in enumerate(phrasings) if phrasing.names_target]
+    prompt_ids = parse_prompt_ids(args.test_prompt_ids, answerable)
+    method = record["method"] if args.test_task == "SeqRec" else f"{record['method']}-{task}"
+    results_file = results_file_of(args, dataset.name, method)
 
-    samples = held_out_samples(dataset, "test", record["supervise"], record["max_his_len"])
-    users = dataset.test_users
+    texts = read_users(dataset, args.user_file) if task in USER_TASKS else None
+    samples = held_out_samples(dataset, "test", task, record["max_his_len"], texts)
     if args.sample_num > 0:
-        users = users[: args.sample_num]
-        samples = samples.select(range(len(users)))
+        samples = samples.select(range(min(args.sample_num, len(samples))))
+    users = list(samples["user"])
+    if not users:
+        raise InputError(f"{dataset.folder}: no user has what {args.test_task} asks; see python -m data.intentions")
     histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
     excluded = histories if args.exclude_seen else None
     log(f"{dataset.name}: {len(users):,} test users, {len(dataset.item_ids):,} items")
@@ -148,17 +169,20 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
         log(f"  {again:,} users had their target before: with --exclude_seen it counts as a miss")
 
     # ---- Model ----
-    tokenizer, model = load_tokenizer(args.ckpt_path), load_model(args.ckpt_path)
-    model = model.eval().to(f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = lcrec.open_model(args.ckpt_path, record, args.base_model)
+    if not (record["load_in_4bit"] or record["load_in_8bit"]):  # which are on a device already
+        model.to(f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu")
     token_ids = index_token_ids(tokenizer, dataset.index)
-    trie = trie_of(token_ids, tokenizer, record["supervise"])
+    trie = trie_of(token_ids, tokenizer, task)
     instructions = Instructions(
         samples,
+        dataset,
         tokenizer,
-        {record["task"]: phrasings},
+        {task: phrasings},
         index_tokens={token for ids in token_ids.values() for token in ids},
         max_his_len=record["max_his_len"],
         his_sep=record["his_sep"],
+        max_text_len=record["max_text_len"],
         add_prefix=record["add_prefix"],
     )
 
@@ -204,6 +228,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     write_json(
         results_file,
         {
+            "test_task": args.test_task,
             "test_prompt_ids": prompt_ids,
             "mean_results": spread["mean"],
             "min_results": spread["min"],
@@ -218,7 +243,6 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     )
     if args.predictions_file:
         write_predictions(args.predictions_file, dataset, users, targets, found)
-    method = record["method"]
     rows = {"popularity": baselines["popularity"], "co-occurrence": baselines["co-occurrence"]}
     rows |= {method: spread["mean"]}
     if len(prompt_ids) > 1:
@@ -256,7 +280,7 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
         model.to(f"cuda:{args.gpu_id}")
 
     # ---- Scores, one phrasing after another ----
-    prompt_ids = parse_prompt_ids(args.test_prompt_ids, len(record["prompts"])) if asks else [None]
+    prompt_ids = parse_prompt_ids(args.test_prompt_ids, range(len(record["prompts"]))) if asks else [None]
     tokenizer = load_tokenizer(args.ckpt_path) if asks else None
     scores = {}
     for number in prompt_ids:
@@ -294,13 +318,14 @@ def results_file_of(args: argparse.Namespace, dataset: str, method: str) -> Path
     return results_file
 
 
-def parse_prompt_ids(given: str, phrasings: int) -> list[int]:
+def parse_prompt_ids(given: str, there: Sequence[int]) -> list[int]:
+    """The numbers of phrasings that `given` means, of those that are there to be asked with."""
     if given == "all":
-        return list(range(phrasings))
+        return list(there)
     numbers = given.split(",")
-    if not all(number.strip().isdecimal() and int(number) < phrasings for number in numbers):
+    if not all(number.strip().isdecimal() and int(number) in there for number in numbers):
         raise InputError(
-            f"--test_prompt_ids {given}: should be all, or numbers below {phrasings}, separated by commas"
+            f"--test_prompt_ids {given}: should be all, or of {', '.join(map(str, there))}, separated by commas"
         )
     return [int(number) for number in numbers]
 

@@ -24,11 +24,12 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, set_seed
 
-from arguments import DataArguments, MethodArguments
+from arguments import DataArguments, LoraArguments, MethodArguments, ModelArguments
 from bench.common import Peak, synchronise, without_twins, write_results
-from data.collate import Instructions, encode_prompt, prompt_batch
+from data.collate import encode_prompt, prompt_batch
 from data.dataset import open_dataset, write_json
-from data.prompts import PROMPT_FILE, read_prompts
+from data.instructions import Instructions
+from data.prompts import FIELDS, PROMPT_FILE, read_prompts
 from data.tasks import held_out_samples
 from decoding.beam import beam_search
 from decoding.forward import BeamBlock, BeamRows
@@ -91,9 +92,9 @@ class Bed:
         extend_vocabulary(model, self.tokenizer, dataset.index)
         self.token_ids = index_token_ids(self.tokenizer, dataset.index)
         self.trie = Trie.build(self.token_ids, end=self.tokenizer.eos_token_id).to(device)
-        prompts = read_prompts(PROMPT_FILE)
-        samples = held_out_samples(dataset, "test", "next", max_his_len=20)
-        instructions = Instructions(samples, self.tokenizer, prompts, set(), max_his_len=20, his_sep=", ")
+        prompts = read_prompts(PROMPT_FILE, {"seqrec": FIELDS["seqrec"]})
+        samples = held_out_samples(dataset, "test", "seqrec", max_his_len=20)
+        instructions = Instructions(samples, dataset, self.tokenizer, prompts, set(), max_his_len=20, his_sep=", ")
         chosen = [sample for sample in samples if len(sample["history"]) == 20][: args.users]
         texts = [instructions.prompt(sample, prompts["seqrec"][0]) for sample in chosen]
         self.rows = [encode_prompt(self.tokenizer, text) for text in texts]
@@ -101,7 +102,11 @@ class Bed:
         self.tuned = folder / "tuned"
         model.save_pretrained(self.tuned)
         self.tokenizer.save_pretrained(self.tuned)
-        write_json(self.tuned / RECORD, record_of(dataset, DataArguments(), MethodArguments(), prompts))
+        model_args = ModelArguments(base_model=str(args.base_model))
+        write_json(
+            self.tuned / RECORD,
+            record_of(dataset, model_args, DataArguments(), MethodArguments(), LoraArguments(), prompts),
+        )
         self.model = model.to(device, getattr(torch, args.dtype)).eval()
         print(
             f"{args.base_model}, {args.dtype} on {device}; {len(self.rows)} users of {args.dataset} ({left_out} twin "

@@ -18,10 +18,11 @@ import transformers
 from arguments import TuningArguments
 from bench.common import Peak, without_twins, write_results
 from data.batches import Batches
-from data.collate import IGNORE, Collator, Instructions
+from data.collate import IGNORE, Collator
 from data.dataset import open_dataset
+from data.instructions import Instructions
 from data.prompts import PROMPT_FILE, read_prompts
-from data.tasks import train_samples
+from data.tasks import seqrec_of, train_samples
 from errors import InputError, exits_cleanly, one_line
 from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
 from throughput import Throughput
@@ -97,9 +98,10 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     model.config.use_cache = False
     codes = index_token_ids(tokenizer, dataset.index)
     count = args.updates * args.batch_size
-    samples = train_samples(dataset, how["supervise"], MAX_HIS_LEN, count, seed=1)
+    samples = train_samples(dataset, seqrec_of(how["supervise"]), MAX_HIS_LEN, count=count, seed=1)
+    index_tokens = {token for ids in codes.values() for token in ids}
     instructions = Instructions(
-        samples, tokenizer, read_prompts(PROMPT_FILE), {t for c in codes.values() for t in c}, MAX_HIS_LEN, ", "
+        samples, dataset, tokenizer, read_prompts(PROMPT_FILE), index_tokens, MAX_HIS_LEN, ", "
     )
     lengths, tokens = instructions.lengths(longest=True), 0
     if how["by_tokens"]:  # as many as make the same number of updates

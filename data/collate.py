@@ -1,153 +1,24 @@
-"""Samples -> token ids and labels: the phrasing is drawn here, per sample and epoch, and batches are padded."""
+"""What samples of every method share: how a text becomes token ids, and how samples become a padded batch."""
 
-import random
-from collections.abc import Collection
-from functools import cached_property
+import re
+from collections.abc import Callable
 
-import datasets
-import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
-
-from data.prompts import Phrasing
-from data.tasks import stretch
 
 IGNORE = -100
 
 
-class Instructions(torch.utils.data.Dataset):
-    """A `datasets.Dataset` of samples (data/tasks.py) as token ids and labels.
+def plain_text(tokenizer: PreTrainedTokenizerBase, max_words: int | None = None) -> Callable[[str], str]:
+    """A function that fits a text to stand in a prompt: one line, `max_words` words at most, and none of them a token
+    with a meaning of its own, as the end token or an index token has."""
+    meant = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, meant)) or r"(?!)")
 
-    Which phrasing a sample gets, and where a long history is cut, depends on seed, epoch and sample alone: the same
-    in every run, different in every epoch (`set_epoch`).
+    def plain(text: str) -> str:
+        return pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", " ".join(text.split()[:max_words]))
 
-    Args:
-        index_tokens: ids of the code tokens; in a history sample these are what is learned.
-        phrasings_per_sample: how many phrasings each sample gets in an epoch, LC-Rec's `train_prompt_sample_num`.
-        only_response: labels on the response alone, else on every token.
-        add_prefix: number the items of a history: "1. <a_3>...".
-    """
-
-    def __init__(
-        self,
-        samples: datasets.Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: dict[str, list[Phrasing]],
-        index_tokens: Collection[int],
-        max_his_len: int,
-        his_sep: str,
-        add_prefix: bool = False,
-        only_response: bool = True,
-        phrasings_per_sample: int = 1,
-        seed: int = 0,
-    ):
-        self.samples, self.tokenizer, self.prompts = samples, tokenizer, prompts
-        self.index_tokens = frozenset(index_tokens)
-        self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
-        self.only_response, self.repeat, self.seed = only_response, phrasings_per_sample, seed
-        self.epoch = 0
-        self._rims: dict[tuple[str, int, bool], list[int]] = {}
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.samples) * self.repeat
-
-    def __getitem__(self, i: int) -> dict[str, list[int]]:
-        if i >= len(self):
-            raise IndexError(i)
-        sample = self.samples[i % len(self.samples)]
-        phrasing = self.prompts[sample["task"]][self._drawn(i, sample["task"])]
-        if sample["target"]:
-            return self.answered(sample, phrasing)
-        shift = self._shift(sample["user"])
-        items = stretch(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
-        return self._whole(items, phrasing)
-
-    def lengths(self, longest: bool = False) -> np.ndarray:
-        """Tokens of each sample in this epoch, int64 [samples]; or in whichever epoch it is `longest`.
-
-        No sample is written out for it: index tokens stand for themselves whatever surrounds them, so that what a
-        phrasing adds depends on the number of items alone.
-        """
-        found = []
-        for i in range(len(self)):
-            task, user, items, target, part, parts = self._sizes[i % len(self._sizes)]
-            if not target and longest:
-                items = sorted(items)[-self.max_his_len - 1 :]
-            elif not target:
-                items = stretch(items, part, parts, self.max_his_len, self._shift(user))
-            around = self._around(task, len(items), target > 0)
-            found.append(sum(items) + target + (max(around) if longest else around[self._drawn(i, task)]))
-        return np.array(found, dtype=np.int64)
-
-    @cached_property
-    def _sizes(self) -> list[tuple]:
-        """Of each sample: task, user, tokens of the items of its history and of its target, part, parts."""
-        columns = [self.samples[name] for name in ("task", "user", "history", "target", "part", "parts")]
-        distinct = sorted({item for items in columns[2] for item in items} | set(columns[3]))
-        encoded = self.tokenizer(distinct, add_special_tokens=False).input_ids
-        tokens = dict(zip(distinct, map(len, encoded), strict=True))
-        return [
-            (task, user, [tokens[item] for item in items], tokens[target], part, parts)
-            for task, user, items, target, part, parts in zip(*columns, strict=True)
-        ]
-
-    def _around(self, task: str, items: int, answered: bool) -> list[int]:
-        """Tokens of a sample besides its items and its target, with each phrasing of the task."""
-        if (task, items, answered) not in self._rims:
-            stand_in = next(iter(self.samples))["history"][0]
-            sample = {"task": task, "history": [stand_in] * items, "target": stand_in}
-            own = len(self.tokenizer(stand_in, add_special_tokens=False).input_ids) * (items + answered)
-            self._rims[task, items, answered] = [
-                len((self.answered(sample, p) if answered else self._whole(sample["history"], p))["input_ids"]) - own
-                for p in self.prompts[task]
-            ]
-        return self._rims[task, items, answered]
-
-    def _drawn(self, i: int, task: str) -> int:
-        """Which phrasing sample i has in this epoch."""
-        return random.Random(f"{self.seed} {self.epoch} {i}").randrange(len(self.prompts[task]))
-
-    def _shift(self, user: str) -> float:
-        """Where the stretches of a user begin in this epoch."""
-        return random.Random(f"{self.seed} {self.epoch} {user}").random()
-
-    def prompt(self, sample: dict, phrasing: Phrasing) -> str:
-        """The text up to where the item is to be given."""
-        text = phrasing.prompt.format(history=self._joined(sample["history"]))
-        return text if sample["task"] == "seqrec" else text + self._gap(len(sample["history"]))
-
-    def answered(self, sample: dict, phrasing: Phrasing) -> dict[str, list[int]]:
-        """Prompt and response, as at test: the response ends with the end token unless it is part of a history."""
-        response = phrasing.response.format(target=sample["target"]) if phrasing.response else sample["target"]
-        prompt = encode_prompt(self.tokenizer, self.prompt(sample, phrasing))
-        ids = self.tokenizer(response, add_special_tokens=False).input_ids
-        if sample["task"] == "seqrec":
-            ids = [*ids, self.tokenizer.eos_token_id]
-        labels = [IGNORE] * len(prompt) if self.only_response else prompt
-        return {"input_ids": prompt + ids, "labels": [*labels, *ids]}
-
-    def _whole(self, items: list[str], phrasing: Phrasing) -> dict[str, list[int]]:
-        """Items one after another, the codes of every item after the first as labels."""
-        ids = encode_prompt(self.tokenizer, phrasing.prompt.format(history=self._joined(items)))
-        if not self.only_response:
-            return {"input_ids": ids, "labels": list(ids)}
-        given = encode_prompt(self.tokenizer, phrasing.prompt.format(history=self._joined(items[:1])))
-        labels = [token if token in self.index_tokens else IGNORE for token in ids]
-        labels[: len(given)] = [IGNORE] * len(given)
-        return {"input_ids": ids, "labels": labels}
-
-    def _joined(self, items: list[str]) -> str:
-        return self.his_sep.join(self._number(at) + item for at, item in enumerate(items, start=1))
-
-    def _gap(self, length: int) -> str:
-        """What stands between the last item of a history and the next one."""
-        return (self.his_sep if length else "") + self._number(length + 1)
-
-    def _number(self, at: int) -> str:
-        return f"{at}. " if self.add_prefix else ""
+    return plain
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

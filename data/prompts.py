@@ -1,6 +1,7 @@
 """The phrasings of each task, read from YAML and checked before anything is trained on them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
@@ -13,20 +14,34 @@ PROMPT_FILE = Path(__file__).with_name("prompts.yaml")
 
 QUESTION_FILE = Path(__file__).with_name("questions.yaml")
 
+TARGET = "{target}"
+INTENTION_FIELDS = ("user_intention", "item_intention")
+
 
 class Fields(NamedTuple):
-    """What a task's prompt and response must use, and what its prompt may."""
+    """What a task's phrasings fill in: of every set of `prompt` and of `response` at least one field.
 
-    prompt: set[str]
-    response: set[str] = frozenset()
+    `optional` fields may stand in the prompt besides.
+    """
+
+    prompt: list[set[str]]
+    response: list[set[str]] = []
     optional: set[str] = frozenset()
 
 
-FIELDS = {"seqrec": Fields({"history"}, {"target"}), "seqrec_history": Fields({"history"})}
+FIELDS = {
+    "seqrec": Fields([{"history"}], [{"target"}]),
+    "seqrec_history": Fields([{"history"}]),
+    "item2index": Fields([{"title", "description"}], [{"target"}]),
+    "index2item": Fields([{"target"}], [{"title", "description"}]),
+    "fusionseqrec": Fields([{"history", "titles"}], [{"target", "title", "description"}]),
+    "itemsearch": Fields([{"preference", *INTENTION_FIELDS}], [{"target"}], optional={"history", "titles"}),
+    "preferenceobtain": Fields([{"history", "titles"}], [{"preference"}]),
+}
 QUESTION_FIELDS = {
-    "text": Fields({"history", "title"}),
-    "soft": Fields({"history", "title", "user", "item"}, optional={"history_ids"}),
-    "codes": Fields({"history", "title", "user", "item"}),
+    "text": Fields([{"history"}, {"title"}]),
+    "soft": Fields([{"history"}, {"title"}, {"user"}, {"item"}], optional={"history_ids"}),
+    "codes": Fields([{"history"}, {"title"}, {"user"}, {"item"}]),
 }
 
 
@@ -36,6 +51,16 @@ class Phrasing:
 
     prompt: str
     response: str = ""
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """What it fills in, prompt and response together."""
+        return frozenset(_fields(self.prompt) | _fields(self.response))
+
+    @property
+    def names_target(self) -> bool:
+        """Whether what it answers is the target's index, so that a search can find it."""
+        return self.response in ("", TARGET)
 
 
 def read_prompts(path: str | Path = PROMPT_FILE, tasks: dict[str, Fields] = FIELDS) -> dict[str, list[Phrasing]]:
@@ -67,15 +92,23 @@ def _check(path: Path, task: str, number: int, phrasing: object, fields: Fields)
         or not all(isinstance(v, str) for v in phrasing.values())
     ):
         raise InputError(f"{where} should have just {' and '.join(sorted(keys))}, each a text")
-    for key, wanted, allowed in (("prompt", fields.prompt, fields.optional), ("response", fields.response, set())):
+    for key, wanted, optional in (("prompt", fields.prompt, fields.optional), ("response", fields.response, set())):
         try:
-            found = {field for _, field, _, _ in Formatter().parse(phrasing.get(key, "")) if field is not None}
+            found = _fields(phrasing.get(key, ""))
         except ValueError as error:
             raise InputError(f"{where}: {key} has a stray brace ({error})") from None
-        if unknown := found - wanted - allowed:
-            raise InputError(f"{where}: {key} has the unknown field {{{unknown.pop()}}}")
-        if missing := wanted - found:
-            raise InputError(f"{where}: {key} lacks the field {{{missing.pop()}}}")
+        if unknown := found - optional.union(*wanted):
+            raise InputError(f"{where}: {key} has the unknown field {{{min(unknown)}}}")
+        for choice in wanted:
+            if not found & choice:
+                lacking = " or ".join(f"{{{field}}}" for field in sorted(choice))
+                raise InputError(f"{where}: {key} lacks the field {lacking}")
+    if fields.response == [{"target"}] and phrasing["response"] != TARGET:
+        raise InputError(f"{where}: the response must be {TARGET} and nothing else; other words belong to the prompt")
     if task == "seqrec_history" and not phrasing["prompt"].endswith("{history}"):
         raise InputError(f"{where}: the prompt must end with {{history}}")
     return Phrasing(**phrasing)
+
+
+def _fields(text: str) -> set[str]:
+    return {field for _, field, _, _ in Formatter().parse(text) if field is not None}

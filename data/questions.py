@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from data.collate import encode_prompt, pad
+from data.collate import encode_prompt, pad, plain_text
 from data.preference import column, last_liked
 from data.prompts import Phrasing
 from errors import InputError
@@ -105,7 +105,7 @@ class Questions(torch.utils.data.Dataset):
         self.titles, self.tokenizer, self.codes = titles, tokenizer, codes
         self.max_his_len, self.his_sep, self.limit, self.soft_tokens = max_his_len, his_sep, limit, soft_tokens
         self.draw, self.seed, self.epoch, self.cut = draw, seed, 0, 0
-        self.specials = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+        self._plain = plain_text(tokenizer)
         self._encoded = lru_cache(2**18)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
         written = [*phrasings, cold_phrasing] if cold_phrasing else phrasings
         pieces, answers = zip(*(self._pieces(phrasing.prompt) for phrasing in written), strict=True)
@@ -205,11 +205,7 @@ class Questions(torch.utils.data.Dataset):
         return {"input_ids": ids, "soft": soft + [0] * (len(ids) - len(soft)), "shared": shared or 0}
 
     def _title(self, item: int) -> str:
-        """A title in which nothing is a special token any more."""
-        title = " ".join(self.titles[int(item)].split())
-        for special in self.specials:
-            title = title.replace(special, f"{special[0]} {special[1:]}")
-        return title
+        return self._plain(self.titles[int(item)])
 
 
 class QuestionCollator:

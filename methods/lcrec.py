@@ -2,85 +2,122 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 
+import torch
+from datasets import concatenate_datasets
 from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import is_flash_attn_2_available
 
-from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments
-from data.collate import Collator, Instructions
+from arguments import (
+    DataArguments,
+    LoraArguments,
+    MethodArguments,
+    ModelArguments,
+    TuningArguments,
+    refuse_flags,
+)
+from data.collate import Collator
 from data.dataset import RecDataset, open_dataset
-from data.prompts import PROMPT_FILE, read_prompts
-from data.tasks import TASKS, held_out_samples, train_samples
+from data.instructions import Instructions
+from data.prompts import FIELDS, PROMPT_FILE, Phrasing, read_prompts
+from data.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_of, train_samples
+from data.users import read_users
 from errors import InputError
 from methods import Prepared
 from metrics import parse_metrics, ranking_metrics
-from models.language import extend_vocabulary, index_token_ids, keeps_packed_apart, load_model, load_tokenizer
+from models.language import (
+    extend_vocabulary,
+    index_token_ids,
+    keeps_packed_apart,
+    load_lora,
+    load_model,
+    load_tokenizer,
+    with_lora,
+)
 from recommend import recommend, trie_of
 from trainer import checkpoint_to_resume
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
+LOW_RANK = (32, "all-linear")  # alpha and target layers where the flags say none
 
 
 def prepare(
     model_args: ModelArguments,
     data_args: DataArguments,
     method_args: MethodArguments,
+    lora_args: LoraArguments,
     training_args: TuningArguments,
     log: Callable[[str], None],
 ) -> Prepared:
     """Samples, model and evaluation by search, from the flags; InputError for those that cannot be."""
-    if not 0 <= method_args.embedding_dropout < 1:
-        raise InputError(f"--embedding_dropout {method_args.embedding_dropout}: should be from 0 to below 1")
-    if model_args.load_in_4bit or model_args.base_dtype:
-        raise InputError("--load_in_4bit and --base_dtype are for base models that stay frozen; lcrec tunes all of it")
-    best = training_args.metric_for_best_model
-    if training_args.load_best_model_at_end and best not in ("loss", *(f"{name}@{k}" for name, k in EVAL_METRICS)):
-        raise InputError(f"--metric_for_best_model {best}: should be hit@10, ndcg@10 or loss")
+    check_flags(model_args, data_args, method_args, lora_args, training_args)
+    seqrec = seqrec_of(method_args.supervise)
+    phrasings, counts = per_task(method_args)
 
     # ---- Data ----
-    dataset = open_dataset(data_args.data_path, data_args.dataset, needs=["index"], index_file=data_args.index_file)
-    prompts = read_prompts(data_args.prompt_file or PROMPT_FILE)
-    prompt_num, sample_num = per_task(method_args)
-    samples = train_samples(dataset, method_args.supervise, data_args.max_his_len, sample_num, training_args.seed)
-    valid = held_out_samples(dataset, "valid", method_args.supervise, data_args.max_his_len)
+    needs = ["index", "items"] if set(TEXT_TASKS) & set(phrasings) else ["index"]
+    dataset = open_dataset(data_args.data_path, data_args.dataset, needs, data_args.index_file)
+    texts = read_users(dataset, data_args.user_file) if set(USER_TASKS) & set(phrasings) else None
+    prompts = read_prompts(
+        data_args.prompt_file or PROMPT_FILE, {task: FIELDS[task] for task in dict.fromkeys([seqrec, *phrasings])}
+    )
+    if data_args.max_his_len == -1:
+        data_args.max_his_len = max(map(len, dataset.histories.values()))
+    parts = [
+        train_samples(dataset, task, data_args.max_his_len, texts, counts[task], training_args.seed)
+        for task in phrasings
+    ]
+    samples = concatenate_datasets(parts)
+    valid = held_out_samples(dataset, "valid", seqrec, data_args.max_his_len)
     log(
         f"{dataset.name}: {len(dataset.histories):,} users, {len(dataset.item_ids):,} items, "
         f"{len(samples):,} training samples, {len(valid):,} valid"
     )
+    if len(parts) > 1:
+        log("  " + ", ".join(f"{task} {len(part):,}" for task, part in zip(phrasings, parts, strict=True)))
     if dataset.too_short:
         log(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out of valid and test")
 
     # ---- Model ----
-    record = record_of(dataset, data_args, method_args, prompts)
-    record |= {"base_model": model_args.base_model, "seed": training_args.seed}
+    record = record_of(dataset, model_args, data_args, method_args, lora_args, prompts)
+    record |= {"seed": training_args.seed}
     checkpoint = checkpoint_to_resume(training_args, record)
     tokenizer = load_tokenizer(model_args.base_model)
-    model = load_model(model_args.base_model)
-    texts = {item: dataset.text(item) for item in dataset.index} if dataset.items else None
+    model = load_base(record)
+    about = {item: dataset.text(item) for item in dataset.index} if dataset.items else None
     if training_args.use_liger_kernel and not liger_knows(model.config.model_type):
         raise InputError(f"--use_liger_kernel: Liger has no kernels for {model.config.model_type!r}; leave it out")
-    new_tokens = extend_vocabulary(model, tokenizer, dataset.index, texts, training_args.seed)
+    new_tokens = extend_vocabulary(model, tokenizer, dataset.index, about, training_args.seed)
     model.config.use_cache = False  # training needs none; the search asks for it
+    token_ids = index_token_ids(tokenizer, dataset.index)
+    index_tokens = sorted({token for ids in token_ids.values() for token in ids})
+    log(f"{model_args.base_model}: {model.num_parameters():,} parameters, {new_tokens:,} new tokens")
+    if lora_args.lora:
+        model = with_lora(model, index_tokens, **record["lora"])
+        log(f"  trained are {model.num_parameters(only_trainable=True):,}: LoRA weights and the rows of code tokens")
     if method_args.embedding_dropout:
         model.get_input_embeddings().register_forward_hook(
             lambda module, _, output: functional.dropout(output, method_args.embedding_dropout, module.training)
         )
-    log(f"{model_args.base_model}: {model.num_parameters():,} parameters, {new_tokens:,} new tokens")
 
     # ---- Samples -> tokens ----
-    token_ids = index_token_ids(tokenizer, dataset.index)
     instructions = {
         part: Instructions(
             rows,
+            dataset,
             tokenizer,
             prompts,
-            index_tokens={token for ids in token_ids.values() for token in ids},
+            index_tokens,
             max_his_len=data_args.max_his_len,
             his_sep=data_args.his_sep,
+            max_text_len=data_args.max_text_len,
             add_prefix=data_args.add_prefix,
             only_response=method_args.only_train_response,
-            phrasings_per_sample=prompt_num if part == "train" else 1,
+            phrasings_per_sample=phrasings if part == "train" else None,
             seed=training_args.seed,
         )
         for part, rows in (("train", samples), ("valid", valid))
@@ -91,7 +128,8 @@ def prepare(
     limit = getattr(model.config, "max_position_embeddings", 0)
     if limit and tokens > limit:
         raise InputError(
-            f"{model_args.base_model}: reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len"
+            f"{model_args.base_model}: reads at most {limit} tokens, a sample has {tokens}; "
+            "lower --max_his_len or --max_text_len"
         )
 
     # ---- Packing ----
@@ -106,7 +144,7 @@ def prepare(
     chosen = range(len(valid))
     if 0 < method_args.valid_users < len(valid):
         chosen = sorted(random.Random(0).sample(chosen, method_args.valid_users))
-    trie = trie_of(token_ids, tokenizer, method_args.supervise)
+    trie = trie_of(token_ids, tokenizer, seqrec)
     seen, targets = zip(*(dataset.split(user, "valid") for user in dataset.test_users), strict=True)
 
     def rank() -> dict[str, float]:
@@ -116,7 +154,7 @@ def prepare(
             model,
             instructions["valid"],
             valid.select(chosen),
-            prompts[record["task"]][0],
+            prompts[seqrec][0],
             trie,
             num_beams=10,
             batch_size=training_args.per_device_eval_batch_size,
@@ -151,34 +189,100 @@ def liger_knows(model_type: str) -> bool:
     return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def per_task(args: MethodArguments) -> tuple[int, int]:
-    """(phrasings per sample, number of samples) of the one task there is; InputError for lists that don't match."""
+def check_flags(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    lora_args: LoraArguments,
+    training_args: TuningArguments,
+) -> None:
+    """InputError for flags that contradict each other."""
+    if not 0 <= method_args.embedding_dropout < 1:
+        raise InputError(f"--embedding_dropout {method_args.embedding_dropout}: should be from 0 to below 1")
+    if data_args.max_text_len < 1:
+        raise InputError(f"--max_text_len {data_args.max_text_len}: should be 1 at least")
+    if not lora_args.lora:
+        if model_args.load_in_4bit or model_args.load_in_8bit or model_args.base_dtype:
+            raise InputError(
+                "--load_in_4bit, --load_in_8bit and --base_dtype are for base models that stay frozen: give --lora"
+            )
+        refuse_flags("lcrec without --lora", lora_args, [f.name for f in fields(lora_args) if f.name != "lora"])
+    if model_args.load_in_4bit and model_args.load_in_8bit:
+        raise InputError("--load_in_4bit and --load_in_8bit: one of them")
+    best = training_args.metric_for_best_model
+    if training_args.load_best_model_at_end and best not in ("loss", *(f"{name}@{k}" for name, k in EVAL_METRICS)):
+        raise InputError(f"--metric_for_best_model {best}: should be hit@10, ndcg@10 or loss")
+
+
+def per_task(args: MethodArguments) -> tuple[dict[str, int], dict[str, int]]:
+    """Task -> phrasings per sample, and task -> number of samples (0: all); InputError for lists that don't match."""
     tasks = args.tasks.split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
-        raise InputError(f"--tasks {unknown[0]!r}: there is {', '.join(TASKS)}")
+        raise InputError(f"--tasks {unknown[0]!r}: there are {', '.join(TASKS)}")
+    if twin := [task for task in tasks if tasks.count(task) > 1]:
+        raise InputError(f"--tasks {args.tasks}: has {twin[0]} twice")
+    tasks = [seqrec_of(args.supervise) if task == "seqrec" else task for task in tasks]
     numbers = []
-    for flag in ("train_prompt_sample_num", "train_data_sample_num"):
+    for flag, least in (("train_prompt_sample_num", 1), ("train_data_sample_num", 0)):
         given = getattr(args, flag).split(",")
-        if len(given) != len(tasks) or not all(number.isdecimal() for number in given):
+        given = given * len(tasks) if len(given) == 1 else given
+        if len(given) != len(tasks) or not all(number.isdecimal() and int(number) >= least for number in given):
             raise InputError(
-                f"--{flag} {getattr(args, flag)}: should be one whole number for each of --tasks {args.tasks}"
+                f"--{flag} {getattr(args, flag)}: should be one whole number for each of --tasks {args.tasks}, "
+                f"or one for all, {least} at least"
             )
-        numbers.append(int(given[0]))
-    return max(1, numbers[0]), numbers[1]
+        numbers.append(dict(zip(tasks, map(int, given), strict=True)))
+    return numbers[0], numbers[1]
 
 
-def record_of(dataset: RecDataset, data_args: DataArguments, method_args: MethodArguments, prompts: dict) -> dict:
+def record_of(
+    dataset: RecDataset,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    lora_args: LoraArguments,
+    prompts: dict[str, list[Phrasing]],
+) -> dict:
     """What a test must know to ask the model as it was trained, and to refuse another index."""
-    task = "seqrec" if method_args.supervise == "next" else "seqrec_history"
     return {
         "method": method_args.method,
+        "base_model": model_args.base_model,
+        "base_dtype": model_args.base_dtype or "float32",
+        "load_in_4bit": bool(model_args.load_in_4bit),
+        "load_in_8bit": model_args.load_in_8bit,
+        "lora": lora_args.low_rank(*LOW_RANK) if lora_args.lora else None,
         "dataset": dataset.name,
         "supervise": method_args.supervise,
-        "task": task,
+        "tasks": method_args.tasks,
+        "train_prompt_sample_num": method_args.train_prompt_sample_num,
+        "train_data_sample_num": method_args.train_data_sample_num,
         "max_his_len": data_args.max_his_len,
         "his_sep": data_args.his_sep,
         "add_prefix": data_args.add_prefix,
-        "prompts": [asdict(phrasing) for phrasing in prompts[task]],
+        "max_text_len": data_args.max_text_len,
+        "prompts": {task: [asdict(phrasing) for phrasing in phrasings] for task, phrasings in prompts.items()},
         "index_sha256": dataset.sha256("index"),
         "histories_sha256": dataset.sha256("histories"),
+        "items_sha256": dataset.sha256("items"),
     }
+
+
+def load_base(record: dict, base_model: str | None = None) -> PreTrainedModel:
+    """The base model as the record tells; `base_model` where it is now, if it has moved."""
+    dtype = getattr(torch, record["base_dtype"])
+    return load_model(base_model or record["base_model"], dtype, record["load_in_4bit"], record["load_in_8bit"])
+
+
+def open_model(folder: Path, record: dict, base_model: str | None = None) -> tuple[PreTrainedModel, Tokenizer]:
+    """A tuned model, for evaluation, and its tokenizer.
+
+    Args:
+        base_model: of an adapter folder, where it is now, if it has moved.
+
+    Raises:
+        InputError: there is none.
+    """
+    tokenizer = load_tokenizer(folder)
+    if not record["lora"]:
+        return load_model(folder).eval(), tokenizer
+    return load_lora(load_base(record, base_model), tokenizer, folder).eval(), tokenizer

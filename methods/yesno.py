@@ -11,7 +11,15 @@ from torch import distributed
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from arguments import DataArguments, MethodArguments, ModelArguments, TuningArguments, YesNoArguments, refuse_flags
+from arguments import (
+    DataArguments,
+    LoraArguments,
+    MethodArguments,
+    ModelArguments,
+    TuningArguments,
+    YesNoArguments,
+    refuse_flags,
+)
 from asking import ask
 from data.dataset import read_json
 from data.preference import PreferenceDataset, column, open_preferences, sample
@@ -44,6 +52,7 @@ TUNES_LORA = ("tallrec", "binllm")  # what these train is LoRA weights, and noth
 READS_COLLAB = ("collm", "binllm", "cora")
 LEVEL_ROWS = 32  # of train, by which the level of the logits before training is known
 SCALE_ROWS = 4096  # of train, by which the scale of collaborative vectors is known
+LOW_RANK = (16, "q_proj,v_proj")  # alpha and target layers where the flags say none
 PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts begin with
 
 
@@ -51,13 +60,14 @@ def prepare(
     model_args: ModelArguments,
     data_args: DataArguments,
     method_args: MethodArguments,
+    lora_args: LoraArguments,
     args: YesNoArguments,
     training_args: TuningArguments,
     log: Callable[[str], None],
 ) -> Prepared:
     """Questions, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
     method = method_args.method
-    check_flags(method, model_args, data_args, method_args, args, training_args)
+    check_flags(method, model_args, data_args, method_args, lora_args, args, training_args)
     training_args.metric_for_best_model, training_args.greater_is_better = args.select_by, True
 
     # ---- Data ----
@@ -81,7 +91,7 @@ def prepare(
     )
 
     # ---- Model ----
-    model = build(method, model_args, args, dataset)
+    model = build(method, model_args, lora_args, args, dataset)
     tokenizer = load_tokenizer(args.init_from or model_args.base_model)
     record = {
         "method": method,
@@ -98,6 +108,7 @@ def prepare(
         "prompts": [asdict(phrasing) for phrasing in prompts[task]],
         "text_prompts": [asdict(phrasing) for phrasing in prompts["text"]],
         "seed": training_args.seed,
+        **asdict(lora_args),
         **{flag: value for flag, value in asdict(args).items() if flag not in ("patience", "save_full")},
     }
     checkpoint = checkpoint_to_resume(training_args, record)
@@ -180,6 +191,7 @@ def check_flags(
     model_args: ModelArguments,
     data_args: DataArguments,
     method_args: MethodArguments,
+    lora_args: LoraArguments,
     args: YesNoArguments,
     training_args: TuningArguments,
 ) -> None:
@@ -188,38 +200,43 @@ def check_flags(
         raise InputError(f"--train_data_sample_num {method_args.train_data_sample_num}: should be one whole number")
     if method in READS_COLLAB and not args.collab:
         raise InputError(f"--collab is required with --method {method}: a folder made by python pretrain.py")
-    refuse_flags(method, data_args, ["index_file", "add_prefix"])
+    refuse_flags(method, data_args, ["index_file", "user_file", "max_text_len", "add_prefix"])
+    refuse_flags(method, model_args, ["load_in_8bit"])
     heard = {"collab": method in READS_COLLAB, "soft_tokens": METHODS[method][0] is CoLLM}
     heard |= {"code_format": method == "binllm"}
     refuse_flags(method, args, [flag for flag, listens in heard.items() if not listens])
     if args.init_from and args.one_stage:
         raise InputError("--one_stage trains both stages at once: leave --init_from out")
-    if args.one_stage and (method in TUNES_LORA or args.lora is False):
+    if args.one_stage and (method in TUNES_LORA or lora_args.lora is False):
         raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
     if (args.train_collab or args.collab_from_scratch) and method not in ("collm", "cora"):
         raise InputError(f"--train_collab and --collab_from_scratch are for collm and cora, not for {method}")
-    if min(args.lora_r, args.soft_tokens) < 1 or args.lora_alpha <= 0 or not 0 <= args.lora_dropout < 1:
-        raise InputError(
-            "--lora_r and --soft_tokens should be 1 at least, --lora_alpha above 0, --lora_dropout below 1"
-        )
+    if args.soft_tokens < 1:
+        raise InputError(f"--soft_tokens {args.soft_tokens}: should be 1 at least")
     if min(args.valid_samples, args.patience) < 0:
         raise InputError("--valid_samples and --patience should be 0 at least")
     if training_args.metric_for_best_model not in (TuningArguments.metric_for_best_model, args.select_by):
         raise InputError(f"--metric_for_best_model means nothing with --method {method}: give --select_by auc or uauc")
     if args.patience and not training_args.load_best_model_at_end:
         raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
-    if args.lora is False and method in TUNES_LORA and model_args.load_in_4bit:
+    if lora_args.lora is False and method in TUNES_LORA and model_args.load_in_4bit:
         raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
     if args.save_full and model_args.load_in_4bit:
         raise InputError("--save_full is for weights in full, not with --load_in_4bit")
 
 
-def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset: PreferenceDataset) -> YesNoModel:
+def build(
+    method: str,
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    args: YesNoArguments,
+    dataset: PreferenceDataset,
+) -> YesNoModel:
     """The model that is to be trained: on its first stage where there is one, with its collaborative model."""
     kind, _ = METHODS[method]
-    lora = (method in TUNES_LORA or args.one_stage) if args.lora is None else args.lora
+    lora = (method in TUNES_LORA or args.one_stage) if lora_args.lora is None else lora_args.lora
     how = {"load_in_4bit": model_args.load_in_4bit, "base_dtype": model_args.base_dtype}
-    low_rank = low_rank_of(args)
+    low_rank = lora_args.low_rank(*LOW_RANK)
     if args.init_from:
         first = read_json(Path(args.init_from) / RECORD, "the record of a first stage, from --method tallrec")
         if first.get("method") != "tallrec":
@@ -235,7 +252,7 @@ def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset
     if lora and not config.lora:
         config.lora = low_rank
         add_lora(language, **config.lora)
-    elif lora and kind is not CoRA and low_rank != config.lora and low_rank != low_rank_of(YesNoArguments()):
+    elif lora and kind is not CoRA and low_rank != config.lora and low_rank != LoraArguments().low_rank(*LOW_RANK):
         raise InputError(
             f"--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of {args.init_from} are "
             "trained on as they are; leave these flags out"
@@ -268,12 +285,6 @@ def build(method: str, model_args: ModelArguments, args: YesNoArguments, dataset
     whole = config.to_dict() | own | {"collab_config": collab and collab.config.to_dict()}
     del whole["model_type"]
     return kind(kind.config_class(**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, collab)
-
-
-def low_rank_of(args: YesNoArguments) -> dict:
-    """What the flags say of low-rank weights, LoRA's or CoRA's."""
-    targets = args.lora_target_modules.split(",")
-    return {"rank": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": targets}
 
 
 def open_model(folder: Path, method: str, **where) -> YesNoModel:

@@ -3,7 +3,9 @@
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,6 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from errors import InputError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 WORTH_A_PASS = 64  # tokens to be saved by a forward pass of its own
 
 
@@ -37,16 +42,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False) -> PreTrainedModel:
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False, load_in_8bit: bool = False
+) -> PreTrainedModel:
     """The decoder-only model in folder (or of hub name) `path`; InputError if there is none.
 
     Args:
         load_in_4bit: weights of linear layers as nf4 (QLoRA, arXiv 2305.14314), computed with in `dtype`.
+        load_in_8bit: weights of linear layers as int8 (arXiv 2208.07339).
     """
     how = {}
-    if load_in_4bit:
+    if load_in_4bit or load_in_8bit:
         how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
@@ -112,6 +121,61 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
     for name, weight in model.named_parameters():
         if "lora_" in name:
             weight.data = weight.data.float()
+
+
+def with_lora(
+    model: PreTrainedModel, tokens: list[int], rank: int, alpha: float, dropout: float, targets: Sequence[str]
+) -> "PeftModel":
+    """`model` with LoRA weights and rows of its own for the new tokens, all float32; the rest is frozen.
+
+    Its `save_pretrained` writes a PEFT adapter of these alone: the embeddings stay as they are, tied if they were.
+
+    Args:
+        tokens: ids whose rows are trained, those of the input embeddings and of the output head.
+        targets: names of linear layers, or just "all-linear".
+    """
+    from peft import LoraConfig, get_peft_model
+
+    every = list(targets) == ["all-linear"]
+    if not every:
+        linear_layers(model, targets)
+    names = {module: name for name, module in model.named_modules()}
+    rows = {names[module]: tokens for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if every else list(targets),
+        trainable_token_indices=rows,
+    )
+    adapted = get_peft_model(model, config)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    # By default it would write all embeddings, too, because their number is not the base model's.
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
+
+
+def load_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> "PeftModel":
+    """The base `model` with the adapter that `with_lora` left in `folder`; InputError if none can be loaded."""
+    from peft import PeftModel
+
+    make_room(model, tokenizer)
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except Exception as error:
+        raise InputError(
+            f"{folder}: no adapter for {model.name_or_path} could be loaded from there ({_first_line(error)})"
+        ) from None
+
+
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model a row for every token; new rows are random."""
+    rows = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _first_line(error: Exception) -> str:
@@ -190,9 +254,7 @@ def extend_vocabulary(
             "rename the codes, for example to <a_1>"
         )
     tokenizer.add_tokens([AddedToken(code, normalized=False, special=False) for code in codes])
-    rows = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
-    if rows > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    make_room(model, tokenizer)
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(codes))
     old = torch.tensor(sorted(set(vocabulary.values()) - set(ids.tolist())))
     words = _words_of_codes(tokenizer, index, texts, codes) if texts else None

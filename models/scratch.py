@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import open_dataset, output_folder
-from data.prompts import PROMPT_FILE, read_prompts
+from data.prompts import FIELDS, PROMPT_FILE, read_prompts
 from errors import InputError, exits_cleanly, one_line
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -61,7 +61,8 @@ def main() -> None:
         raise InputError(f"--hidden_size {args.hidden_size}: should be a multiple of 2 x --heads ({2 * args.heads})")
 
     dataset = open_dataset(args.data_path, args.dataset)
-    phrasings = [phrasing for task in read_prompts(PROMPT_FILE).values() for phrasing in task]
+    prompts = read_prompts(PROMPT_FILE, {task: FIELDS[task] for task in ("seqrec", "seqrec_history")})
+    phrasings = [phrasing for task in prompts.values() for phrasing in task]
     words = [dataset.title(item) for item in dataset.item_ids] + [p.prompt.replace("{history}", "") for p in phrasings]
     tokenizer = train_tokenizer(words, args.vocab_size, args.max_length)
     set_seed(args.seed)

@@ -97,7 +97,7 @@ def test_limits_that_cannot_be_kept(how, says):
 @pytest.mark.parametrize("supervise", ["next", "history"])
 @pytest.mark.parametrize("how", [{}, {"add_prefix": True, "his_sep": " then "}])
 def test_lengths_are_those_of_the_samples(toy, supervise, bos, how):
-    _, instructions = build(toy, supervise, bos, phrasings_per_sample=2, **how)
+    _, instructions = build(toy, supervise, bos, phrasings_per_sample={"seqrec": 2, "seqrec_history": 2}, **how)
     longest, seen = instructions.lengths(longest=True), np.zeros(len(instructions), dtype=int)
     for epoch in range(60):
         instructions.set_epoch(epoch)

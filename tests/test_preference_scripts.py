@@ -247,7 +247,7 @@ def test_bad_input(workshop, studio, tmp_path, refused):
     assert "--add_prefix means nothing with --method collm" in refuse("collm", "--add_prefix")
     assert "give --select_by auc or uauc" in refuse("collm", "--metric_for_best_model", "loss")
     assert "this model has no layer 'lm_head'" in refuse("cora", "--lora_target_modules", "lm_head")
-    assert "--load_in_4bit and --base_dtype are for base models that stay frozen" in refused(
+    assert "are for base models that stay frozen: give --lora" in refused(
         finetune.main, *flags_of_lcrec(workshop, tmp_path / "out"), "--load_in_4bit"
     )
     assert "was made by 'mf'; give one of tallrec" in refuse("collm", "--init_from", studio / "mf")

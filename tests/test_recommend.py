@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import recommend as module
-from data.collate import Instructions
 from data.dataset import open_dataset
+from data.instructions import Instructions
 from data.prompts import PROMPT_FILE, read_prompts
 from data.tasks import held_out_samples
 from errors import InputError
@@ -26,11 +26,11 @@ def search(workshop, tuned):
     dataset = open_dataset(workshop / "datasets", "toy", ["index"])
     tokenizer, model = load_tokenizer(tuned), load_model(tuned)
     ids = index_token_ids(tokenizer, dataset.index)
-    samples = held_out_samples(dataset, "test", "history", 3)
+    samples = held_out_samples(dataset, "test", "seqrec_history", 3)
     prompts = read_prompts(PROMPT_FILE)
     tokens = {token for row in ids.values() for token in row}
-    instructions = Instructions(samples, tokenizer, prompts, tokens, max_his_len=3, his_sep="")
-    trie = module.trie_of(ids, tokenizer, "history")
+    instructions = Instructions(samples, dataset, tokenizer, prompts, tokens, max_his_len=3, his_sep="")
+    trie = module.trie_of(ids, tokenizer, "seqrec_history")
 
     def run(batch_size):
         phrasing = prompts["seqrec_history"][0]

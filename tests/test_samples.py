@@ -7,10 +7,11 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.collate import IGNORE, Collator, Instructions, encode_prompt, prompt_batch
+from data.collate import IGNORE, Collator, encode_prompt, prompt_batch
 from data.dataset import open_dataset
+from data.instructions import Instructions
 from data.prompts import PROMPT_FILE, read_prompts
-from data.tasks import held_out_samples, stretch, train_samples
+from data.tasks import held_out_samples, seqrec_of, stretch, train_samples
 from errors import InputError
 from models.language import code_tokens, index_token_ids
 
@@ -19,13 +20,14 @@ def build(toy, supervise, bos=False, part="train", his_sep=", ", **kwargs):
     dataset = open_dataset(toy, "toy", ["index"])
     tokenizer = make_tokenizer(bos)
     tokenizer.add_tokens(code_tokens(dataset.index))
+    task = seqrec_of(supervise)
     if part == "train":
-        samples = train_samples(dataset, supervise, max_his_len=3)
+        samples = train_samples(dataset, task, max_his_len=3)
     else:
-        samples = held_out_samples(dataset, part, supervise, max_his_len=3)
+        samples = held_out_samples(dataset, part, task, max_his_len=3)
     token_ids = index_token_ids(tokenizer, dataset.index)
     tokens = {token for ids in token_ids.values() for token in ids}
-    return dataset, Instructions(samples, tokenizer, read_prompts(), tokens, 3, his_sep, **kwargs)
+    return dataset, Instructions(samples, dataset, tokenizer, read_prompts(), tokens, 3, his_sep, **kwargs)
 
 
 def learned(sample):
@@ -36,15 +38,15 @@ def test_next_gives_a_sample_for_each_prefix(toy):
     dataset, instructions = build(toy, "next")
     assert len(instructions) == sum(len(dataset.train_history(user)) - 1 for user in dataset.histories)
     last = [row for row in instructions.samples if row["user"] == "1"][-1]  # trains on 1 2 3 4 5
-    assert last["history"] == ["<a_0><b_2>", "<a_1><b_0>", "<a_1><b_1>"] and last["target"] == "<a_1><b_2>"
+    assert last["history"] == ["2", "3", "4"] and last["item"] == "5"
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_next_learns_the_response_and_its_end(toy, bos):
-    _, instructions = build(toy, "next", bos)
+    dataset, instructions = build(toy, "next", bos)
     sample, row = instructions[0], instructions.samples[0]
     tokenizer = instructions.tokenizer
-    assert tokenizer.decode(learned(sample)).replace(" ", "") == row["target"] + "</s>"
+    assert tokenizer.decode(learned(sample)).replace(" ", "") == "".join(dataset.index[row["item"]]) + "</s>"
     assert (sample["input_ids"][0] == tokenizer.bos_token_id) == bos
     assert sample["input_ids"].count(tokenizer.bos_token_id) == bos
     assert len(sample["input_ids"]) == len(sample["labels"])
@@ -92,7 +94,7 @@ def test_a_history_is_asked_as_it_was_learned(toy, his_sep, add_prefix):
     _, instructions = build(toy, "history", his_sep=his_sep, add_prefix=add_prefix)
     phrasing = instructions.prompts["seqrec_history"][0]
     items = ["<a_0><b_0>", "<a_1><b_1>", "<a_2><b_2>"]
-    row = {"task": "seqrec_history", "history": items[:2], "target": items[2]}
+    row = {"task": "seqrec_history", "history": ["0", "4"], "item": "8"}
     prompt = instructions.tokenizer(instructions.prompt(row, phrasing)).input_ids
     whole = instructions._whole(items, phrasing)
     assert whole["input_ids"][: len(prompt)] == prompt
@@ -114,7 +116,7 @@ def test_phrasings_depend_on_seed_and_epoch_alone(toy):
 
 
 def test_each_sample_can_have_several_phrasings(toy):
-    _, instructions = build(toy, "next", phrasings_per_sample=3)
+    _, instructions = build(toy, "next", phrasings_per_sample={"seqrec": 3})
     assert len(instructions) == 3 * len(instructions.samples)
 
 
@@ -122,8 +124,8 @@ def test_held_out_items_never_train(toy):
     for supervise in ("next", "history"):
         dataset, instructions = build(toy, supervise)
         for row in instructions.samples:
-            told = [*row["history"], row["target"]] if row["target"] else row["history"]
-            history = ["".join(dataset.index[item]) for item in dataset.histories[row["user"]]]
+            told = [*row["history"], row["item"]] if row["item"] else row["history"]
+            history = dataset.histories[row["user"]]
             assert len(told) <= len(history) - 2 and set(told) <= set(history[:-2])
 
 
@@ -142,14 +144,14 @@ def test_batches_are_padded_and_masked(toy):
 
 def test_sample_num_draws_that_many(toy):
     dataset = open_dataset(toy, "toy", ["index"])
-    few = train_samples(dataset, "next", 3, sample_num=5, seed=1)
-    assert len(few) == 5 and few["user"] == train_samples(dataset, "next", 3, sample_num=5, seed=1)["user"]
+    few = train_samples(dataset, "seqrec", 3, count=5, seed=1)
+    assert len(few) == 5 and few["user"] == train_samples(dataset, "seqrec", 3, count=5, seed=1)["user"]
 
 
 def test_nothing_to_train_on(toy, edit):
     edit("inter", lambda inter: {"0": [1, 2, 3]})
-    with pytest.raises(InputError, match="nothing to train on"):
-        train_samples(open_dataset(toy, "toy", ["index"]), "next", 3)
+    with pytest.raises(InputError, match="nothing to train seqrec on"):
+        train_samples(open_dataset(toy, "toy", ["index"]), "seqrec", 3)
 
 
 # ---- prompt files ----

@@ -14,6 +14,7 @@ import finetune
 import test as test_script
 from arguments import (
     DataArguments,
+    LoraArguments,
     MethodArguments,
     ModelArguments,
     TuningArguments,
@@ -181,7 +182,7 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
     assert "no such dataset folder" in refuse("--dataset", "nothing")
     assert "needs lists at least that long" in refuse("--num_beams", 5)
     assert "should be hit@k" in refuse("--metrics", "auc")
-    assert "numbers below 4" in refuse("--test_prompt_ids", "0,4")
+    assert "of 0, 1, 2, 3" in refuse("--test_prompt_ids", "0,4")
     other = tmp_path / "other.json"
     index = json.loads((workshop / "datasets/toy/toy.index.json").read_text())
     other.write_text(json.dumps(index | {"0": index["1"], "1": index["0"]}))
@@ -192,14 +193,14 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
 
 # ---- Flags and presets ----
 
-GROUPS = [ModelArguments, DataArguments, MethodArguments, YesNoArguments, TuningArguments]
+GROUPS = [ModelArguments, DataArguments, MethodArguments, LoraArguments, YesNoArguments, TuningArguments]
 
 
 def test_presets_supply_defaults_and_the_command_line_wins(tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("epochs: 7\nhis_sep: ''\nadd_prefix: true\nonly_train_response: false\n")
     out = ["--output_dir", str(tmp_path), "--use_cpu"]
-    _, data, method, _, training = parse(
+    _, data, method, _, _, training = parse(
         GROUPS, "", [*out, "--epochs", "9", "--config", str(preset), "--add_prefix", "False"]
     )
     assert (data.his_sep, data.add_prefix, method.only_train_response, training.num_train_epochs) == (
@@ -216,7 +217,7 @@ def test_presets_supply_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_preset_is_understood(preset, tmp_path):
     more = ["--bf16", "False", "--output_dir", str(tmp_path)]
-    _, data, method, yesno, training = parse(GROUPS, "", ["--config", str(preset), *more])
+    _, data, method, _, yesno, training = parse(GROUPS, "", ["--config", str(preset), *more])
     assert method.method in preset.stem and training.eval_strategy == training.save_strategy != "no"
     others = yesno if method.method == "lcrec" else method
     refuse_flags(method.method, others, {f.name for f in fields(others)} - finetune.SHARED)
