@@ -1,5 +1,7 @@
-"""Imported before all else by the scripts: no word of kernels for 4-bit arithmetic on a CPU that nobody asked for."""
+"""Imported before all else by the scripts: hushes what libraries say of their own doings, not of the user's."""
 
 import logging
+import warnings
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels for 4-bit arithmetic on a CPU
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # as peft still calls it
