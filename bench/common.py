@@ -71,13 +71,25 @@ def process_mb(kind: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**10
 
 
+def results_path(name: str, device: torch.device) -> Path:
+    """bench/results/<name>.json, with -gpu in the name where one was used."""
+    return RESULTS / f"{name}{'-gpu' if device.type == 'cuda' else ''}.json"
+
+
+def last_figures(name: str, device: torch.device) -> dict:
+    """What an earlier run left in the file of results, for a benchmark whose parts are run one by one."""
+    path = results_path(name, device)
+    figures = read_json(path, "the last results") if path.exists() else {}
+    return {key: value for key, value in figures.items() if key not in ("command", "machine", "versions")}
+
+
 def write_results(name: str, device: torch.device, figures: dict) -> Path:
-    """bench/results/<name>.json, with -gpu in the name where one was used: machine, versions, command, figures."""
+    """Write machine, versions, command and figures to the file of results."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     cpu = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
-    path = RESULTS / f"{name}{'-gpu' if gpu else ''}.json"
+    path = results_path(name, device)
     content = {
         "command": " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
         "machine": {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "gpu": gpu},

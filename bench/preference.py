@@ -22,7 +22,7 @@ import transformers
 from datasets import Dataset
 
 from asking import ask
-from bench.common import RESULTS, synchronise, write_results
+from bench.common import last_figures, synchronise, write_results
 from data.collate import pad
 from data.dataset import read_json
 from data.preference import PreferenceDataset, open_preferences
@@ -76,9 +76,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = open_preferences(args.data_path, "ml-1m")
-    last = RESULTS / f"preference{'-gpu' if device.type == 'cuda' else ''}.json"
-    figures = read_json(last, "the last results") if last.exists() else {}
-    figures = {key: value for key, value in figures.items() if key not in ("command", "machine", "versions")}
+    figures = last_figures("preference", device)
     if "scoring" in args.parts:
         figures |= time_scoring(args, dataset, device)
     if "step" in args.parts:

@@ -1,0 +1,133 @@
+"""What LC-Rec's other tasks add to seqrec, and how long the samples of a large dataset take to make.
+
+bash run.sh Industrial --data_path ../shared/data       # or its stages up to `index`
+python -m data.intentions --dataset Industrial --data_path ../shared/data --users 300 \\
+    --output data/Industrial/Industrial.user.json
+python -m bench.tasks --seeds 1 2 3
+python -m bench.tasks --parts build
+
+With a GPU: --base_model ckpt/base/SmolLM2-135M-Instruct --configs config/lcrec-Industrial.yaml \\
+    config/lcrec-Industrial-six.yaml
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench.common import Peak, last_figures, without_twins, write_results
+from data.dataset import open_dataset
+from data.instructions import Instructions
+from data.prompts import FIELDS, PROMPT_FILE, read_prompts
+from data.tasks import train_samples
+from errors import InputError, exits_cleanly, one_line
+from models.language import code_tokens, index_token_ids, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+METRICS = ("hit@10", "ndcg@10")
+PARTS = ("methods", "build")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["methods"], choices=PARTS, help="(default: %(default)s)")
+    parser.add_argument("--data_path", type=Path, default=Path("../shared/data"), help="(default: %(default)s)")
+    parser.add_argument("--dataset", default="Industrial", help="with item texts (default: %(default)s)")
+    parser.add_argument("--made", type=Path, help="folder of its index and user file (default: data/<dataset>)")
+    parser.add_argument(
+        "--configs", type=Path, nargs="+", help="(default: config/lcrec-<dataset>-cpu.yaml and -six-cpu.yaml)"
+    )
+    parser.add_argument("--base_model", help="for all of them (default: models.scratch with 2,000 words)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: %(default)s)")
+    parser.add_argument("--work", type=Path, help="folder for models; what is there is gone on with (default: none)")
+    return one_line(parser).parse_args()
+
+
+@exits_cleanly
+def main() -> None:
+    args = parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = last_figures("tasks", device)
+    with tempfile.TemporaryDirectory() as folder:
+        if "build" in args.parts:
+            figures["build"] = build(args, Path(folder))
+        if "methods" in args.parts:
+            figures[args.dataset] = compare(args, args.work or Path(folder)) | {"arguments": vars(args)}
+    print(write_results("tasks", device, figures))
+
+
+def build(args: argparse.Namespace, folder: Path) -> dict:
+    """Seconds and memory from the files of Instruments to samples that a trainer can batch, twice."""
+    without_twins(args.data_path, "Instruments", folder)
+    tokenizer = load_tokenizer(args.base_model or "ckpt/base/SmolLM2-135M-Instruct")
+    tokenizer.add_tokens(code_tokens(open_dataset(folder, "Instruments", ["index"]).index))
+    runs = []
+    with Peak(torch.device("cpu")) as peak:
+        for _ in range(2):
+            began = time.monotonic()
+            dataset = open_dataset(folder, "Instruments", ["index"])
+            samples = train_samples(dataset, "seqrec", max_his_len=20)
+            made = time.monotonic()
+            token_ids = index_token_ids(tokenizer, dataset.index)
+            index_tokens = {token for ids in token_ids.values() for token in ids}
+            prompts = read_prompts(PROMPT_FILE, {"seqrec": FIELDS["seqrec"]})
+            Instructions(samples, dataset, tokenizer, prompts, index_tokens, 20, ", ").lengths(longest=True)
+            runs.append({"samples": made - began, "lengths": time.monotonic() - made})
+    for each in runs:
+        print(
+            f"{len(samples):,} samples made in {each['samples']:.1f} s, their lengths found in {each['lengths']:.1f}"
+        )
+    print(f"memory {peak.mb:,.0f} MB at most, {peak.before:,.0f} of them before")
+    return {"samples": len(samples), "runs": runs, "mb": peak.mb, "mb_before": peak.before}
+
+
+def compare(args: argparse.Namespace, work: Path) -> dict:
+    """Each preset tuned with each seed, and tested on all users, seen items excluded."""
+    made = args.made or Path("data") / args.dataset
+    configs = args.configs or [Path(f"config/lcrec-{args.dataset}{six}-cpu.yaml") for six in ("", "-six")]
+    data = ("--dataset", args.dataset, "--data_path", args.data_path)
+    index = ("--index_file", made / f"{args.dataset}.index.json")
+    base = args.base_model or work / "base"
+    if not args.base_model and not (work / "base").exists():
+        run("-m", "models.scratch", *data, "--output_dir", base, "--vocab_size", 2000)
+    figures: dict[str, dict] = {}
+    for config in configs:
+        runs = []
+        for seed in args.seeds:
+            output = work / f"{config.stem}-{seed}"
+            users = ("--user_file", made / f"{args.dataset}.user.json")
+            tune = ("finetune.py", "--config", config, *data, *index, *users, "--base_model", base, "--seed", seed)
+            if not (output / "run.json").exists():
+                run(*tune, "--output_dir", output, "--resume_from_checkpoint", "auto")
+            results = output / "results.json"
+            test = ("test.py", "--ckpt_path", output, *data, *index, "--num_beams", 20, "--exclude_seen")
+            run(*test, "--metrics", ",".join(METRICS), "--results_file", results)
+            found, tuned = json.loads(results.read_text()), json.loads((output / "run.json").read_text())
+            runs.append({"seed": seed, **tuned["throughput"], **found["mean_results"]})
+            said = "   ".join(f"{name} {runs[-1][name]:.4f}" for name in METRICS)
+            print(f"{config.stem}   seed {seed}   {runs[-1]['seconds']:>6.0f} s   {said}", flush=True)
+            figures |= found["baselines"]
+        values = {name: [run[name] for run in runs] for name in METRICS}
+        figures[config.stem] = {name: statistics.mean(values[name]) for name in METRICS} | {
+            "std": {name: statistics.pstdev(values[name]) for name in METRICS}, "seeds": runs
+        }  # fmt: skip
+    for name, found in figures.items():
+        print(f"{name:<28}" + "   ".join(f"{metric} {found[metric]:.4f}" for metric in METRICS))
+    return figures
+
+
+def run(*command: object) -> None:
+    """A Python command, its screen shown if it fails."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{' '.join(map(str, command))} failed: {done.stderr[-500:]}")
+
+
+if __name__ == "__main__":
+    main()
