@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import flags, make_tokenizer
+from test_recommend import torchrun
 from test_samples import learned
 
 import finetune
@@ -217,6 +218,39 @@ def test_each_test_measures_every_phrasing_that_is_answered_by_an_item(
         values = [each[name] for each in found["all_prompt_results"]]
         assert found["mean_results"][name] == pytest.approx(np.mean(values))
         assert (found["min_results"][name], found["max_results"][name]) == (min(values), max(values))
+
+
+def test_lc_recs_own_commands(workshop, tuned_on_all, tmp_path):
+    """Those of its README, but for DeepSpeed: train with two processes, test with one and with two."""
+    data, model = ("--dataset", "toy", "--data_path", workshop / "datasets"), tmp_path / "ckpt"
+    trained = torchrun(
+        2, "finetune.py", "--base_model", workshop / "base", "--output_dir", model, *data,
+        "--per_device_batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", 5e-5, "--epochs", 1,
+        "--weight_decay", 0.01, "--save_and_eval_strategy", "epoch", "--bf16", "--only_train_response", "--tasks", ALL,
+        "--train_prompt_sample_num", "1,1,1,1,1,1", "--train_data_sample_num", "0,0,0,100000,0,0",
+        "--index_file", ".index.json", "--use_cpu",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    search = (
+        "--sample_num",
+        9,
+        "--test_batch_size",
+        1,
+        "--num_beams",
+        20,
+        "--test_prompt_ids",
+        "all",
+        "--index_file",
+        ".index.json",
+    )
+    found = []
+    for processes, script in ((1, "test.py"), (2, "test_ddp.py")):
+        results = tmp_path / "results" / f"{script}.json"
+        done = torchrun(processes, script, "--ckpt_path", model, *data, "--results_file", results, *search)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(results.read_text()))
+    names = ("test_prompt_ids", "mean_results", "min_results", "max_results", "all_prompt_results")
+    assert all(found[0][name] == found[1][name] for name in names)
 
 
 def test_bad_input(workshop, tuned_on_all, tuned, tmp_path, refused):
