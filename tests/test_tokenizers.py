@@ -17,14 +17,6 @@ from models.language import code_tokens, extend_vocabulary, index_token_ids, loa
 WORDS = ["A user had these items, oldest first: which comes next?", "### Instruction: ### Response: Toy number 7 4 2"]
 KINDS = ("byte-level", "byte-level, BOS", "byte-level, EOS", "byte-level, more words")
 KINDS += ("llama", "llama, legacy", "vicuna")
-    "byte-level",
-    "byte-level, BOS",
-    "byte-level, EOS",
-    "byte-level, more words",
-    "llama",
-    "llama, legacy",
-    "vicuna",
-)
 
 
 def tokenizer_of(kind, folder):
