@@ -4,6 +4,8 @@ python -m index.generate --dataset ml-100k --rqvae ckpt/ml-100k/rqvae
 python -m index.generate --dataset ml-100k --random      # codes drawn at random, to compare with
 """
 
+import quiet  # noqa: F401
+
 import argparse
 from pathlib import Path
 

@@ -10,6 +10,8 @@ python -m index.train --method kmeans --embeddings data/D/D.emb-minilm-td.npy --
 Either way the outcome is an RQ-VAE in a folder, for k-means one without encoder and decoder.
 """
 
+import quiet  # noqa: F401
+
 import argparse
 import time
 from pathlib import Path
@@ -119,10 +121,12 @@ def main() -> None:
         args.sinkhorn_epsilon = 0.003 if args.method == "rqvae" else 0.0
     if args.epochs < 1 or args.batch_size < 2 or min(args.code_dim, *args.hidden_sizes) < 1:
         raise InputError("--batch_size needs at least 2, --epochs, --code_dim and --hidden_sizes at least 1")
-    if args.learning_rate <= 0 or args.sinkhorn_epsilon != 0 and args.sinkhorn_epsilon < 0.0015:
+    if not args.learning_rate > 0 or not (args.sinkhorn_epsilon == 0 or args.sinkhorn_epsilon >= 0.0015):
         raise InputError(
             "--learning_rate should be above 0, --sinkhorn_epsilon 0 or at least 0.0015 (below, it overflows)"
         )
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed}: should be from 0 to 2^32 - 1")
 
     embeddings = torch.from_numpy(read_embeddings(args.embeddings))
     args.codebook_sizes = args.codebook_sizes or default_sizes(len(embeddings))
