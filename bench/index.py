@@ -1,10 +1,10 @@
 """What indices of different making are like, and what Sinkhorn among colliding items is worth.
 
 bash run.sh; bash run.sh Industrial --data_path ../shared/data       # or their stages up to `embed`
-python -m bench.index data/ml-100k ../shared/data/Industrial
+python -m bench.index data/ml-100k ../shared/data/Industrial --seeds 42 1
 
 Embeddings are run.sh's, data/<dataset>/<dataset>.emb-minilm-td.npy. Every index is made with index.train's defaults
-and three seeds. Seconds are those of the work itself, without the start of Python.
+and several seeds. Seconds are those of the work itself, without the start of Python.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench.common import write_results
-from data.dataset import read_embeddings
+from data.dataset import open_dataset, read_embeddings
 from errors import InputError, exits_cleanly, one_line
 from index.codes import default_sizes, perplexity, random_codes, tokens_of
 from index.collisions import colliding, move_to_free, spread
@@ -94,8 +94,8 @@ def look_at(folder: Path, seeds: list[int], scratch: Path) -> dict:
     name = folder.name
     path = Path("data") / name / f"{name}.emb-minilm-td.npy"
     key, categories = read_categories(folder / f"{name}.item.json", None)
-    embeddings = torch.from_numpy(read_embeddings(path, rows=len(categories)))
-    ids = sorted(categories, key=int) if all(map(str.isdecimal, categories)) else list(categories)
+    ids = open_dataset(folder.parent, name, needs=["items"]).item_ids
+    embeddings = torch.from_numpy(read_embeddings(path, rows=len(ids)))
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     for seed in seeds:
         for way, flags in WAYS.items():
