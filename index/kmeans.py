@@ -52,8 +52,7 @@ def equal_shares(distances: torch.Tensor) -> torch.Tensor:
 
     The rule is deferred acceptance (Gale and Shapley, 1962): every item asks its nearest code; a code with too many
     keeps the nearest of them; who is sent away asks the next nearest code. No item and code are left that are nearer
-    to each other than to what they have. At its peak memory is 14 bytes an item and code: 1 GB
-    for 300,000 items and 256 codes.
+    to each other than to what they have. Memory peaks at 14 bytes an item and code: 1 GB for 300,000 items, 256 codes.
     """
     distances = distances.numpy()
     items, codes = distances.shape
