@@ -167,9 +167,9 @@ generate_items() {
   if [[ -f $ITEM ]]; then
     stage embed "$EMBEDDINGS" "$INTER" "$ITEM" index/embed.py -- \
       python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS"
-    stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" index/rqvae.py index/train.py -- \
+    stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" index/train.py index/rqvae.py index/kmeans.py index/codes.py -- \
       python -m index.train --embeddings "$EMBEDDINGS" --output_dir "$CKPT/rqvae" --seed "$SEED"
-    stage index "$INDEX" "$CKPT/rqvae" "$EMBEDDINGS" index/generate.py index/collisions.py -- \
+    stage index "$INDEX" "$CKPT/rqvae" "$EMBEDDINGS" index/generate.py index/collisions.py index/codes.py -- \
       python -m index.generate --dataset "$DATASET" --data_path "$SOURCE" --rqvae "$CKPT/rqvae" \
       --embeddings "$EMBEDDINGS" --output "$INDEX"
   else

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from errors import InputError
+from index.codes import check_sizes
 from index.rqvae import RQVAE, sinkhorn, squared_distances
 
 
@@ -55,8 +55,7 @@ def move_to_free(model: RQVAE, latents: torch.Tensor, codes: np.ndarray) -> np.n
     above goes to its next nearest code, and so on upwards.
     """
     codebooks = [book.numpy() for book in model.codebooks]
-    if (room := np.prod([len(book) for book in codebooks], dtype=float)) < len(codes):
-        raise InputError(f"{len(codes):,} items do not fit into {room:,.0f} indices; use more or larger codebooks")
+    check_sizes([len(book) for book in codebooks], len(codes))
     codes, points = codes.copy(), latents.numpy()
     taken = set(map(tuple, codes.tolist()))
     for group in groups_of(codes):

@@ -4,6 +4,8 @@ python -m index.embed --dataset ml-100k
 python -m index.embed --dataset ml-100k --plm BAAI/bge-small-en-v1.5 --collab_weight 0.5
 """
 
+import quiet  # noqa: F401
+
 import argparse
 import sys
 from importlib.metadata import PackageNotFoundError, files

@@ -1,7 +1,10 @@
-"""Turn item embeddings into item indices with a trained RQ-VAE; no two items ever share one.
+"""Turn item embeddings into item indices with what index.train found; no two items ever share one.
 
 python -m index.generate --dataset ml-100k --rqvae ckpt/ml-100k/rqvae
+python -m index.generate --dataset ml-100k --random      # codes drawn at random, to compare with
 """
+
+import quiet  # noqa: F401
 
 import argparse
 from pathlib import Path
@@ -10,32 +13,16 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from data.dataset import open_dataset, read_embeddings, write_json
+from data.dataset import RecDataset, open_dataset, read_embeddings, write_json
 from errors import InputError, exits_cleanly, one_line
+from index.codes import LETTERS, check_sizes, default_sizes, perplexity, random_codes, tokens_of
 from index.collisions import colliding, move_to_free, spread
+from index.kmeans import balanced_codes
 from index.rqvae import RQVAE
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-
-def perplexity(codes: np.ndarray) -> float:
-    """Effective number of codes in use: exp of the entropy of int codes [items]."""
-    share = np.bincount(codes) / len(codes)
-    share = share[share > 0]
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
-@exits_cleanly
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="ml-100k", help="name of the dataset (default: %(default)s)")
-    parser.add_argument("--data_path", type=Path, default=Path("data"), help="holds <dataset>/ (default: %(default)s)")
-    parser.add_argument("--rqvae", type=Path, required=True, help="folder written by index.train")
-    parser.add_argument("--embeddings", type=Path, help="default: <data_path>/<dataset>/<dataset>.emb-minilm-td.npy")
-    parser.add_argument("--output", type=Path, help="default: <data_path>/<dataset>/<dataset>.index.json")
-    args = one_line(parser).parse_args()
-
-    dataset = open_dataset(args.data_path, args.dataset, needs=["items"])
+def opened(args: argparse.Namespace, dataset: RecDataset) -> tuple[RQVAE, torch.Tensor]:
+    """The model of --rqvae and the embeddings of the items, float32 [items, dim]; InputError where they do not fit."""
     embeddings = read_embeddings(
         args.embeddings or dataset.folder / f"{dataset.name}.emb-minilm-td.npy", rows=len(dataset.item_ids)
     )
@@ -47,23 +34,54 @@ def main() -> None:
         raise InputError(
             f"{args.rqvae}: expects embeddings {model.config.input_dim} wide, these are {embeddings.shape[1]} wide"
         )
-    if len(model.codebooks) > len(LETTERS):
-        raise InputError(f"{args.rqvae}: has {len(model.codebooks)} levels; at most {len(LETTERS)} can be named")
+    return model, torch.from_numpy(embeddings)
 
-    latents = model.encode(torch.from_numpy(embeddings))
-    nearest = model.quantize(latents, balanced=False)[1].numpy()
-    balanced = spread(model, latents, nearest)
-    codes = move_to_free(model, latents, balanced)
+
+def codes_by(model: RQVAE, embeddings: torch.Tensor) -> np.ndarray:
+    """Distinct codes int64 [items, levels] of embeddings float32 [items, dim]; says how many collided on the way."""
+    latents = model.encode(embeddings)
+    if model.config.equal_shares:
+        first, way = balanced_codes(latents, model.codebooks), "balanced"
+    else:
+        first, way = model.quantize(latents, balanced=False)[1].numpy(), "nearest"
+    spread_out = spread(model, latents, first)
+    codes = move_to_free(model, latents, spread_out)
     assert not colliding(codes)
+    after = f"{colliding(spread_out):,} after Sinkhorn, " if model.config.sinkhorn_epsilon else ""
+    print(f"colliding items: {colliding(first):,} with {way} codes, {after}0 at the end")
+    return codes
 
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="ml-100k", help="name of the dataset (default: %(default)s)")
+    parser.add_argument("--data_path", type=Path, default=Path("data"), help="holds <dataset>/ (default: %(default)s)")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--rqvae", type=Path, help="folder written by index.train, with any --method")
+    way.add_argument("--random", action="store_true", help="draw the codes at random; reads no embeddings")
+    parser.add_argument("--embeddings", type=Path, help="default: <data_path>/<dataset>/<dataset>.emb-minilm-td.npy")
+    parser.add_argument("--output", type=Path, help="default: <data_path>/<dataset>/<dataset>.index.json")
+    parser.add_argument("--codebook_sizes", type=int, nargs="+", help="with --random (default: as index.train's)")
+    parser.add_argument("--seed", type=int, help="with --random (default: 42)")
+    args = one_line(parser).parse_args()
+    for flag in ("embeddings",) if args.random else ("codebook_sizes", "seed"):
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag} means nothing with --{'random' if args.random else 'rqvae'}; leave it out")
+
+    dataset = open_dataset(args.data_path, args.dataset, needs=["items"])
+    if args.random:
+        sizes = args.codebook_sizes or default_sizes(len(dataset.item_ids))
+        check_sizes(sizes, len(dataset.item_ids))
+        codes = random_codes(sizes, len(dataset.item_ids), 42 if args.seed is None else args.seed)
+    else:
+        model, embeddings = opened(args, dataset)
+        sizes, codes = model.config.codebook_sizes, codes_by(model, embeddings)
     output = args.output or dataset.folder / f"{dataset.name}.index.json"
-    tokens = [[f"<{LETTERS[level]}_{code}>" for level, code in enumerate(row)] for row in codes.tolist()]
-    write_json(output, dict(zip(dataset.item_ids, tokens, strict=True)))
-    before, after = colliding(nearest), colliding(balanced)
-    print(f"colliding items: {before:,} with nearest codes, {after:,} after Sinkhorn, 0 at the end")
+    write_json(output, dict(zip(dataset.item_ids, tokens_of(codes), strict=True)))
     for level, column in enumerate(codes.T):
         print(
-            f"  level {LETTERS[level]}: {len(np.unique(column))} of {model.config.codebook_sizes[level]} codes used, "
+            f"  level {LETTERS[level]}: {len(np.unique(column))} of {sizes[level]} codes used, "
             f"perplexity {perplexity(column):.1f}"
         )
     print(f"{len(codes):,} items, {codes.shape[1]} codes each -> {output}")

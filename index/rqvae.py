@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,12 +14,15 @@ class RQVAEConfig(PreTrainedConfig):
 
     Args:
         input_dim: width of the embeddings.
-        hidden_sizes: widths of the encoder's hidden layers; the decoder mirrors them.
-        code_dim: width of a code.
+        hidden_sizes: widths of the encoder's hidden layers; the decoder mirrors them. None: neither encoder nor
+            decoder, the codes add up to the embeddings themselves, as those of residual k-means do.
+        code_dim: width of a code; without an encoder it is `input_dim`.
         codebook_sizes: number of codes of each level.
         commitment: weight of the commitment loss beside the codebook loss.
         sinkhorn_epsilon: sharpness of the balanced assignment on the last level; 0 turns it off.
         sinkhorn_rounds: its number of normalisation rounds.
+        equal_shares: an index is made with as many items for each code as for any other (balanced k-means) instead of
+            nearest codes.
     """
 
     model_type = "rqvae"
@@ -29,21 +30,23 @@ class RQVAEConfig(PreTrainedConfig):
     def __init__(
         self,
         input_dim: int = 384,
-        hidden_sizes: tuple[int, ...] = (512, 256, 128, 64),
+        hidden_sizes: tuple[int, ...] | None = (512, 256, 128, 64),
         code_dim: int = 32,
         codebook_sizes: tuple[int, ...] = (256, 256, 256, 256),
         commitment: float = 0.25,
         sinkhorn_epsilon: float = 0.003,
         sinkhorn_rounds: int = 50,
+        equal_shares: bool = False,
         **kwargs,
     ):
         self.input_dim = input_dim
-        self.hidden_sizes = list(hidden_sizes)
-        self.code_dim = code_dim
+        self.hidden_sizes = None if hidden_sizes is None else list(hidden_sizes)
+        self.code_dim = input_dim if hidden_sizes is None else code_dim
         self.codebook_sizes = list(codebook_sizes)
         self.commitment = commitment
         self.sinkhorn_epsilon = sinkhorn_epsilon
         self.sinkhorn_rounds = sinkhorn_rounds
+        self.equal_shares = equal_shares
         super().__init__(**kwargs)
 
 
@@ -85,10 +88,10 @@ def mlp(widths: list[int]) -> nn.ModuleList:
 
 
 def run_mlp(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-    """ReLU between the layers, none after the last."""
-    for layer in layers[:-1]:
-        x = F.relu(layer(x))
-    return layers[-1](x)
+    """ReLU between the layers, none after the last; without layers x itself."""
+    for at, layer in enumerate(layers):
+        x = layer(F.relu(x) if at else x)
+    return x
 
 
 class RQVAE(PreTrainedModel):
@@ -99,7 +102,9 @@ class RQVAE(PreTrainedModel):
 
     def __init__(self, config: RQVAEConfig):
         super().__init__(config)
-        widths = [config.input_dim, *config.hidden_sizes, config.code_dim]
+        widths = [config.input_dim]
+        if config.hidden_sizes is not None:
+            widths += [*config.hidden_sizes, config.code_dim]
         self.encoder, self.decoder = mlp(widths), mlp(widths[::-1])
         self.codebooks = nn.ParameterList(torch.empty(n, config.code_dim) for n in config.codebook_sizes)
         # Inputs are centred and scaled to unit variance, whatever encoder they come from.
@@ -120,16 +125,6 @@ class RQVAE(PreTrainedModel):
         """Learn the centre and scale of all embeddings [items, input_dim]."""
         self.shift.copy_(embeddings.mean(0))
         self.scale.copy_(1 / (embeddings - self.shift).std().clamp(min=1e-9))
-
-    @torch.no_grad()
-    def init_codebooks(self, x: torch.Tensor, seed: int) -> None:
-        """k-means on the residuals of a first batch [batch, input_dim], level by level (section 3.1.2)."""
-        residual = self.encode(x)
-        for codebook in self.codebooks:
-            clusters = min(len(codebook), len(residual))
-            fitted = KMeans(clusters, n_init=1, random_state=seed).fit(residual.cpu().numpy())
-            codebook[:clusters] = torch.from_numpy(fitted.cluster_centers_).to(codebook)
-            residual = residual - codebook[torch.from_numpy(fitted.labels_.astype(np.int64)).to(codebook.device)]
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, input_dim] -> latents [batch, code_dim]."""

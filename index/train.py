@@ -1,7 +1,16 @@
-"""Train an RQ-VAE on item embeddings.
+"""Find the codes of an index in item embeddings, by an RQ-VAE or, to compare with, by residual k-means.
 
 python -m index.train --embeddings data/ml-100k/ml-100k.emb-minilm-td.npy --output_dir ckpt/ml-100k/rqvae
+python -m index.train --method kmeans --embeddings data/D/D.emb-minilm-td.npy --output_dir ckpt/D/kmeans
+
+--method rqvae             LC-Rec's; --sinkhorn_epsilon 0 leaves its Sinkhorn out
+--method kmeans            every level clusters what the levels before it leave of the embeddings
+--method balanced-kmeans   the same with as many items in each cluster of a level
+
+Either way the outcome is an RQ-VAE in a folder, for k-means one without encoder and decoder.
 """
+
+import quiet  # noqa: F401
 
 import argparse
 import time
@@ -16,8 +25,13 @@ from transformers.utils.logging import disable_progress_bar
 from data.dataset import output_folder, read_embeddings, write_json
 from errors import InputError, exits_cleanly, one_line
 from facts import run_facts
+from index.codes import check_sizes, default_sizes
 from index.collisions import colliding
+from index.kmeans import fill_codebooks
 from index.rqvae import RQVAE, RQVAEConfig
+
+METHODS = ("rqvae", "kmeans", "balanced-kmeans")
+OF_RQVAE = ("code_dim", "hidden_sizes", "epochs", "batch_size", "learning_rate", "weight_decay")
 
 
 def train(embeddings: torch.Tensor, config: RQVAEConfig, args: argparse.Namespace) -> tuple[RQVAE, list[dict]]:
@@ -28,7 +42,8 @@ def train(embeddings: torch.Tensor, config: RQVAEConfig, args: argparse.Namespac
     model = RQVAE(config).to(device)
     model.fit_scale(embeddings)
     batch = min(args.batch_size, len(embeddings))
-    model.init_codebooks(embeddings[torch.randperm(len(embeddings), device=device)[:batch]], args.seed)
+    first = embeddings[torch.randperm(len(embeddings), device=device)[:batch]]
+    fill_codebooks(model.encode(first).detach(), model.codebooks, args.seed)
 
     steps = args.epochs * -(-len(embeddings) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -58,9 +73,25 @@ def train(embeddings: torch.Tensor, config: RQVAEConfig, args: argparse.Namespac
     return model.eval().cpu(), curve
 
 
+@torch.no_grad()
+def cluster(embeddings: torch.Tensor, config: RQVAEConfig, seed: int) -> tuple[RQVAE, list[dict]]:
+    """Residual k-means of embeddings float32 [items, dim] as an RQ-VAE without encoder; and a curve of one point."""
+    model = RQVAE(config).eval()
+    model.fit_scale(embeddings)
+    fill_codebooks(model.encode(embeddings), model.codebooks, seed, equal=config.equal_shares)
+    output = model(embeddings, balanced=False)
+    point = {"reconstruction": output.reconstruction_loss.item(), "colliding_items": colliding(output.codes.numpy())}
+    print(
+        f"  reconstruction {point['reconstruction']:.4f}   "
+        f"colliding items, nearest codes: {point['colliding_items']:,} of {len(embeddings):,}"
+    )
+    return model, [point]
+
+
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="rqvae", help="(default: %(default)s)")
     parser.add_argument("--embeddings", type=Path, required=True, help=".npy from index.embed, float [items, dim]")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the RQ-VAE (config + safetensors)")
     parser.add_argument(
@@ -73,36 +104,58 @@ def main() -> None:
         help="hidden widths of the encoder; LC-Rec's 2048 1024 512 256 128 64 is for 4096-wide embeddings "
         "(default: 256 128 64)",
     )  # fmt: skip
-    parser.add_argument("--sinkhorn_epsilon", type=float, default=0.003, help="0: no Sinkhorn (default: %(default)s)")
+    parser.add_argument(
+        "--sinkhorn_epsilon", type=float,
+        help="of the last level, in training and for items that collide; 0: no Sinkhorn (default: 0.003; k-means: 0)",
+    )  # fmt: skip
     parser.add_argument("--epochs", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=1024, help="(default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
     parser.add_argument("--weight_decay", type=float, default=1e-4, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
     args = one_line(parser).parse_args()
-
-    embeddings = torch.from_numpy(read_embeddings(args.embeddings))
-    args.codebook_sizes = args.codebook_sizes or ([32, 32, 64] if len(embeddings) <= 5_000 else [256] * 4)
-    if any(size < 2 for size in args.codebook_sizes) or args.epochs < 1 or args.batch_size < 2 or args.code_dim < 1:
-        raise InputError("--codebook_sizes and --batch_size need at least 2, --epochs and --code_dim at least 1")
-    if args.learning_rate <= 0 or args.sinkhorn_epsilon != 0 and args.sinkhorn_epsilon < 0.0015:
+    for flag in OF_RQVAE if args.method != "rqvae" else ():
+        if getattr(args, flag) != parser.get_default(flag):
+            raise InputError(f"--{flag} means nothing with --method {args.method}; leave it out")
+    if args.sinkhorn_epsilon is None:
+        args.sinkhorn_epsilon = 0.003 if args.method == "rqvae" else 0.0
+    if args.epochs < 1 or args.batch_size < 2 or min(args.code_dim, *args.hidden_sizes) < 1:
+        raise InputError("--batch_size needs at least 2, --epochs, --code_dim and --hidden_sizes at least 1")
+    if not args.learning_rate > 0 or not (args.sinkhorn_epsilon == 0 or args.sinkhorn_epsilon >= 0.0015):
         raise InputError(
             "--learning_rate should be above 0, --sinkhorn_epsilon 0 or at least 0.0015 (below, it overflows)"
+        )
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed}: should be from 0 to 2^32 - 1")
+
+    embeddings = torch.from_numpy(read_embeddings(args.embeddings))
+    args.codebook_sizes = args.codebook_sizes or default_sizes(len(embeddings))
+    check_sizes(args.codebook_sizes, len(embeddings))
+    if (embeddings == embeddings[0]).all():
+        raise InputError(f"{args.embeddings}: all {len(embeddings):,} rows are alike; there is nothing to tell apart")
+    if args.method != "rqvae" and len(embeddings) < max(args.codebook_sizes):
+        raise InputError(
+            f"{args.embeddings}: {len(embeddings):,} items, fewer than the {max(args.codebook_sizes)} codes of a "
+            "level; give smaller --codebook_sizes"
         )
     output_folder(args.output_dir)
     disable_progress_bar()
     config = RQVAEConfig(
         input_dim=embeddings.shape[1],
-        hidden_sizes=args.hidden_sizes,
+        hidden_sizes=args.hidden_sizes if args.method == "rqvae" else None,
         code_dim=args.code_dim,
         codebook_sizes=args.codebook_sizes,
         sinkhorn_epsilon=args.sinkhorn_epsilon,
+        equal_shares=args.method == "balanced-kmeans",
     )
     started = time.monotonic()
-    model, curve = train(embeddings, config, args)
+    if args.method == "rqvae":
+        model, curve = train(embeddings, config, args)
+    else:
+        model, curve = cluster(embeddings, config, args.seed)
     model.save_pretrained(args.output_dir)
     write_json(args.output_dir / "run.json", {**run_facts(vars(args), started), "curve": curve}, indent=1)
-    print(f"RQ-VAE of {sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
+    print(f"{args.method} of {sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""RQ-VAE against the reference's numbers; indices that never collide."""
+"""RQ-VAE against the reference's numbers; indices of every making, which never collide."""
 
 import json
 
@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from data.dataset import open_dataset
 from errors import InputError
 from index import embed, generate, train
+from index.codes import random_codes
 from index.collisions import colliding, move_to_free, spread
+from index.kmeans import balance, balanced_codes, equal_shares, fill_codebooks
 from index.rqvae import RQVAE, RQVAEConfig
 
 
@@ -126,15 +128,128 @@ def test_bad_input_of_the_index_stage(toy, tmp_path, refused, script):
     assert "no such file" in refused(train.main, "--embeddings", tmp_path / "no.npy", "--output_dir", rqvae)
     where = ("--dataset", "toy", "--data_path", toy, "--rqvae", rqvae)
     assert "holds no RQ-VAE" in refused(generate.main, *where)
-    flags = ("--epochs", 1, "--codebook_sizes", 2, 2, "--hidden_sizes", 16, "--code_dim", 4)
-    assert script(train.main, "--embeddings", path, "--output_dir", rqvae, *flags)[0] == 0
+    out = ("--embeddings", path, "--output_dir", rqvae)
+    for message, *flags in (
+        ("9 items do not fit into 4 indices", "--codebook_sizes", 2, 2),
+        ("a level of 1 codes; each needs at least 2", "--codebook_sizes", 1, 9),
+        ("27 levels of codes; at most 26", "--codebook_sizes", *[2] * 27),
+        ("9 items, fewer than the 32 codes", "--method", "kmeans", "--codebook_sizes", 2, 32),
+        ("--epochs means nothing with --method kmeans", "--method", "kmeans", "--epochs", 3),
+        (
+            "--hidden_sizes means nothing with --method balanced-kmeans",
+            "--method",
+            "balanced-kmeans",
+            "--hidden_sizes",
+            8,
+        ),
+        ("invalid choice: 'forest'", "--method", "forest"),
+        ("--sinkhorn_epsilon 0 or at least 0.0015", "--sinkhorn_epsilon", "nan"),
+        ("--hidden_sizes at least 1", "--hidden_sizes", 0),
+        ("--seed -1", "--seed", -1),
+    ):
+        assert message in refused(train.main, *out, *flags)
+    np.save(path, np.ones((9, 8), np.float32))
+    assert "all 9 rows are alike" in refused(train.main, *out)
+    assert not rqvae.exists()
+
+    embeddings_of(toy)
+    flags = ("--epochs", 1, "--codebook_sizes", 3, 3, "--hidden_sizes", 16, "--code_dim", 4)
+    assert script(train.main, *out, *flags)[0] == 0
     before = (toy / "toy/toy.index.json").read_bytes()
-    assert "9 items do not fit into 4 indices" in refused(generate.main, *where)
+    assert "--seed means nothing with --rqvae" in refused(generate.main, *where, "--seed", 1)
+    assert "not allowed with argument" in refused(generate.main, *where, "--random")
+    assert "--rqvae --random is required" in refused(generate.main, *where[:4])
+    chance = (*where[:4], "--random")
+    assert "--embeddings means nothing with --random" in refused(generate.main, *chance, "--embeddings", path)
+    assert "9 items do not fit into 8" in refused(generate.main, *chance, "--codebook_sizes", 2, 4)
     np.save(path, np.ones((8, 8), np.float32))
     assert "shape [8, 8]" in refused(generate.main, *where)
     np.save(path, np.ones((9, 5), np.float32))
     assert "expects embeddings 8 wide, these are 5 wide" in refused(generate.main, *where)
     assert (toy / "toy/toy.index.json").read_bytes() == before
+
+
+# ---- Indices to compare with: k-means, balanced k-means, random ----
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 9), st.integers(0, 99), st.booleans())
+def test_shares_are_equal_and_no_item_and_code_would_rather_have_each_other(items, codes, seed, ties):
+    distances = torch.randn(items, codes, generator=torch.Generator().manual_seed(seed))
+    distances = distances.round() if ties else distances
+    given = equal_shares(distances)
+    most = -(-items // codes)
+    counts = torch.bincount(given, minlength=codes)
+    assert counts.max() <= most
+    own = distances[torch.arange(items), given]
+    for item in range(items):
+        for code in (distances[item] < own[item]).nonzero().flatten():  # nearer than what the item has
+            assert counts[code] == most and distances[item, code] >= own[given == code].max()
+
+
+def test_balance_finds_centres_of_equal_clusters():
+    places = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    points = places.repeat_interleave(8, 0) + 0.1 * torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
+    book = points[[0, 1, 2]].clone()  # all in one cluster
+    codes = balance(points, book)
+    assert torch.bincount(codes).tolist() == [8, 8, 8]
+    assert all(torch.allclose(book[code], points[codes == code].mean(0), atol=1e-5) for code in range(3))
+    before = ((points - points[[0, 1, 2]][equal_shares(torch.cdist(points, points[[0, 1, 2]]) ** 2)]) ** 2).sum()
+    assert ((points - book[codes]) ** 2).sum() < before
+
+
+def test_residual_k_means_clusters_what_is_left():
+    coarse, fine = torch.tensor([[-9.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, -1.0], [0.0, 0.0], [0.0, 1.0]])
+    first, second = torch.arange(60) % 2, torch.arange(60) % 3
+    points = coarse[first] + fine[second]
+    books = [torch.zeros(2, 2), torch.zeros(3, 2)]
+    fill_codebooks(points, books, seed=0)
+    model = RQVAE(RQVAEConfig(2, None, codebook_sizes=(2, 3))).requires_grad_(False)
+    for book, values in zip(model.codebooks, books, strict=True):
+        book.copy_(values)
+    assert torch.equal(model.encode(points), points) and not list(model.encoder.parameters())
+    output = model(points, balanced=False)
+    assert torch.allclose(output.reconstruction, points, atol=1e-4) and output.reconstruction_loss < 1e-8
+    pairs = {tuple(row) for row in torch.cat([output.codes, first[:, None], second[:, None]], 1).tolist()}
+    assert len(pairs) == 6  # a code for each place, on each level
+
+
+def test_balanced_codes_share_every_level():
+    points = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) ** 3
+    books = [torch.zeros(4, 6), torch.zeros(8, 6)]
+    fill_codebooks(points, books, seed=0, equal=True)
+    codes = balanced_codes(points, books)
+    assert np.bincount(codes[:, 0]).max() <= 13 and np.bincount(codes[:, 1]).max() <= 7
+
+
+@pytest.mark.parametrize("sizes, items", [((3, 3), 9), ((5, 7), 20), ((256,) * 26, 50)])
+def test_random_codes_are_distinct_and_repeatable(sizes, items):
+    codes = random_codes(list(sizes), items, seed=3)
+    assert codes.shape == (items, len(sizes)) and colliding(codes) == 0
+    assert (codes >= 0).all() and (codes < np.array(sizes)).all()
+    assert (codes == random_codes(list(sizes), items, seed=3)).all()
+    assert (codes != random_codes(list(sizes), items, seed=4)).any()
+
+
+def test_every_way_gives_every_item_an_index(toy, tmp_path, script):
+    path = embeddings_of(toy)
+    np.save(path, np.repeat(np.load(path)[:3], 3, axis=0))  # three items, each three times
+    for method, colliding_at_first in (("kmeans", 9), ("balanced-kmeans", 7)):  # equal shares of two part the three
+        flags = ("--method", method, "--embeddings", path, "--output_dir", tmp_path / method)
+        code, _, error = script(train.main, *flags, "--codebook_sizes", 3, 2, 2)
+        assert code == 0, error
+        where = ("--dataset", "toy", "--data_path", toy, "--rqvae", tmp_path / method)
+        code, out, error = script(generate.main, *where)
+        assert code == 0 and f"items: {colliding_at_first} with" in out and "Sinkhorn" not in out, error
+        index = open_dataset(toy, "toy", ["items", "index"]).index
+        assert all(len(codes) == 3 for codes in index.values())
+    path.unlink()
+    written = []
+    for seed in (1, 1, 2):
+        flags = ("--random", "--seed", seed, "--codebook_sizes", 3, 3)
+        assert script(generate.main, "--dataset", "toy", "--data_path", toy, *flags)[0] == 0
+        written.append(open_dataset(toy, "toy", ["items", "index"]).index)
+    assert written[0] == written[1] != written[2]
 
 
 # ---- index.embed ----

@@ -1,0 +1,202 @@
+"""Compare index files: collisions, use of the codes, and whether items of one category begin alike.
+
+python -m index.report data/ml-100k/ml-100k.index.json --item data/ml-100k/ml-100k.item.json
+python -m index.report rqvae.index.json kmeans.index.json --item data/D/D.item.json --output results/D/index
+
+Index files need not be free of collisions. The table on the screen, report.json and report.png go together. What it
+says of categories: of all pairs of items that share a category, how many share the first 1, 2, ... codes as well, and
+how many times the share among all pairs that is. A pair with two categories in common counts twice; a category of more
+than half of the items is left out, since it tells nothing. An index drawn at random has about 1.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from data.dataset import output_folder, read_json, whole_file, write_json
+from errors import InputError, exits_cleanly, one_line
+from facts import run_facts
+from index.codes import perplexity
+
+# Where item texts have categories, in order of preference, and what stands between several (None: there is but one).
+CATEGORY_KEYS = {"categories": ",", "class": " ", "brand": None}
+
+
+def read_index(path: Path) -> dict[str, tuple[str, ...]]:
+    """item -> code tokens, several items of one index allowed; InputError for anything that is no index."""
+    index = read_json(path, "item -> list of code tokens")
+    for item, codes in index.items():
+        if not isinstance(codes, list) or not codes or not all(isinstance(code, str) and code for code in codes):
+            raise InputError(f"{path}: item {item!r} should have a list of code tokens, not {codes!r}")
+    return {item: tuple(codes) for item, codes in index.items()}
+
+
+def read_categories(path: Path, key: str | None) -> tuple[str, dict[str, set[str]]]:
+    """The key that holds them, `key` or the first of CATEGORY_KEYS in use, and item -> its categories.
+
+    A list holds one each; a text is taken as a whole, but for `categories` (between commas) and `class` (words).
+    """
+    items = read_json(path, "item -> title, description and a category")
+    if (wrong := next((item for item, record in items.items() if not isinstance(record, dict)), None)) is not None:
+        raise InputError(f"{path}: item {wrong!r} should be an object with a title and a description")
+    for name in [key] if key else CATEGORY_KEYS:
+        categories = {item: _split(record.get(name), CATEGORY_KEYS.get(name)) for item, record in items.items()}
+        members = Counter(category for found in categories.values() for category in found)
+        telling = {category for category, count in members.items() if 2 <= count <= len(items) / 2}
+        if telling:
+            return name, {item: found & telling for item, found in categories.items()}
+    sought = f"the key {key!r}" if key else f"any of the keys {', '.join(CATEGORY_KEYS)}"
+    raise InputError(f"{path}: no two to half of the items share a category in {sought}; name one by --category_key")
+
+
+def _split(value: object, separator: str | None) -> set[str]:
+    if not isinstance(value, list):
+        text = "" if value is None else str(value)
+        value = text.split(separator) if separator else [text]
+    return {part for each in value if (part := str(each).strip())}
+
+
+def measure(index: Mapping[str, tuple[str, ...]], categories: Mapping[str, set[str]] | None = None) -> dict:
+    """Figures of an index, with what its prefixes have to do with categories (item -> categories) where given."""
+    owners = Counter(index.values())
+    depth = max(map(len, owners))
+    levels, prefixes = [], []
+    for level in range(depth):
+        codes = np.array([tokens[level] for tokens in index.values() if len(tokens) > level])
+        levels.append({"codes_used": len(np.unique(codes)), "perplexity": perplexity(codes)})
+    for length in range(1, depth + 1):
+        begins = {item: tokens[:length] for item, tokens in index.items() if len(tokens) >= length}
+        groups = Counter(begins.values())
+        largest = [{"prefix": "".join(prefix), "items": items} for prefix, items in groups.most_common(5)]
+        found = {"length": length, "groups": len(groups), "largest": largest}
+        found["share_of_all_pairs"] = _pairs(groups) / max(1, _pairs([len(index)]))
+        if categories is not None:
+            members = Counter(category for item in index for category in categories[item])
+            both = Counter((category, begin) for item, begin in begins.items() for category in categories[item])
+            found["share_of_category_pairs"] = _pairs(both) / max(1, _pairs(members))
+            share = found["share_of_all_pairs"]
+            found["lift"] = found["share_of_category_pairs"] / share if share else None
+        prefixes.append(found)
+    return {
+        "items": len(index),
+        "indices": len(owners),
+        "colliding_items": sum(count for count in owners.values() if count > 1),
+        "levels": levels,
+        "prefixes": prefixes,
+    }
+
+
+def _pairs(groups: Mapping | list[int]) -> int:
+    """Pairs of items within groups of these sizes."""
+    sizes = groups.values() if isinstance(groups, Mapping) else groups
+    return sum(size * (size - 1) // 2 for size in sizes)
+
+
+def table(figures: dict[str, dict]) -> str:
+    """A line for each figure, a column for each index."""
+    lines = []
+
+    def line(name: str, show: Callable[[dict], str], part: str = "", at: int = 0) -> None:
+        found = [f[part][at : at + 1] if part else [f] for f in figures.values()]
+        lines.append((name, [show(each[0]) if each else "" for each in found]))
+
+    line("items", lambda f: f"{f['items']:,}")
+    line("colliding items", lambda f: f"{f['colliding_items']:,}")
+    depth = max(len(f["levels"]) for f in figures.values())
+    for at in range(depth):
+        line(f"level {at + 1}: codes used", lambda level: f"{level['codes_used']:,}", "levels", at)
+        line("  perplexity", lambda level: f"{level['perplexity']:.1f}", "levels", at)
+    for at in range(depth):
+        name = f"first {at + 1} codes" if at else "first code"
+        line(f"{name}: groups", lambda p: f"{p['groups']:,}", "prefixes", at)
+        line("  items of the largest", lambda p: f"{p['largest'][0]['items']:,}", "prefixes", at)
+        if all(p["share_of_all_pairs"] == 0 for f in figures.values() for p in f["prefixes"][at : at + 1]):
+            continue  # nothing is shared
+        line("  shared by all pairs", lambda p: f"{p['share_of_all_pairs']:.3%}", "prefixes", at)
+        if "lift" in next(iter(figures.values()))["prefixes"][0]:
+            line("  by pairs of one category", lambda p: f"{p['share_of_category_pairs']:.3%}", "prefixes", at)
+            line("  that is times", lambda p: "" if p["lift"] is None else f"{p['lift']:.2f}", "prefixes", at)
+    widths = [max(len(cell) for cell in (name, *(cells[at] for _, cells in lines))) for at, name in enumerate(figures)]
+    rows = [("", list(figures)), *lines]
+    return "\n".join(
+        f"{name:<26}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for name, cells in rows
+    )
+
+
+def draw(figures: dict[str, dict], key: str | None, path: Path) -> None:
+    """A PNG: perplexity and codes used of each level; beside it what pairs of one category share."""
+    from matplotlib.figure import Figure  # a second to import; not for --help
+
+    depth = max(len(f["levels"]) for f in figures.values())
+    picture = Figure(figsize=(13 if key else 7, 5), layout="constrained")
+    left, *right = np.atleast_1d(picture.subplots(1, 2 if key else 1))
+    width = 0.8 / len(figures)
+    for at, (name, f) in enumerate(figures.items()):
+        colour, places = f"C{at}", np.arange(1, len(f["levels"]) + 1) + (at - (len(figures) - 1) / 2) * width
+        left.bar(places, [level["perplexity"] for level in f["levels"]], width * 0.9, color=colour, label=name)
+        used = [level["codes_used"] for level in f["levels"]]
+        left.bar(places, used, width * 0.9, fill=False, edgecolor=colour)
+        for panel in right:
+            lifts = {x["length"]: x["lift"] for x in f["prefixes"] if x["lift"]}  # 0 and none have no logarithm
+            panel.plot(list(lifts), list(lifts.values()), marker="o", color=colour)
+    left.set(title="Perplexity (filled) and codes used (frame)", xlabel="level", ylabel="codes")
+    for panel in right:
+        panel.axhline(1, color="grey", linewidth=1, linestyle=":")
+        panel.set(title=f"Items of one {key} share their first codes", xlabel="first codes shared", yscale="log")
+        panel.set_ylabel("times as often as all pairs")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis("{x:g}")
+    for panel in (left, *right):
+        panel.set_xticks(range(1, depth + 1))
+        panel.spines[["top", "right"]].set_visible(False)
+    picture.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    picture.savefig(path, format="png", dpi=120)
+
+
+def names_of(paths: list[Path]) -> list[str]:
+    """File names without .index.json; paths where two would be alike."""
+    names = [path.name.removesuffix(".json").removesuffix(".index") for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("index", type=Path, nargs="+", help="index files, D.index.json")
+    parser.add_argument("--item", type=Path, help="D.item.json with the items' categories")
+    parser.add_argument(
+        "--category_key", help=f"its key for them (default: the first filled of {', '.join(CATEGORY_KEYS)})"
+    )
+    parser.add_argument("--output", type=Path, default=Path("results/index"), help="folder (default: %(default)s)")
+    args = one_line(parser).parse_args()
+    if args.category_key and not args.item:
+        raise InputError("--category_key needs --item, the file that has the key")
+    if len(set(args.index)) < len(args.index):
+        raise InputError("an index file is given twice; name each once")
+    started = time.monotonic()
+
+    indices = dict(zip(names_of(args.index), map(read_index, args.index), strict=True))
+    key, categories = read_categories(args.item, args.category_key) if args.item else (None, None)
+    for path, index in zip(args.index, indices.values(), strict=True) if args.item else ():
+        if (extra := next((item for item in index if item not in categories), None)) is not None:
+            raise InputError(f"{path}: item {extra!r} is not in {args.item}; the files are of different data")
+        if (missing := next((item for item in categories if item not in index), None)) is not None:
+            raise InputError(f"{path}: item {missing!r} of {args.item} has no index; the files are of different data")
+
+    figures = {name: measure(index, categories) for name, index in indices.items()}
+    print(table(figures))
+    output_folder(args.output)
+    with whole_file(args.output / "report.png") as temporary:
+        draw(figures, key, temporary)
+    facts = run_facts(vars(args) | {"index": list(map(str, args.index))}, started)
+    write_json(args.output / "report.json", {"category_key": key, "indices": figures, **facts}, indent=1)
+    print(f"{'categories: ' + key + '; ' if key else ''}-> {args.output}/report.json, report.png")
+
+
+if __name__ == "__main__":
+    main()
