@@ -173,9 +173,11 @@ generate_items() {
       python -m index.generate --dataset "$DATASET" --data_path "$SOURCE" --rqvae "$CKPT/rqvae" \
       --embeddings "$EMBEDDINGS" --output "$INDEX"
   else
-    INDEX=$SOURCE/$DATASET/$DATASET.index.json
+    OWN=$SOURCE/$DATASET/$DATASET.index.json
     echo "$ITEM is not there, so there are no item texts: the dataset's own index is used"
-    [[ -f $INDEX ]] || die "$INDEX: no such file; a dataset needs item texts or an index"
+    [[ -f $OWN ]] || die "$OWN: no such file; a dataset needs item texts or an index"
+    INDEX=$WORK/$DATASET.unique.index.json
+    stage index "$INDEX" "$OWN" index/repair.py -- python -m index.repair "$OWN" --output "$INDEX"
   fi
 
   # ---- 4. The base model ----

@@ -116,7 +116,9 @@ def look_at(folder: Path, seeds: list[int], scratch: Path) -> dict:
                 run["colliding_before"] = colliding(first)
                 if not model.config.equal_shares:
                     run["repair"] = repair(model, latents, nearest)
-            run |= measure(dict(zip(ids, map(tuple, tokens_of(codes)), strict=True)), categories)
+            run |= measure(dict(zip(ids, tokens_of(codes), strict=True)), categories)
+            for prefix in run["prefixes"]:
+                prefix["largest"] = prefix["largest"][:1]
             runs[way].append(run)
             print(f"{name}   seed {seed}   {way:<24}{run['seconds']:>7.1f} s", flush=True)
     return {"category_key": key, "runs": runs}

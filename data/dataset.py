@@ -213,16 +213,23 @@ def _read_items(path: Path, need_text: bool) -> dict[str, dict]:
 
 
 def _read_index(path: Path) -> dict[str, list[str]]:
-    index = read_json(path, "item -> list of code tokens")
+    index = read_codes(path)
     owner: dict[str, str] = {}  # as in a prompt: what is written alike is alike
+    for item, codes in index.items():
+        if (other := owner.setdefault("".join(codes), item)) != item:
+            raise InputError(
+                f"{path}: items {other!r} and {item!r} share the index {''.join(codes)}; every item needs its own: "
+                "rebuild it with python -m index.generate, or tell them apart with python -m index.repair"
+            )
+    return index
+
+
+def read_codes(path: Path) -> dict[str, list[str]]:
+    """An index file, item -> code tokens; several items may have the same. InputError for what is no index."""
+    index = read_json(path, "item -> list of code tokens")
     for item, codes in index.items():
         if not isinstance(codes, list) or not codes or not all(isinstance(code, str) and code for code in codes):
             raise InputError(f"{path}: item {item!r} should have a list of code tokens, not {codes!r}")
-        if (other := owner.setdefault("".join(codes), item)) != item:
-            raise InputError(
-                f"{path}: items {other!r} and {item!r} share the index {''.join(codes)}; "
-                "every item needs its own: rebuild it with python -m index.generate"
-            )
     return index
 
 

@@ -12,27 +12,18 @@ than half of the items is left out, since it tells nothing. An index drawn at ra
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data.dataset import output_folder, read_json, whole_file, write_json
+from data.dataset import output_folder, read_codes, read_json, whole_file, write_json
 from errors import InputError, exits_cleanly, one_line
 from facts import run_facts
 from index.codes import perplexity
 
 # Where item texts have categories, in order of preference, and what stands between several (None: there is but one).
 CATEGORY_KEYS = {"categories": ",", "class": " ", "brand": None}
-
-
-def read_index(path: Path) -> dict[str, tuple[str, ...]]:
-    """item -> code tokens, several items of one index allowed; InputError for anything that is no index."""
-    index = read_json(path, "item -> list of code tokens")
-    for item, codes in index.items():
-        if not isinstance(codes, list) or not codes or not all(isinstance(code, str) and code for code in codes):
-            raise InputError(f"{path}: item {item!r} should have a list of code tokens, not {codes!r}")
-    return {item: tuple(codes) for item, codes in index.items()}
 
 
 def read_categories(path: Path, key: str | None) -> tuple[str, dict[str, set[str]]]:
@@ -60,8 +51,9 @@ def _split(value: object, separator: str | None) -> set[str]:
     return {part for each in value if (part := str(each).strip())}
 
 
-def measure(index: Mapping[str, tuple[str, ...]], categories: Mapping[str, set[str]] | None = None) -> dict:
+def measure(index: Mapping[str, Sequence[str]], categories: Mapping[str, set[str]] | None = None) -> dict:
     """Figures of an index, with what its prefixes have to do with categories (item -> categories) where given."""
+    index = {item: tuple(codes) for item, codes in index.items()}
     owners = Counter(index.values())
     depth = max(map(len, owners))
     levels, prefixes = [], []
@@ -180,7 +172,7 @@ def main() -> None:
         raise InputError("an index file is given twice; name each once")
     started = time.monotonic()
 
-    indices = dict(zip(names_of(args.index), map(read_index, args.index), strict=True))
+    indices = dict(zip(names_of(args.index), map(read_codes, args.index), strict=True))
     key, categories = read_categories(args.item, args.category_key) if args.item else (None, None)
     for path, index in zip(args.index, indices.values(), strict=True) if args.item else ():
         if (extra := next((item for item in index if item not in categories), None)) is not None:

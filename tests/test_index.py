@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from data.dataset import open_dataset
 from errors import InputError
-from index import embed, generate, train
+from index import embed, generate, repair, train
 from index.codes import random_codes
 from index.collisions import colliding, move_to_free, spread
 from index.kmeans import balance, balanced_codes, equal_shares, fill_codebooks
+from index.repair import tell_apart
 from index.rqvae import RQVAE, RQVAEConfig
 
 
@@ -279,3 +280,34 @@ def test_bad_input_of_embed(toy, edit, refused):
     edit("item", lambda item: item.update({"3": {"title": ""}}))
     assert "item '3' has neither title nor description" in refused(embed.main, *where)
     assert not (toy / "toy/toy.emb-minilm-td.npy").exists()
+
+
+# ---- Published indices that give one index to several items ----
+
+
+@given(
+    st.dictionaries(st.integers(0, 99).map(str), st.lists(st.sampled_from(["<a_1>", "<b_2>", "<c_3>"]), min_size=1))
+)
+def test_twins_are_told_apart_and_all_others_keep_their_index(index):
+    mended = tell_apart(index)
+    written = ["".join(codes) for codes in mended.values()]
+    assert list(mended) == list(index) and len(set(written)) == len(written)
+    first = {}
+    for item, codes in index.items():
+        if first.setdefault("".join(codes), item) == item:
+            assert mended[item] == codes
+        else:
+            assert mended[item][:-1] == codes[:-1] and len(mended[item]) == len(codes)
+
+
+def test_the_published_index_of_instruments_is_mended(shared, tmp_path, script, refused):
+    published = shared / "data" / "Instruments" / "Instruments.index.json"
+    code, out, error = script(repair.main, published, "--output", tmp_path / "Instruments.index.json")
+    assert code == 0 and "25 of 9,922 items got another last code" in out, error
+    mended = json.loads((tmp_path / "Instruments.index.json").read_text())
+    had = {code for codes in json.loads(published.read_text()).values() for code in codes}
+    assert {code for codes in mended.values() for code in codes} <= had  # the model needs no new words
+    open_dataset(shared / "data", "Instruments", ["index"], tmp_path / "Instruments.index.json")
+    assert "no such file" in refused(repair.main, tmp_path / "none.json", "--output", tmp_path / "x.json")
+    (tmp_path / "named.json").write_text(json.dumps({"1": ["x"], "2": ["x"]}))
+    assert "has no number" in refused(repair.main, tmp_path / "named.json", "--output", tmp_path / "x.json")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from index import report
-from index.report import measure, read_categories, read_index
+from index.report import measure, read_categories
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -130,9 +130,3 @@ def test_bad_input(toy, tmp_path, refused):
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("")
     assert "cannot be written" in refused(report.main, index, *out)
-
-
-def test_read_index_allows_collisions(tmp_path):
-    path = tmp_path / "x.index.json"
-    path.write_text('{"1": ["<a_1>"], "2": ["<a_1>"]}')
-    assert read_index(path) == {"1": ("<a_1>",), "2": ("<a_1>",)}
