@@ -1,6 +1,7 @@
 """Ask a chat model many questions: a model that runs here, or one behind an OpenAI-compatible endpoint.
 
-Both are asked alike, `chat.ask(questions, keep)`, and hand each answer to `keep` as soon as it is there.
+Both are asked alike, `chat.ask(questions, keep)`, where `keep(at, answer)` gets the answer to `questions[at]` as soon
+as there is one.
 """
 
 import asyncio
@@ -57,7 +58,7 @@ class Sampling(NamedTuple):
         return temperature, int.from_bytes(digest[:4]) // 2  # some servers take 31 bits
 
 
-Keep = Callable[[Question, Answer], None]
+Keep = Callable[[int, Answer], None]
 
 
 class LocalChat:
@@ -99,7 +100,7 @@ class LocalChat:
             lambda rows: self._generate([questions[i] for i in rows]), batches, "question", "take a smaller model"
         ):
             for row, answer in zip(rows, answers, strict=True):
-                keep(questions[row], answer)
+                keep(row, answer)
 
     def _encode(self, prompt: str) -> list[int]:
         # Models that can think aloud before they answer are told not to; other templates ignore it.
@@ -203,14 +204,14 @@ class Endpoint:
             InputError: the server cannot be reached, refuses the request, or keeps failing.
         """
         try:
-            asyncio.run(self._ask(iter(questions), keep))
+            asyncio.run(self._ask(enumerate(questions), keep))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _ask(self, waiting: Iterator[Question], keep: Keep) -> None:
+    async def _ask(self, waiting: Iterator[tuple[int, Question]], keep: Keep) -> None:
         async def work() -> None:
-            for question in waiting:
-                keep(question, await self._answer(client, question))
+            for at, question in waiting:
+                keep(at, await self._answer(client, question))
 
         try:
             client = httpx2.AsyncClient(headers=self.headers, timeout=httpx2.Timeout(None, connect=10))

@@ -60,6 +60,8 @@ def fault(text: str, request: Request) -> str | None:
     missing (a year), or be a name by itself ("Seven (Se7en)").
     """
     said = _words(text)
+    if "\ufffd" in text:
+        return "cannot be read"
     if len(text) < SHORTEST or not said:
         return "empty or too short"
     if len(text) > LONGEST:
@@ -109,6 +111,7 @@ class Journal:
         self.texts: dict[str, str] = {}
         self.refused: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self._begun = False
 
     def __enter__(self) -> Self:
         output_file(self.path)
@@ -144,8 +147,9 @@ class Journal:
         return request.key in self.texts or self.refused[request.key] >= attempts
 
     def add(self, request: Request, text: str, why_refused: str | None) -> None:
-        if not len(self):
+        if not self._begun:
             self._write(self.made_with)
+            self._begun = True
         self._write({"of": request.key, **({"refused": why_refused} if why_refused else {"text": text})})
         self._count(request.key, text, why_refused)
 
@@ -175,6 +179,7 @@ class Journal:
                 "go on with those, or delete the file"
             )
         if number == 1 and record == self.made_with:
+            self._begun = True
             return
         given = (record.get("text"), record.get("refused")) if isinstance(record, dict) else ()
         if number == 1 or [type(each) for each in given].count(str) != 1 or not isinstance(record.get("of"), str):

@@ -90,14 +90,13 @@ def ask_all(chat: LocalChat | Endpoint, requests: list[Request], journal: Journa
     Raises:
         InputError: the model cannot be asked; the message says what is kept.
     """
-    of = {request.prompt: request for request in requests}
     bar = tqdm(total=len(requests), desc="ask", unit="text", disable=None)
     bar.update(sum(journal.settled(request, attempts) for request in requests))
-    done, said = bar.n, time.monotonic()
+    done, said, waiting = bar.n, time.monotonic(), []
 
-    def keep(question: Question, answer: Answer) -> None:
+    def keep(at: int, answer: Answer) -> None:
         nonlocal done, said
-        request = of[question.prompt]
+        request = waiting[at]
         text = clean(answer.text, answer.complete)
         journal.add(request, text, fault(text, request))
         if journal.settled(request, attempts):
@@ -160,8 +159,7 @@ def main() -> None:
         return
 
     # ---- Ask ----
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.seed)
-    chat = endpoint_of(args, sampling) if args.endpoint else LocalChat(args.model, sampling, args.batch_size or 16)
+    chat = chat_of(args, Sampling(args.max_new_tokens, args.temperature, args.seed))
     writer = Writer(dataset, prompts, chat, args.max_his_len)
     plan = writer.plan(users)
     requests = list({request.key: request for asked in plan.values() for request in asked}.values())
@@ -254,7 +252,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def endpoint_of(args: argparse.Namespace, sampling: Sampling) -> Endpoint:
+def chat_of(args: argparse.Namespace, sampling: Sampling) -> LocalChat | Endpoint:
+    if not args.endpoint:
+        if args.model == LOCAL_MODEL and not Path(LOCAL_MODEL).is_dir():
+            raise InputError(f"no {LOCAL_MODEL}: python -m models.smollm2 --output_dir {LOCAL_MODEL} makes it")
+        return LocalChat(args.model, sampling, args.batch_size or 16)
     key = os.environ.get(args.api_key_env or "OPENAI_API_KEY")
     if args.api_key_env and not key:
         # Its value is not shown: who took the flag for that of the key would find it in a log.
