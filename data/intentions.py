@@ -38,7 +38,7 @@ QUIET = 30  # seconds between two lines of progress where there is no terminal
 Plan = dict[tuple[str, str], list[Request]]  # ("preferences", "train" or "test"; user) -> what is asked
 
 
-class Writer:
+class Planner:
     """Turns users into requests; texts that are too long for the model are cut.
 
     An item of a history is given by 120 characters of its text, that of an intention by 600, a history by its newest
@@ -90,9 +90,9 @@ def ask_all(chat: LocalChat | Endpoint, requests: list[Request], journal: Journa
     Raises:
         InputError: the model cannot be asked; the message says what is kept.
     """
-    bar = tqdm(total=len(requests), desc="ask", unit="text", disable=None)
-    bar.update(sum(journal.settled(request, attempts) for request in requests))
-    done, said, waiting = bar.n, time.monotonic(), []
+    done = sum(journal.settled(request, attempts) for request in requests)
+    bar = tqdm(total=len(requests), initial=done, desc="ask", unit="text", disable=None)
+    said, waiting = time.monotonic(), []
 
     def keep(at: int, answer: Answer) -> None:
         nonlocal done, said
@@ -151,7 +151,7 @@ def main() -> None:
         "histories": dataset.sha256("histories"),
         "items": dataset.sha256("items"),
         "prompts": sha256(repr(prompts).encode()).hexdigest(),
-        **{flag: getattr(args, flag) for flag in ("endpoint", "model", "max_his_len", "attempts")},
+        **{flag: getattr(args, flag) for flag in ("model", "max_his_len", "attempts")},
         **{flag: getattr(args, flag) for flag in ("max_new_tokens", "temperature", "seed")},
     }
     if made_already(output, facts, {**made_with, "users": len(users)}):
@@ -160,10 +160,12 @@ def main() -> None:
 
     # ---- Ask ----
     chat = chat_of(args, Sampling(args.max_new_tokens, args.temperature, args.seed))
-    writer = Writer(dataset, prompts, chat, args.max_his_len)
-    plan = writer.plan(users)
+    planner = Planner(dataset, prompts, chat, args.max_his_len)
+    plan = planner.plan(users)
     requests = list({request.key: request for asked in plan.values() for request in asked}.values())
-    print(f"{len(requests):,} texts for {len(users):,} users; {writer.cut:,} prompts cut to fit the model", flush=True)
+    print(
+        f"{len(requests):,} texts for {len(users):,} users; {planner.cut:,} prompts cut to fit the model", flush=True
+    )
     with Journal(journal_path, made_with) as journal:
         if len(journal):
             print(f"{len(journal):,} answers from {journal_path}")

@@ -202,7 +202,7 @@ def test_nothing_held_out_is_told_where_training_is_written(script, where, toy, 
 
 def test_real_users_prompts_hold_no_title_held_out(shared):
     dataset = open_dataset(shared / "data", "Industrial", ["items"])
-    writer = intentions.Writer(
+    planner = intentions.Planner(
         dataset,
         intentions.read_prompts(intentions.PROMPT_FILE, intentions.FIELDS),
         Endpoint("http://h/v1", "m", Sampling()),
@@ -210,7 +210,7 @@ def test_real_users_prompts_hold_no_title_held_out(shared):
     )
     users = list(dataset.histories)[:300]
     checked = 0
-    for (section, user), requests in writer.plan(users).items():
+    for (section, user), requests in planner.plan(users).items():
         known = " ".join(dataset.text(item) for item in dataset.train_history(user))
         for item in dataset.histories[user][-2:]:
             if section != "test" and dataset.title(item)[:60] not in known:
@@ -379,9 +379,15 @@ def test_trouble_that_stays_ends_in_one_line_and_keeps_what_was_done(refused, wh
     assert "failed 2 times" in message and len(message) < 700
     assert f"3 answers are kept in {where[-1].parent}/toy.user.journal.jsonl: give the command again" in message
     assert files(where) == ["toy.user.journal.jsonl"]
+
+
+def test_another_server_of_the_model_goes_on(refused, script, where, undisturbed):
+    with serving(wise, wise, wise, status(500)) as server:
+        refused(intentions.main, *where, *at(server), "--concurrency", 1, "--retries", 0)
     with serving(wise) as other:
-        # The server has another address now; the journal, that of the first, is told of it.
-        assert "was begun with other endpoint" in refused(intentions.main, *where, *at(other))
+        assert "was begun with other model" in refused(intentions.main, *where, *at(other), "--model", "m")
+        assert script(intentions.main, *where, *at(other))[0] == 0
+    assert set(prompts_of(server)[:3]).isdisjoint(prompts_of(other)) and where[-1].read_bytes() == undisturbed
 
 
 @pytest.mark.parametrize("code", [301, 400, 401, 403, 404, 422])
@@ -631,13 +637,13 @@ def test_long_texts_and_histories_are_cut_to_the_models_context(toy, edit, tiny)
     edit("item", lambda item: {i: {"title": f"Toy {i} " * 50, "description": "x" * 5000} for i in item})
     dataset = open_dataset(toy, "toy", ["items"])
     prompts = intentions.read_prompts(intentions.PROMPT_FILE, intentions.FIELDS)
-    writer = intentions.Writer(dataset, prompts, LocalChat(tiny, Sampling()), 20)
-    requests = [request for asked in writer.plan(["0", "1"]).values() for request in asked]
-    assert all(len(writer.chat._encode(request.prompt)) + 64 <= 512 for request in requests)
-    assert 0 < writer.cut <= len(requests)
-    writer.chat.context = 80
+    planner = intentions.Planner(dataset, prompts, LocalChat(tiny, Sampling()), 20)
+    requests = [request for asked in planner.plan(["0", "1"]).values() for request in asked]
+    assert all(len(planner.chat._encode(request.prompt)) + 64 <= 512 for request in requests)
+    assert 0 < planner.cut <= len(requests)
+    planner.chat.context = 80
     with pytest.raises(InputError, match="the phrasing of 'general' leaves no room"):
-        writer.plan(["0"])
+        planner.plan(["0"])
 
 
 def test_it_runs_with_a_model_that_talks_nonsense(script, where, tiny):
