@@ -175,9 +175,8 @@ class Endpoint:
     ):
         try:
             parsed = httpx2.URL(url)
-            parsed.port  # noqa: B018 (a port that is none shows up here)
         except httpx2.InvalidURL:
-            parsed = httpx2.URL("")
+            parsed = httpx2.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise InputError("--endpoint should be like http://host:port/v1")
         if parsed.userinfo:
@@ -214,7 +213,11 @@ class Endpoint:
                 keep(at, await self._answer(client, question))
 
         try:
-            client = httpx2.AsyncClient(headers=self.headers, timeout=httpx2.Timeout(None, connect=10))
+            client = httpx2.AsyncClient(
+                headers=self.headers,
+                timeout=httpx2.Timeout(None, connect=10),
+                limits=httpx2.Limits(max_connections=self.concurrency),
+            )
         except (ImportError, ValueError) as error:  # a proxy in the environment that is none
             raise InputError(f"{self.url}: no connection can be made ({self._hide(error)})") from None
         async with client, asyncio.TaskGroup() as group:
