@@ -29,8 +29,8 @@ from facts import run_facts
 PROMPT_FILE = Path(__file__).with_name("intentions.yaml")
 LOCAL_MODEL = "ckpt/base/SmolLM2-135M-Instruct"
 PREFERENCES, INTENTIONS = ("general", "lasting", "recent"), ("of_user", "of_item")
-FIELDS = {task: Fields({"history"}) for task in PREFERENCES[:2]} | {"recent": Fields({"recent"})}
-FIELDS |= {task: Fields({"item"}) for task in INTENTIONS}
+FIELDS = {task: Fields([{"history", "recent"}]) for task in PREFERENCES}
+FIELDS |= {task: Fields([{"item"}]) for task in INTENTIONS}
 RECENT = 4  # items
 LINE, ITEM = 120, 600  # characters of an item in a history, and of the item that an intention is about
 QUIET = 30  # seconds between two lines of progress where there is no terminal
