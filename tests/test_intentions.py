@@ -6,101 +6,19 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 
 import pytest
-import torch
-from conftest import make_model, make_tokenizer
-from hypothesis import given
-from hypothesis import strategies as st
+from serving import body, closes, completion, prompts_of, serving, status, wise
 
 import chat
-from chat import Endpoint, LocalChat, Question, Sampling
+from chat import Endpoint, Sampling
 from data import intentions
-from data.answers import Journal, Request, clean, fault
 from data.dataset import open_dataset
 from data.users import read_users
-from errors import InputError
 
 KEY = "sk-secret-0123456789"
-
-
-def wise(number, request):
-    """An answer that depends on the prompt alone, and passes."""
-    digest = sha256(request["messages"][0]["content"].encode()).hexdigest()[:8]
-    return completion(f"Somebody wishes for {digest} and nothing else.")
-
-
-def completion(text, reason="stop"):
-    content = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}]}
-    return 200, json.dumps(content).encode(), {}
-
-
-def status(code, body=b"sorry", **headers):
-    return lambda number, request: (code, body, headers)
-
-
-def body(content):
-    return lambda number, request: (200, content, {})
-
-
-def closes(number, request):
-    return None
-
-
-@contextmanager
-def serving(*replies):
-    """A server whose nth request is replied to by the nth of `replies`, and those after them by the last."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.replies, server.requests, server.keys, server.times = replies, [], [], []
-    server.released = Event()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.released.set()
-        server.shutdown()
-        server.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        number = len(server.requests)
-        server.requests.append(request)
-        server.keys.append(self.headers.get("Authorization"))
-        server.times.append(time.monotonic())
-        assert self.path == "/v1/chat/completions"
-        reply = server.replies[min(number, len(server.replies) - 1)]
-        if reply == "stalls":
-            server.released.wait(30)
-            return
-        answer = reply(number, request)
-        if answer is None:
-            self.close_connection = True
-            return
-        code, content, headers = answer
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-def prompts_of(server):
-    return [request["messages"][0]["content"] for request in server.requests]
 
 
 @pytest.fixture(autouse=True)
@@ -244,65 +162,6 @@ def test_phrasings_take_turns(script, where, tmp_path):
     assert code == 0, error
     asked = {prompt.split()[0] for prompt in prompts_of(server)}
     assert asked == {"general", "lasting", "recent", "of_item", "first", "second"}
-
-
-# ---- Which answers pass ----
-
-CLEAN = {
-    '"A light."': "A light.",
-    "Sure! Here it is:\n\n1. A light for work.": "A light for work.",
-    "A light.\n\nI hope this helps!": "A light.",
-    "<think>Hm.\n\nA lamp?</think>\n\nA light.": "A light.",
-    "<think>Hm, a lamp": "",
-    "- **A light** for\n  work": "A light for work",
-    "": "",
-    "Answer:": "",
-    "a\ud800b\x00c": "a b c",
-}
-
-
-@pytest.mark.parametrize("answer", CLEAN)
-def test_answers_are_cleaned(answer):
-    assert clean(answer, complete=True) == CLEAN[answer]
-
-
-def test_an_answer_that_was_cut_off_ends_with_its_last_sentence():
-    assert clean("A light. It is for wor", complete=False) == "A light."
-    assert clean("A light for wor", complete=False) == ""
-    assert clean("A light for work\n\nIt is ma", complete=False) == "A light for work"
-
-
-LAMP = Request("Product: Acme G7 Lamp (Seven). Bright.\nWhat is it that you see here, in a few words?",
-               "Product: {item}\nWhat is it that you see here, in a few words?", "Acme G7 Lamp (Seven)")  # fmt: skip
-FAULTS = {
-    "Something bright for the night.": None,
-    "A lamp by somebody.": None,
-    "I want the acme g7, lamp.": "names the item",
-    "I want the ACME G7 LAMP (SEVEN) now.": "names the item",
-    "They call it Seven, I think.": "names the item",
-    "I want the Acme G7 Lampshade.": None,
-    "": "empty or too short",
-    "Hm.": "empty or too short",
-    "!!!!!!!!!!!!!!!": "empty or too short",
-    "Something br\ufffdght for the night.": "cannot be read",
-    "bright " * 100: "too long",
-    "Well, what is it that you see here, in a hut?": "repeats the prompt",
-    "what is it that you see": "repeats the prompt",
-    "made with shot made with shot made with shot": "goes round in circles",
-}
-
-
-@pytest.mark.parametrize("text", FAULTS)
-def test_answers_are_checked(text):
-    assert fault(text, LAMP) == FAULTS[text]
-
-
-@given(before=st.text(max_size=30), title=st.text(min_size=1, max_size=60), after=st.text(max_size=30))
-def test_a_title_told_as_it_is_never_passes(before, title, after):
-    if any(c.isalnum() for c in title):
-        text = clean(f"{before} {title} {after}", complete=True)
-        if title in text:
-            assert fault(text, Request("prompt", "phrasing", title)) is not None
 
 
 def test_what_is_refused_is_asked_again_and_then_left_out(script, where, toy):
@@ -451,22 +310,6 @@ def test_requests_run_side_by_side(script, where):
     assert server.times[-1] - server.times[0] < 0.2 * 6  # what one after another takes
 
 
-def test_a_reply_that_drips_is_given_up():
-    class Drips(Handler):
-        def do_POST(self):
-            self.send_response(200)
-            self.end_headers()
-            while not self.server.released.wait(0.05):
-                self.wfile.write(b" ")
-
-    with serving(wise) as server:
-        server.RequestHandlerClass = Drips
-        begun = time.monotonic()
-        with pytest.raises(InputError, match="no reply within 0.3 seconds"):
-            Endpoint(server.url, "m", Sampling(), timeout=0.3, retries=0).ask([Question("x")], print)
-        assert time.monotonic() - begun < 3
-
-
 def test_the_key_is_sent_and_shown_nowhere(script, where, monkeypatch, toy):
     monkeypatch.setenv("MY_KEY", KEY + "\n")
     flags = ("--api_key_env", "MY_KEY", "--users", 3, "--concurrency", 1)
@@ -524,133 +367,7 @@ def test_killed_half_way_it_ends_with_the_same_file(script, where, undisturbed):
     assert files(where) == ["toy.user.json", "toy.user.run.json"]
 
 
-def test_refused_answers_are_remembered(tmp_path):
-    request = Request("prompt", "phrasing")
-    for _ in range(2):
-        with Journal(tmp_path / "journal", {"model": "m"}) as journal:
-            journal.add(request, "", "too long")
-    with Journal(tmp_path / "journal", {"model": "m"}) as journal:
-        assert journal.refused[request.key] == 2 and journal.faults == {"too long": 2} and len(journal) == 2
-        assert journal.settled(request, 2) and not journal.settled(request, 3)
-
-
-def test_a_journal_is_one_runs_own(tmp_path):
-    with Journal(tmp_path / "journal", {"model": "m"}):
-        with pytest.raises(InputError, match="another run is writing to it"), Journal(tmp_path / "journal", {}):
-            pass
-    assert list(tmp_path.iterdir()) == []  # nothing to keep
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ('{"model": "other", "seed": 1}\n', "was begun with other model; go on with those, or delete the file"),
-        ("my diary\n", "line 1 is not one of a journal"),
-        ('{"model": "m", "seed": 1}\n{"of": "x"}\n', "line 2 is not one of a journal"),
-        ('{"model": "m", "seed": 1}\n{"of": 1, "text": "x"}\n', "line 2 is not one of a journal"),
-        ('{"model": "m", "seed": 1}\n{"of": "x", "text": "y"}\n\0\0\n', "line 3 is not one of a journal"),
-    ],
-)
-def test_other_journals_are_refused(tmp_path, content, message):
-    path = tmp_path / "journal"
-    path.write_text(content)
-    with pytest.raises(InputError, match=message), Journal(path, {"model": "m", "seed": 1}):
-        pass
-    assert path.read_text() == content
-
-
-@given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
-def test_any_journal_is_read_or_refused(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("journal") / "journal"
-    path.write_bytes(b'{"model": "m"}\n' + content)
-    try:
-        with Journal(path, {"model": "m"}) as journal:
-            journal.add(Request("prompt", "phrasing"), "text", None)
-    except InputError:
-        return
-    with Journal(path, {"model": "m"}) as again:
-        assert again.texts == journal.texts
-
-
 # ---- A model that runs here ----
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A chat model with random weights and a context of 512 tokens."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer(bos=True)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}Response:"
-    tokenizer.save_pretrained(folder)
-    make_model("llama", len(tokenizer), spread=4).save_pretrained(folder)
-    return folder
-
-
-def answers_of(model, questions):
-    found = {}
-    model.ask(questions, lambda at, answer: found.update({questions[at]: answer}))
-    return found
-
-
-def test_an_answer_does_not_depend_on_what_shares_its_batch(tiny):
-    questions = [Question("A user had these items. " * (1 + i % 3) + str(i), attempt=i % 2) for i in range(9)]
-    sampling = Sampling(max_new_tokens=12)
-    together = answers_of(LocalChat(tiny, sampling, batch_size=4), questions)
-    assert together == answers_of(LocalChat(tiny, sampling, batch_size=1), questions[::-1])
-    assert len(together) == 9 and len({answer.text for answer in together.values()}) > 5
-
-
-def test_seeds_and_attempts_change_the_draw_and_nothing_else_does(tiny):
-    model = LocalChat(tiny, Sampling(max_new_tokens=12))
-    questions = [Question("A user had these items.", attempt) for attempt in range(3)]
-    first = answers_of(model, questions)
-    torch.manual_seed(7)
-    assert first == answers_of(model, questions) and len({answer.text for answer in first.values()}) == 3
-    model.sampling = Sampling(max_new_tokens=12, seed=1)
-    other = answers_of(model, questions)
-    assert other[questions[0]] == first[questions[0]] and other[questions[1]] != first[questions[1]]
-
-
-def test_whether_an_answer_is_complete_is_known(tiny):
-    model = LocalChat(tiny, Sampling(max_new_tokens=6))
-    question = Question("A user had these items.")
-    assert not answers_of(model, [question])[question].complete
-    prompt = torch.tensor([model._encode(question.prompt)])
-    model.model.generation_config.eos_token_id = [
-        2, model.model.generate(prompt, attention_mask=prompt * 0 + 1, max_new_tokens=6, do_sample=False)[0, -2].item()
-    ]  # fmt: skip
-    assert answers_of(model, [question])[question].complete
-
-
-def test_draws_follow_the_models_probabilities():
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    scores = probabilities.log().repeat(4000, 1)
-    drawn = chat._Draw([(1.0, seed) for seed in range(4000)])(torch.zeros(4000, 1, dtype=torch.long), scores)
-    shares = torch.bincount(drawn.argmax(dim=1), minlength=4) / 4000
-    # The least likely is beyond nine tenths.
-    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03) and shares[3] == 0
-    scores = probabilities.log().repeat(2, 1)
-    assert torch.equal(chat._Draw([(0.0, 1), (0.0, 2)])(torch.zeros(2, 1, dtype=torch.long), scores.clone()), scores)
-
-
-def test_long_texts_and_histories_are_cut_to_the_models_context(toy, edit, tiny):
-    edit("item", lambda item: {i: {"title": f"Toy {i} " * 50, "description": "x" * 5000} for i in item})
-    dataset = open_dataset(toy, "toy", ["items"])
-    prompts = intentions.read_prompts(intentions.PROMPT_FILE, intentions.FIELDS)
-    planner = intentions.Planner(dataset, prompts, LocalChat(tiny, Sampling()), 20)
-    requests = [request for asked in planner.plan(["0", "1"]).values() for request in asked]
-    assert all(len(planner.chat._encode(request.prompt)) + 64 <= 512 for request in requests)
-    assert 0 < planner.cut <= len(requests)
-    planner.chat.context = 80
-    with pytest.raises(InputError, match="the phrasing of 'general' leaves no room"):
-        planner.plan(["0"])
-
-
-def test_it_runs_with_a_model_that_talks_nonsense(script, where, tiny):
-    code, out, error = script(intentions.main, *where, "--model", tiny, "--users", 2, "--max_his_len", 3)
-    assert code in (0, 2) and "Traceback" not in error
-    assert " texts for 2 users" in out
-    assert code == 0 or "no answer of" in error
 
 
 def test_with_smollm2(script, where, smollm2, shared):
@@ -717,22 +434,6 @@ def test_bad_input_is_named(refused, where, toy, tmp_path, case, monkeypatch):
     given, message = BAD[case]
     said = refused(intentions.main, *where, *(given(toy, tmp_path) if callable(given) else given))
     assert message in said and "pw" not in said and KEY not in said
-
-
-def test_a_model_without_a_chat_template_is_refused(refused, where, workshop):
-    message = refused(intentions.main, *where, "--model", workshop / "base")
-    assert "has no chat template" in message
-
-
-def test_a_template_that_fails_is_refused(refused, where, tiny, tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
-    tokenizer.save_pretrained(tmp_path / "model")
-    assert "its chat template takes no message of a user" in refused(
-        intentions.main, *where, "--model", tmp_path / "model"
-    )
 
 
 def test_a_folder_that_cannot_be_written_needs_another_output(refused, where, toy, tmp_path):
