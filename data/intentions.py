@@ -4,8 +4,9 @@ python -m data.intentions --dataset ml-100k                # SmolLM2 on this mac
 python -m data.intentions --dataset ml-100k --users 100 --model Qwen/Qwen3-4B-Instruct-2507
 python -m data.intentions --dataset ml-100k --endpoint https://api.openai.com/v1 --model gpt-4o-mini   # OPENAI_API_KEY
 
-Preferences and the intentions of training are written from the training history alone. Each answer is kept in a
-journal beside the output, so that the command, given again, goes on where it stopped.
+The training intention is about the last training item, preferences about what came before it: nothing that a model is
+to find is told. Each answer is kept in a journal beside the output, so that the command, given again, goes on where it
+stopped.
 """
 
 import argparse
@@ -52,11 +53,15 @@ class Planner:
         self.cut = 0
 
     def plan(self, users: list[str]) -> Plan:
-        """What to ask about these users. A user who is too short to be tested has no intention of "test"."""
+        """What to ask about these users.
+
+        A user who had nothing before the last training item has no preferences, one who is too short to be tested no
+        intention of "test".
+        """
         plan: Plan = {}
         for number, user in enumerate(users):
-            history = self.dataset.train_history(user)
-            plan["preferences", user] = [self._request(task, number, history) for task in PREFERENCES]
+            if history := occasion(self.dataset, user, "train")[0]:
+                plan["preferences", user] = [self._request(task, number, history) for task in PREFERENCES]
             for part in PARTS if len(self.dataset.histories[user]) >= 3 else PARTS[:1]:
                 item = occasion(self.dataset, user, part)[1]
                 plan[part, user] = [self._request(task, number, item=item) for task in INTENTIONS]
