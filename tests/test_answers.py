@@ -1,0 +1,112 @@
+"""A chat model's answers: what is made of them, which ones pass, and the journal that keeps them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.answers import Journal, Request, clean, fault
+from errors import InputError
+
+CLEAN = {
+    '"A light."': "A light.",
+    "Sure! Here it is:\n\n1. A light for work.": "A light for work.",
+    "A light.\n\nI hope this helps!": "A light.",
+    "<think>Hm.\n\nA lamp?</think>\n\nA light.": "A light.",
+    "<think>Hm, a lamp": "",
+    "- **A light** for\n  work": "A light for work",
+    "": "",
+    "Answer:": "",
+    "a\ud800b\x00c": "a b c",
+}
+
+
+@pytest.mark.parametrize("answer", CLEAN)
+def test_answers_are_cleaned(answer):
+    assert clean(answer, complete=True) == CLEAN[answer]
+
+
+def test_an_answer_that_was_cut_off_ends_with_its_last_sentence():
+    assert clean("A light. It is for wor", complete=False) == "A light."
+    assert clean("A light for wor", complete=False) == ""
+    assert clean("A light for work\n\nIt is ma", complete=False) == "A light for work"
+
+
+LAMP = Request("Product: Acme G7 Lamp (Seven). Bright.\nWhat is it that you see here, in a few words?",
+               "Product: {item}\nWhat is it that you see here, in a few words?", "Acme G7 Lamp (Seven)")  # fmt: skip
+FAULTS = {
+    "Something bright for the night.": None,
+    "A lamp by somebody.": None,
+    "I want the acme g7, lamp.": "names the item",
+    "I want the ACME G7 LAMP (SEVEN) now.": "names the item",
+    "They call it Seven, I think.": "names the item",
+    "I want the Acme G7 Lampshade.": None,
+    "": "empty or too short",
+    "Hm.": "empty or too short",
+    "!!!!!!!!!!!!!!!": "empty or too short",
+    "Something br\ufffdght for the night.": "cannot be read",
+    "bright " * 100: "too long",
+    "Well, what is it that you see here, in a hut?": "repeats the prompt",
+    "what is it that you see": "repeats the prompt",
+    "made with shot made with shot made with shot": "goes round in circles",
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_answers_are_checked(text):
+    assert fault(text, LAMP) == FAULTS[text]
+
+
+@given(before=st.text(max_size=30), title=st.text(min_size=1, max_size=60), after=st.text(max_size=30))
+def test_a_title_told_as_it_is_never_passes(before, title, after):
+    if any(c.isalnum() for c in title):
+        text = clean(f"{before} {title} {after}", complete=True)
+        if title in text:
+            assert fault(text, Request("prompt", "phrasing", title)) is not None
+
+
+def test_refused_answers_are_remembered(tmp_path):
+    request = Request("prompt", "phrasing")
+    for _ in range(2):
+        with Journal(tmp_path / "journal", {"model": "m"}) as journal:
+            journal.add(request, "", "too long")
+    with Journal(tmp_path / "journal", {"model": "m"}) as journal:
+        assert journal.refused[request.key] == 2 and journal.faults == {"too long": 2} and len(journal) == 2
+        assert journal.settled(request, 2) and not journal.settled(request, 3)
+
+
+def test_a_journal_is_one_runs_own(tmp_path):
+    with Journal(tmp_path / "journal", {"model": "m"}):
+        with pytest.raises(InputError, match="another run is writing to it"), Journal(tmp_path / "journal", {}):
+            pass
+    assert list(tmp_path.iterdir()) == []  # nothing to keep
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"model": "other", "seed": 1}\n', "was begun with other model; go on with those, or delete the file"),
+        ("my diary\n", "line 1 is not one of a journal"),
+        ('{"model": "m", "seed": 1}\n{"of": "x"}\n', "line 2 is not one of a journal"),
+        ('{"model": "m", "seed": 1}\n{"of": 1, "text": "x"}\n', "line 2 is not one of a journal"),
+        ('{"model": "m", "seed": 1}\n{"of": "x", "text": "y"}\n\0\0\n', "line 3 is not one of a journal"),
+    ],
+)
+def test_other_journals_are_refused(tmp_path, content, message):
+    path = tmp_path / "journal"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message), Journal(path, {"model": "m", "seed": 1}):
+        pass
+    assert path.read_text() == content
+
+
+@given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
+def test_any_journal_is_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("journal") / "journal"
+    path.write_bytes(b'{"model": "m"}\n' + content)
+    try:
+        with Journal(path, {"model": "m"}) as journal:
+            journal.add(Request("prompt", "phrasing"), "text", None)
+    except InputError:
+        return
+    with Journal(path, {"model": "m"}) as again:
+        assert again.texts == journal.texts
