@@ -73,12 +73,12 @@ def read_json(path: Path, what: str) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it should hold {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
     except _Twin as error:
         raise InputError(f"{path}: the key {error.args[0]!r} is there twice; keep one") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}; repair the file") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or a number of thousands of digits
+        raise InputError(f"{path}: cannot be read ({error})") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply; it should hold {what}") from None
     if not isinstance(content, dict):

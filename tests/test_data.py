@@ -83,9 +83,10 @@ def test_missing_and_malformed_files_are_named(toy, name):
     path.write_text('{"0": [1, 2,')
     with pytest.raises(InputError, match=f"toy.{name}.json: not valid JSON at line 1"):
         open_toy(toy, "items", "index")
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=f"toy.{name}.json: cannot be read"):
-        open_toy(toy, "items", "index")
+    for content in (b"\xff\xfe\x00", b'{"0": [' + b"7" * 5000 + b"]}"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"toy.{name}.json: cannot be read"):
+            open_toy(toy, "items", "index")
     path.unlink()
     with pytest.raises(InputError, match=f"toy.{name}.json: no such file"):
         open_toy(toy, "items", "index")
