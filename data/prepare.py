@@ -300,12 +300,12 @@ def parse_args() -> argparse.Namespace:
         help="k of the k-core over users and items, within the window (default: 5, with --task preference 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--start", type=_day, metavar="DAY",
+        "--start", metavar="DAY",
         help="first day that counts, like 2001-06-01, UTC (default: the data's; of --task preference the last months)",
     )  # fmt: skip
     parser.add_argument("--memory_gb", type=float, default=4, help="what DuckDB may hold, GB (default: %(default)s)")
     of_sequential = parser.add_argument_group("--task sequential")
-    of_sequential.add_argument("--end", type=_day, metavar="DAY", help="last day that counts (default: the data's)")
+    of_sequential.add_argument("--end", metavar="DAY", help="last day that counts (default: the data's)")
     of_preference = parser.add_argument_group("--task preference")
     of_preference.add_argument(
         "--months", type=float, nargs=3, default=[10, 5, 5], metavar=("TRAIN", "VALID", "TEST"),
@@ -333,6 +333,7 @@ def parse_args() -> argparse.Namespace:
         raise InputError(f"--memory_gb {args.memory_gb:g}: should be 0.1 at least")
     if not math.isfinite(args.liked_above):
         raise InputError(f"--liked_above {args.liked_above:g}: should be a number")
+    args.start, args.end = _day("--start", args.start), _day("--end", args.end)
     if args.raw_path is None and args.source != "recbole":
         raise InputError(
             f"--source {args.source} needs --raw_path, {'a file' if args.source == 'csv' else 'a folder'}"
@@ -345,10 +346,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def _day(text: str) -> pd.Timestamp:
+def _day(flag: str, text: str | None) -> pd.Timestamp | None:
+    if text is None:
+        return None
     day = pd.to_datetime(text, format="%Y-%m-%d", errors="coerce")
     if pd.isna(day) or day.year > 2200:
-        raise argparse.ArgumentTypeError(f"{text}: should be a day, like 2001-06-01")
+        raise InputError(f"{flag} {text}: should be a day, like 2001-06-01")
     return day
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import duckdb
 
@@ -35,9 +35,9 @@ class JsonLines:
         columns = ", ".join(f"{literal(field)}: '{'JSON' if self.as_json else 'VARCHAR'}'" for field in self.fields)
         return f"read_json({_source(self.path)}, format='newline_delimited', columns={{{columns}}})"
 
-    def check(self, file: TextIO) -> Iterator[tuple[bool, int]]:
+    def check(self, lines: Iterator[str]) -> Iterator[tuple[bool, int]]:
         """Whether each line is a row, and its number; ValueError at one that is no JSON object."""
-        for number, text in enumerate(file, start=1):
+        for number, text in enumerate(lines, start=1):
             if text.strip():
                 record = json.loads(text)
                 if not isinstance(record, dict):
@@ -69,12 +69,13 @@ class Table:
             f"null_padding={self.padded}, encoding='{self.encoding}')"
         )
 
-    def check(self, file: TextIO) -> Iterator[tuple[bool, int]]:
+    def check(self, lines: Iterator[str]) -> Iterator[tuple[bool, int]]:
         """Whether each row or empty line is a row, and the line it ends in; ValueError at a wrong number of fields."""
         csv.field_size_limit(sys.maxsize)
-        reader = csv.reader(file, delimiter=self.delimiter, strict=True) if self.quoted else None
+        reader = csv.reader(lines, delimiter=self.delimiter, strict=True) if self.quoted else None
+        rows = reader or (line.rstrip("\r\n").split(self.delimiter) for line in lines)
         header = self.header
-        for number, row in enumerate(reader or (line.rstrip("\n").split(self.delimiter) for line in file), start=1):
+        for number, row in enumerate(rows, start=1):
             empty = row in ([], [""])
             if not empty and (len(row) > self.width or len(row) < self.width and not self.padded):
                 raise ValueError(f"it has {len(row)} fields, not {self.width}")
@@ -113,20 +114,23 @@ def load(con: duckdb.DuckDBPyConnection, statement: str, raw: JsonLines | Table)
         raise InputError(f"{raw.path}: cannot be read ({reason}); repair the file") from None
 
 
-def line_of(raw: JsonLines | Table, row: int) -> int:
-    """The number of the line in which row `row`, from 0, ends."""
-    return next(islice(_row_lines(raw), row, None))
+def line_of(raw: JsonLines | Table, row: int) -> str:
+    """'line 7', where row `row`, from 0, ends."""
+    line = next(islice(_row_lines(raw), row, None), None)
+    return f"row {row + 1:,}" if line is None else f"line {line}"
 
 
 def _row_lines(raw: JsonLines | Table) -> Iterator[int]:
     """The line of each row; InputError at the first that cannot be read."""
     line = 0
     try:
-        with _opened(raw.path, raw.encoding) as file:
-            for is_row, line in raw.check(file):
+        with _opened(raw.path) as file:
+            for is_row, line in raw.check(text.decode(raw.encoding) for text in file):
                 if is_row:
                     yield line
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{raw.path}: line {line + 1} cannot be read ({error}); get the file again") from None
+    except (csv.Error, ValueError, RecursionError) as error:
         raise InputError(
             f"{raw.path}: line {line + 1} cannot be read ({error}); repair the file or take the line out"
         ) from None
@@ -135,13 +139,13 @@ def _row_lines(raw: JsonLines | Table) -> Iterator[int]:
 def header_of(path: Path, delimiters: str, quoted: bool) -> dict[str, list[str]]:
     """The names in the first line, for each of the `delimiters` that might part them."""
     try:
-        with _opened(existing(path), "utf-8-sig") as file:
-            line = file.readline(2**20).rstrip("\n")
+        with _opened(existing(path)) as file:
+            line = file.readline(2**20).decode("utf-8-sig").rstrip("\r\n")
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         return {one: next(csv.reader([line], delimiter=one, quoting=quoting), []) for one in delimiters}
     except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
         raise InputError(f"{path}: line 1 cannot be read ({error}); it should hold the columns' names") from None
 
 
-def _opened(path: Path, encoding: str) -> TextIO:
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=encoding)
+def _opened(path: Path) -> BinaryIO:
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")

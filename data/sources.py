@@ -20,10 +20,12 @@ from data.core import one_row
 from data.rawfiles import JsonLines, Table, existing, header_of, line_of, load
 from errors import InputError
 
-SECONDS = "try_cast({} AS DOUBLE)"
-MILLISECONDS = "try_cast({} AS DOUBLE) / 1000"
+# trim: DuckDB's CSV reader takes a bare try_cast upon itself, and then fails where it should give NULL.
+NUMBER = "try_cast(trim({0}) AS DOUBLE)"
+SECONDS = NUMBER
+MILLISECONDS = f"{NUMBER} / 1000"
 # A number of seconds, or a day and a time of day (of Greenwich where it names no zone).
-SECONDS_OR_DATE = "coalesce(try_cast({0} AS DOUBLE), epoch(try_cast({0} AS TIMESTAMPTZ)))"
+SECONDS_OR_DATE = f"coalesce({NUMBER}, epoch(try_cast(trim({{0}}) AS TIMESTAMPTZ)))"
 LATEST = 2**33  # seconds: the year 2242; milliseconds have passed it since April 1970
 
 
@@ -58,12 +60,13 @@ def read_movielens(con: DuckDBPyConnection, args: argparse.Namespace) -> bool:
     path = _first_of(args.raw_path, ["ratings.dat", "ratings.csv"])
     movies_path = existing(path.with_name(path.name.replace("ratings", "movies")))
     if path.suffix == ".dat":
-        ratings = Table(path, 4, "::", header=False, encoding="latin-1")
-        movies = Table(movies_path, 3, "::", header=False, encoding="latin-1")
+        ratings, columns = Table(path, 4, "::", header=False), ["c0", "c1", "c3", "c2"]
+        encoding = "utf-8" if _is_utf8(movies_path) else "latin-1"  # 10M, and 1M
+        movies, item, *texts = Table(movies_path, 3, "::", header=False, encoding=encoding), "c0", "c1", "c2"
     else:
-        ratings = Table(path, 4, ",", quoted=True)
-        movies = Table(movies_path, 3, ",", quoted=True)
-    _make_ratings(con, ratings, "c0", "c1", "c3", "c2")
+        ratings, columns = _csv(path, ["userId", "movieId", "timestamp", "rating"])
+        movies, (item, *texts) = _csv(movies_path, ["movieId", "title", "genres"])
+    _make_ratings(con, ratings, *columns)
 
     def describe(title: str, kinds: str) -> dict[str, str]:
         kinds = "" if kinds == "(no genres listed)" else clean(kinds).replace("|", " ")
@@ -73,7 +76,7 @@ def read_movielens(con: DuckDBPyConnection, args: argparse.Namespace) -> bool:
             "class": kinds,
         }
 
-    _make_items(con, movies, "c0", ["c1", "c2"], describe)
+    _make_items(con, movies, item, texts, describe)
     return False
 
 
@@ -127,23 +130,20 @@ def read_csv(con: DuckDBPyConnection, args: argparse.Namespace) -> bool:
 
     Times are seconds, milliseconds with --time_unit ms, or dates. Ratings of items without a title are left out.
     """
-    named = {"user": args.user_column, "item": args.item_column, "time": args.time_column}
-    named |= {"rating": args.rating_column} if args.rating_column else {}
-    raw, columns = _csv(args.raw_path, named)
-    time = MILLISECONDS if args.time_unit == "ms" else SECONDS_OR_DATE
-    _make_ratings(con, raw, *columns[:3], *columns[3:], time=time)
+    rating = [args.rating_column] if args.rating_column else []
+    raw, columns = _csv(args.raw_path, [args.user_column, args.item_column, args.time_column, *rating])
+    _make_ratings(con, raw, *columns, time=MILLISECONDS if args.time_unit == "ms" else SECONDS_OR_DATE)
     if args.items_path is None:
         con.execute("CREATE TABLE items (item VARCHAR, texts VARCHAR)")
         return False
 
-    named = {"item": args.item_column, "title": args.title_column}
-    named |= {"description": args.description_column} if args.description_column else {}
-    raw, columns = _csv(args.items_path, named)
+    description = [args.description_column] if args.description_column else []
+    raw, (item, *texts) = _csv(args.items_path, [args.item_column, args.title_column, *description])
 
     def describe(title: str, description: str = "") -> dict[str, str]:
         return {"title": clean(title), "description": clean(description)}
 
-    _make_items(con, raw, columns[0], columns[1:], describe)
+    _make_items(con, raw, item, texts, describe)
     return _only_titled(con, args.raw_path, args.items_path)
 
 
@@ -173,7 +173,7 @@ def _make_ratings(
 
     `time` makes seconds of a timestamp. A rating that is no number counts as none if it `may_lack`.
     """
-    stars = f"try_cast({rating} AS DOUBLE)" if rating else "NULL::DOUBLE"
+    stars = NUMBER.format(rating) if rating else "NULL::DOUBLE"
     columns = f"{user} AS user, {item} AS item, {stars} AS rating, {time.format(timestamp)} AS timestamp"
     load(con, f"CREATE TABLE ratings AS SELECT {columns} FROM {raw.sql}", raw)
 
@@ -196,7 +196,7 @@ def _make_ratings(
     )
     if faulty is not None:
         row, when, fault = faulty
-        where = f"{raw.path}: line {line_of(raw, row)}"
+        where = f"{raw.path}: {line_of(raw, row)}"
         if fault != "unit":
             raise InputError(f"{where} has no {fault}; give it one or take the line out")
         when *= 1000 if time == MILLISECONDS else 1
@@ -216,7 +216,7 @@ def _make_items(
         return json.dumps(describe(*values), ensure_ascii=False)
 
     con.create_function("texts_of", texts, ["VARCHAR[]"], "VARCHAR")
-    values = ", ".join(f"coalesce({column}, '')" for column in columns)
+    values = ", ".join(f"coalesce({column}::VARCHAR, '')" for column in columns)
     rows = f"SELECT {item} AS item, [{values}] AS told, row_number() OVER () AS line FROM {raw.sql}"
     rated = "item IN (SELECT DISTINCT item FROM ratings)"
     load(con, f"CREATE TABLE told AS SELECT item, line, texts_of(told) AS texts FROM ({rows}) WHERE {rated}", raw)
@@ -244,19 +244,26 @@ def _atomic(path: Path, wanted: list[str]) -> tuple[Table, list[str]]:
     return Table(path, len(names), "\t", padded=True), names
 
 
-def _csv(path: Path, named: dict[str, str]) -> tuple[Table, list[str]]:
-    """A table whose header has the columns `named` by flags, whichever delimiter parts it, and what SQL calls them.
+def _csv(path: Path, wanted: list[str]) -> tuple[Table, list[str]]:
+    """A table whose header has the columns `wanted`, whichever delimiter parts it, and what SQL calls these.
 
-    DuckDB could guess delimiter and quotes, but passes over lines that do not fit its guess.
+    DuckDB would guess delimiter and quotes, but passes over lines that do not fit its guess.
     """
     headers = header_of(path, ",;\t|", quoted=True)
-    delimiter = max(headers, key=lambda one: (sum(name in headers[one] for name in named.values()), len(headers[one])))
+    delimiter = max(headers, key=lambda one: (sum(name in headers[one] for name in wanted), len(headers[one])))
     names = headers[delimiter]
-    for flag, name in named.items():
-        if names.count(name) != 1:
-            has = "has no column" if name not in names else "has more than one column"
-            raise InputError(f"{path}: {has} {name!r}; it has {', '.join(names)[:300]}; see --{flag}_column")
-    return Table(path, len(names), delimiter, quoted=True), [f"c{names.index(name)}" for name in named.values()]
+    if wrong := next((name for name in wanted if names.count(name) != 1), None):
+        has = "has more than one column" if wrong in names else "has no column"
+        raise InputError(f"{path}: {has} {wrong!r}; it has {', '.join(names)[:300]}; see --help")
+    return Table(path, len(names), delimiter, quoted=True), [f"c{names.index(name)}" for name in wanted]
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _first_of(folder: Path, names: list[str]) -> Path:
