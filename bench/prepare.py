@@ -20,24 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.common import process_mb, write_results
-from data.dataset import output_folder, whole_file
+from bench.common import RESULTS, process_mb, write_results
+from data.dataset import output_folder, read_json, whole_file
 from errors import InputError, exits_cleanly, one_line
 
 CHUNK = 250_000  # lines of a gzip member
-TASKS = {
-    "sequential": [],
-    "preference": [
-        "--months",
-        "24",
-        "6",
-        "6",
-        "--liked_above",
-        "4",
-        "--min_interactions",
-        "5",
-    ],
-}
+WINDOW = "--months 24 6 6 --liked_above 4 --min_interactions 5"
+TASKS = {"sequential": [], "preference": WINDOW.split()}
 
 
 def reviews(chunk: int, total: int) -> bytes:
@@ -148,22 +137,19 @@ def main() -> None:
     )
     parser.add_argument("--flags", default="", help="more flags for data.prepare")
     args = one_line(parser).parse_args()
-    runs = []
+    last = RESULTS / "prepare.json"
+    runs = read_json(last, "the last results")["runs"] if last.exists() else []  # of other sizes they stay
     for millions in args.millions:
-        raw = args.work / f"{millions:g}M"
-        make_files(raw, int(millions * 1e6))
-        size = (raw / "Books.json.gz").stat().st_size / 2**20
+        raw, lines = args.work / f"{millions:g}M", int(millions * 1e6)
+        make_files(raw, lines)
+        gz_mb = round((raw / "Books.json.gz").stat().st_size / 2**20)
         for task in args.tasks:
-            run = {"lines": int(millions * 1e6), "gz_mb": round(size), **prepare(raw, task, args.flags.split())}
-            runs.append(run)
-            print(
-                f"{millions:g}M lines, {size:,.0f} MB gzipped, {task}: {run['seconds']} s, {run['memory_mb']:,} MB, "
-                f"disk {run['disk_mb']:,} MB",
-                *run["said"],
-                sep="\n  ",
-                flush=True,
-            )
-            print(f"written to {write_results('prepare', torch.device('cpu'), {'runs': runs})}")
+            run = {"lines": lines, "gz_mb": gz_mb, **prepare(raw, task, args.flags.split())}
+            runs = [one for one in runs if (one["lines"], one["task"]) != (lines, task)] + [run]
+            print(f"{millions:g}M lines, {gz_mb:,} MB gzipped, {task}: {run['seconds']} s, {run['memory_mb']:,} MB")
+            print(f"  {run['disk_mb']:,} MB on the disk meanwhile", *run["said"], sep="\n  ")
+            path = write_results("prepare", torch.device("cpu"), {"runs": runs})
+            print(f"written to {path}", flush=True)
 
 
 if __name__ == "__main__":

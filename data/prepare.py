@@ -50,6 +50,10 @@ def workspace(data_path: Path, memory_gb: float) -> Iterator[DuckDBPyConnection]
             with duckdb.connect(f"{folder}/ratings.duckdb", config=settings) as con:
                 con.execute("SET TimeZone = 'UTC'")
                 yield con
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from None  # which DuckDB has caught
     except duckdb.OutOfMemoryException:
         raise InputError(f"--memory_gb {memory_gb:g} is too little for these files; give it more") from None
     except (OSError, duckdb.IOException) as error:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -442,6 +444,19 @@ FLAGS = {
 def test_flags_are_checked(refused, case):
     given_flags, message = FLAGS[case]
     assert message in refused(prepare.main, *given_flags)
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path):
+    rows = [(f"user {n}", f"item {n % 7}", 5, WHEN + n) for n in range(200_000)]
+    where = write_amazon2018(tmp_path / "raw", rows)
+    command = [sys.executable, "-m", "data.prepare", *map(str, flags(tmp_path, "amazon2018", where))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob(".prepare-*/*")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert process.returncode == 130 and error.strip() == "interrupted", error
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 # ---- Anything at all ----
