@@ -17,6 +17,7 @@ from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import torch
 
@@ -148,7 +149,7 @@ def main() -> None:
             runs = [one for one in runs if (one["lines"], one["task"]) != (lines, task)] + [run]
             print(f"{millions:g}M lines, {gz_mb:,} MB gzipped, {task}: {run['seconds']} s, {run['memory_mb']:,} MB")
             print(f"  {run['disk_mb']:,} MB on the disk meanwhile", *run["said"], sep="\n  ")
-            path = write_results("prepare", torch.device("cpu"), {"runs": runs})
+            path = write_results("prepare", torch.device("cpu"), {"duckdb": duckdb.__version__, "runs": runs})
             print(f"written to {path}", flush=True)
 
 

@@ -34,6 +34,7 @@ from duckdb import DuckDBPyConnection
 from data.core import give_ids, keep_core, keep_first, keep_window, number_ratings, one_row, size
 from data.dataset import output_folder, whole_file
 from data.preference import COLUMNS, PARTS
+from data.rawfiles import NO_ROOM
 from data.sources import SOURCES
 from errors import InputError, exits_cleanly, one_line
 
@@ -56,7 +57,7 @@ def workspace(data_path: Path, memory_gb: float) -> Iterator[DuckDBPyConnection]
         raise KeyboardInterrupt from None  # which DuckDB has caught
     except duckdb.OutOfMemoryException:
         raise InputError(f"--memory_gb {memory_gb:g} is too little for these files; give it more") from None
-    except (OSError, duckdb.IOException) as error:
+    except (OSError, *NO_ROOM) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{place}: the work in progress finds no room there ({reason}); see --data_path") from None
 
@@ -82,8 +83,8 @@ def core_of(con: DuckDBPyConnection, args: argparse.Namespace, k: int, first_id:
     if lacking and has_texts(args):
         item, unknown = lacking
         if unknown:
-            raise InputError(f"{args.dataset}: item {item!r} has ratings but no line in the item file")
-        raise InputError(f"{args.dataset}: item {item!r} has no title; give it one or take its ratings out")
+            raise InputError(f"{args.dataset}: item {item[:80]!r} has ratings but no line in the item file")
+        raise InputError(f"{args.dataset}: item {item[:80]!r} has no title; give it one or take its ratings out")
     return left_out
 
 
@@ -154,12 +155,13 @@ def sequential(con: DuckDBPyConnection, args: argparse.Namespace, only_known: bo
     """Histories in time order, LC-Rec's files."""
     name, k = args.dataset, args.min_interactions or 5
     left_out = {"of items without a title": number_ratings(con, only_known)}
-    had = data_span(con)
-    first = args.start or pd.Timestamp.min
-    end = args.end + pd.Timedelta(days=1) if args.end else pd.Timestamp.max
-    left_out["from before --start or after --end"] = keep_window(con, first.timestamp(), end.timestamp())
-    if not size(con):
-        raise InputError(f"{name}: no ratings from --start to --end; {had}")
+    if args.start or args.end:
+        had = data_span(con)
+        first = args.start or pd.Timestamp.min
+        end = args.end + pd.Timedelta(days=1) if args.end else pd.Timestamp.max
+        left_out["from before --start or after --end"] = keep_window(con, first.timestamp(), end.timestamp())
+        if not size(con):
+            raise InputError(f"{name}: no ratings from --start to --end; {had}")
     left_out["there twice: same user, item and time"] = keep_first(con, "u, i, timestamp")
     left_out[f"of users or items with fewer than {k}"] = core_of(con, args, k, first_id=0, need_title=False)
 

@@ -19,6 +19,8 @@ import duckdb
 
 from errors import InputError
 
+NO_ROOM = (duckdb.IOException, duckdb.TransactionException)  # what comes of a full disk; of unreadable files, too
+
 
 @dataclass(frozen=True)
 class JsonLines:
@@ -110,6 +112,8 @@ def load(con: duckdb.DuckDBPyConnection, statement: str, raw: JsonLines | Table)
     except duckdb.Error as error:
         for _ in _row_lines(raw):
             pass
+        if isinstance(error, NO_ROOM) and raw.path.name not in str(error):
+            raise
         reason = str(error).partition("\n")[0][:300]
         raise InputError(f"{raw.path}: cannot be read ({reason}); repair the file") from None
 

@@ -261,7 +261,7 @@ def _csv(path: Path, wanted: list[str]) -> tuple[Table, list[str]]:
 def _is_utf8(path: Path) -> bool:
     try:
         path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
         return False
     return True
 
