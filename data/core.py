@@ -42,6 +42,7 @@ def keep(con: DuckDBPyConnection, selection: str) -> int:
     """Go on with what the SELECT gives of `rated`; returns how many ratings that leaves out."""
     before = size(con)
     con.execute(f"CREATE OR REPLACE TABLE rated AS {selection}")
+    con.execute("CHECKPOINT")  # gives the room of what was left out back
     return before - size(con)
 
 
