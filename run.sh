@@ -156,7 +156,7 @@ make_base_model() {
 generate_items() {
   # ---- 1. Raw ratings -> histories and item texts ----
   if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
-    stage prepare "$WORK/$DATASET.inter.json" data/prepare.py data/sources.py -- \
+    stage prepare "$WORK/$DATASET.inter.json" data/{prepare,sources,rawfiles,clean,core}.py -- \
       python -m data.prepare --source recbole --dataset "$DATASET"
   fi
   INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.json
@@ -203,7 +203,7 @@ ask_yes_or_no() {
   local folder=$SOURCE/$DATASET first=$CKPT/tallrec collab="" tune=() test=() start=() base=() kind=$COLLAB
   [[ $METHOD != binllm ]] || kind=hash
   if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
-    stage prepare-preference "$WORK/train.parquet" data/prepare.py data/sources.py -- \
+    stage prepare-preference "$WORK/train.parquet" data/{prepare,sources,rawfiles,clean,core}.py -- \
       python -m data.prepare --task preference --source recbole --dataset "$DATASET" --months 6 1 1
   fi
   for part in train.parquet valid.parquet test.parquet item.json; do

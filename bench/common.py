@@ -65,10 +65,10 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def process_mb(kind: str) -> float:
-    """Memory of this process, MB, as Linux counts it: VmRSS is resident now, VmHWM the most since the mark."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**10
+def process_mb(kind: str, process: int | str = "self") -> float:
+    """Memory of a process, MB, as Linux has it: VmRSS resident now, VmHWM the most since the mark; 0 once it ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(kind)), 0) / 2**10
 
 
 def results_path(name: str, device: torch.device) -> Path:

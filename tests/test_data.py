@@ -1,12 +1,10 @@
-"""Dataset folders: what they give, what is refused, and how raw ratings become one."""
+"""Dataset folders: what they give and what is refused."""
 
 import json
 import os
 
-import pandas as pd
 import pytest
 
-from data import prepare
 from data.dataset import open_dataset as open_folder
 from data.dataset import output_folder, read_embeddings, whole_file, write_json
 from errors import InputError
@@ -141,65 +139,6 @@ def test_embedding_files_are_checked(tmp_path):
         read_embeddings(path, 3)
     np.save(path, np.ones((3, 2)))
     assert read_embeddings(path, 3).dtype == np.float32
-
-
-# ---- data.prepare ----
-
-
-def write_atomic(folder, ratings, items):
-    folder.mkdir(exist_ok=True)
-    rows = "".join(f"{u}\t{i}\t4\t{t}\n" for u, i, t in ratings)
-    (folder / "mini.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + rows)
-    rows = "".join(f"{i}\t{title}\t{year}\t{kind}\n" for i, title, year, kind in items)
-    head = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
-    (folder / "mini.item").write_text(head + rows)
-
-
-MOVIES = [(i, f"Film {i}, The", 1990 + i, "Drama War") for i in range(1, 11)]
-
-
-def test_prepare_orders_by_time_and_keeps_ties_in_file_order(tmp_path, script):
-    ratings = [(u, i, 5) for u in (10, 9) for i in (3, 1, 2)] + [(9, 10, 1), (10, 10, 9)]
-    write_atomic(tmp_path / "raw", ratings, MOVIES)
-    flags = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path, "--min_interactions", 2)
-    code, out, _ = script(prepare.main, *flags)
-    assert code == 0 and "users 2" in out
-    inter = json.loads((tmp_path / "mini/mini.inter.json").read_text())
-    assert inter == {"0": ["3", "2", "0", "1"], "1": ["2", "0", "1", "3"]}  # raw ids 9, 10 and 1, 2, 3, 10 numbered
-    item = json.loads((tmp_path / "mini/mini.item.json").read_text())["3"]
-    assert (item["title"], item["description"]) == ("The Film 10", "Released in 2000. Genres: Drama, War")
-    assert (tmp_path / "mini/mini.item2id").read_text().splitlines()[-1] == "10\t3"
-
-
-def test_prepare_replaces_all_files_or_none(tmp_path, script, refused):
-    write_atomic(tmp_path / "raw", [(u, i, i) for u in (1, 2) for i in (1, 2, 3)], MOVIES)
-    flags = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path, "--min_interactions", 1)
-    assert script(prepare.main, *flags)[0] == 0
-    before = (tmp_path / "mini/mini.inter.json").read_bytes()
-    (tmp_path / "mini/mini.item2id").unlink()
-    (tmp_path / "mini/mini.item2id").mkdir()
-    write_atomic(tmp_path / "raw", [(u, i, -i) for u in (1, 2) for i in (1, 2, 3)], MOVIES)
-    assert "mini.item2id: is a folder" in refused(prepare.main, *flags)
-    assert (tmp_path / "mini/mini.inter.json").read_bytes() == before
-
-
-def test_k_core_is_a_fixed_point():
-    table = pd.DataFrame({"user": list("aabbcc") + ["d"], "item": list("xyxyxz") + ["z"]})
-    core = prepare.k_core(table, 2)
-    assert set(core["user"]) == {"a", "b"} and set(core["item"]) == {"x", "y"}
-
-
-def test_prepare_refuses_bad_raw_files(tmp_path, refused):
-    raw = tmp_path / "raw"
-    flags = ("--dataset", "mini", "--raw_path", raw, "--data_path", tmp_path / "out", "--min_interactions", 1)
-    assert "mini.inter: no such file" in refused(prepare.main, *flags)
-    write_atomic(raw, [(1, 1, "yesterday")], MOVIES)
-    assert "line 2 has no numeric timestamp" in refused(prepare.main, *flags)
-    write_atomic(raw, [(1, 77, 5)], MOVIES)
-    assert "item '77' has ratings but no line" in refused(prepare.main, *flags)
-    write_atomic(raw, [(1, 1, 5)], MOVIES)
-    assert "lower --min_interactions" in refused(prepare.main, *flags[:-1], 9)
-    assert not (tmp_path / "out").exists()
 
 
 def test_ml_100k_has_the_known_size(ml_100k):

@@ -218,7 +218,7 @@ def test_prepare_replaces_all_files_or_none(tmp_path, script, refused):
 
 
 def test_half_months():
-    ends = prepare.time_window(pd.DataFrame(), "2017-01-01", [11, 0.5, 0.5])
+    ends = prepare.time_window(0, pd.Timestamp("2017-01-01"), [11, 0.5, 0.5])
     assert [f"{end:%Y-%m-%d %H}" for end in ends] == [
         "2017-01-01 00",
         "2017-12-01 00",
@@ -252,9 +252,9 @@ def test_prepare_refuses(tmp_path, refused, case):
 
 
 def test_prepare_refuses_bad_movielens_lines(tmp_path, refused):
-    assert "ratings.dat: cannot be read" in prepared(tmp_path, refused)
+    assert "has none of ratings.dat, ratings.csv" in prepared(tmp_path, refused)
     write_movielens(tmp_path / "raw", [*RATINGS, (1, 2)])
-    assert "ratings.dat: line 11 does not have the 4 fields" in prepared(tmp_path, refused)
+    assert "ratings.dat: line 11 cannot be read (it has 2 fields, not 4)" in prepared(tmp_path, refused)
     for rating in ("good", "", "inf"):
         write_movielens(tmp_path / "raw", [*RATINGS, (1, 2, rating, 5)])
         assert "ratings.dat: line 11 has no numeric rating" in prepared(tmp_path, refused)
@@ -293,7 +293,7 @@ def test_sequences_need_no_ratings_but_preferences_do(tmp_path, script, refused)
     error = refused(prepare.main, *flags, "--task", "preference")
     assert "mini: interaction 1 of the raw file has no rating" in error
     (tmp_path / "raw/mini.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n1\t1\t5\n\n1\t2\tx\n")
-    assert "mini.inter: line 3 has no numeric timestamp" in refused(prepare.main, *flags)
+    assert "mini.inter: line 4 has no numeric timestamp" in refused(prepare.main, *flags)
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -329,7 +329,7 @@ def test_prepare_refuses_bad_amazon_files(tmp_path, refused):
     (raw / "Books.json.gz").write_bytes(whole[: len(whole) // 2])
     assert "Books.json.gz: line" in refused(prepare.main, *flags)
     write_amazon(raw, [*REVIEWS, REVIEWS[0] | {"unixReviewTime": 10**400}], METADATA)
-    assert "Books.json.gz: a timestamp is no number" in refused(prepare.main, *flags)
+    assert "Books.json.gz: line 11 has no numeric timestamp" in refused(prepare.main, *flags)
     write_amazon(raw, [*REVIEWS, "[" * 100_000], METADATA)
     assert "Books.json.gz: line 11 cannot be read" in refused(prepare.main, *flags)
     write_amazon(raw, REVIEWS, [{"asin": "B77", "title": "Other"}])
