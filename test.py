@@ -42,6 +42,13 @@ from recommend import recommend, trie_of
 from scoring import check_fits, inputs_of, measure, print_table, score
 from trainer import RECORD
 
+OF_RECORD = {"prompts", "tasks", "lora", "supervise", "max_text_len"}  # what a model that generates was tuned with
+
+
+def task_of(name: str) -> str:
+    """The test of that name, in whatever case."""
+    return next((task for task in TEST_TASKS if task.lower() == name.lower()), name)
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py or pretrain.py")
     model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
     model.add_argument("--base_model", help="where the base model of an adapter folder is now, if it has moved")
+    model.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights stay as they are")
     model.add_argument("--lora", action="store_true", help="no effect, kept for LC-Rec's commands: a folder tells it")
     model.add_argument("--collab", help="where the collaborative model is now, if it has moved")
     data = parser.add_argument_group("data")
@@ -63,7 +71,7 @@ def parse_args() -> argparse.Namespace:
         help="suffix of the file of what users say, or a path to one (default: %(default)s)",
     )  # fmt: skip
     data.add_argument(
-        "--test_task", default="SeqRec", choices=list(TEST_TASKS),
+        "--test_task", default="SeqRec", choices=list(TEST_TASKS), type=task_of,
         help="what a model that generates is asked for: the next item, from indices or from titles (FusionSeqRec); "
         "what a user is looking for (default: %(default)s)",
     )  # fmt: skip
@@ -94,7 +102,6 @@ def parse_args() -> argparse.Namespace:
         "--cold_text_only", action="store_true",
         help="ask by titles alone where training knew nothing of the user or of the item",
     )  # fmt: skip
-    questions.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights stay as they are")
     results = parser.add_argument_group("results")
     results.add_argument("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="(default: %(default)s)")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
@@ -109,6 +116,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if args.sample_num != -1 and args.sample_num < 1:
+        raise InputError(f"--sample_num {args.sample_num}: should be 1 at least, or -1 for all")
     if args.test_batch_size < 1:
         raise InputError(f"--test_batch_size {args.test_batch_size}: should be 1 at least")
     if distributed.is_initialized():
@@ -134,8 +143,10 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     log = print if main_process else lambda *_: None
 
     # ---- What to measure ----
+    if not OF_RECORD <= record.keys() or not isinstance(record["prompts"], dict):
+        raise InputError(f"{args.ckpt_path}: was tuned by another version of finetune.py; tune it again")
     task = TEST_TASKS[args.test_task]
-    if task != "seqrec" and task not in record["tasks"].split(","):
+    if task != "seqrec" and task not in record["tasks"]:
         raise InputError(f"{args.ckpt_path}: was not tuned on {task} (--tasks), so it cannot be tested on it")
     task = seqrec_of(record["supervise"]) if task == "seqrec" else task
     needs = ["index", "items"] if task == "fusionseqrec" else ["index"]
@@ -149,6 +160,8 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
         )
     phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"][task]]
     answerable = [number for number, phrasing in enumerate(phrasings) if phrasing.names_target]
+    if not answerable:
+        raise InputError(f"{args.ckpt_path}: was tuned on no phrasing of {task} that is answered by {{target}} alone")
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, answerable)
     method = record["method"] if args.test_task == "SeqRec" else f"{record['method']}-{task}"
     results_file = results_file_of(args, dataset.name, method)
@@ -169,9 +182,8 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
         log(f"  {again:,} users had their target before: with --exclude_seen it counts as a miss")
 
     # ---- Model ----
-    model, tokenizer = lcrec.open_model(args.ckpt_path, record, args.base_model)
-    if not (record["load_in_4bit"] or record["load_in_8bit"]):  # which are on a device already
-        model.to(f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = lcrec.open_model(args.ckpt_path, record, device, args.base_model)
     token_ids = index_token_ids(tokenizer, dataset.index)
     trie = trie_of(token_ids, tokenizer, task)
     instructions = Instructions(
@@ -185,24 +197,25 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
         max_text_len=record["max_text_len"],
         add_prefix=record["add_prefix"],
     )
+    lcrec.check_room(model, instructions.lengths(longest=True).max())
 
     # ---- Search, one phrasing after another ----
-    found = {
-        number: recommend(
-            model,
-            instructions,
-            samples,
-            phrasings[number],
-            trie,
-            args.num_beams,
-            args.test_batch_size,
-            excluded,
-            args.score,
-            split=together,
-            show_progress=main_process,
-        )
-        for number in prompt_ids
-    }
+    found = {}
+    for number in prompt_ids:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            found[number] = recommend(
+                model,
+                instructions,
+                samples,
+                phrasings[number],
+                trie,
+                args.num_beams,
+                args.test_batch_size,
+                excluded,
+                args.score,
+                split=together,
+                show_progress=main_process,
+            )
     if not main_process:
         return
     by_prompt = {

@@ -176,6 +176,8 @@ class RecTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return  # every process comes here, one writes
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the record says the same in the open
         (folder / RECORD).write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -196,7 +198,7 @@ def checkpoint_to_resume(args: transformers.TrainingArguments, record: dict) -> 
     output_folder(Path(args.output_dir))
     newest = newest_checkpoint(args.output_dir)
     if args.resume_from_checkpoint is None:
-        if newest or (Path(args.output_dir) / "config.json").exists():
+        if newest or any((Path(args.output_dir) / name).exists() for name in (RECORD, "config.json")):
             raise InputError(
                 f"{args.output_dir}: holds a model of an earlier run; go on with --resume_from_checkpoint auto, "
                 "or choose another --output_dir"

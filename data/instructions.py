@@ -55,8 +55,9 @@ class Instructions(torch.utils.data.Dataset):
         self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
         self.only_response, self.seed, self.epoch = only_response, seed, 0
         self._plain = lru_cache(2**18)(plain_text(tokenizer, max_text_len))
-        times = phrasings_per_sample or {}
-        self._row = np.repeat(np.arange(len(samples)), [times.get(task, 1) for task in samples["task"]])
+        times = np.array([(phrasings_per_sample or {}).get(task, 1) for task in samples["task"]])
+        self._row = np.repeat(np.arange(len(samples)), times)  # of its sample, and which copy of it one is
+        self._copy = np.arange(len(self._row)) - np.repeat(np.cumsum(times) - times, times)
         self._fitting: dict[tuple[str, frozenset[str]], list[int]] = {}
         self._rims: dict[tuple[str, frozenset[str], int], dict[int, tuple[int, frozenset[str]]]] = {}
 
@@ -71,7 +72,7 @@ class Instructions(torch.utils.data.Dataset):
         task = sample["task"]
         phrasing = self.prompts[task][self._drawn(i, task, self._known(sample))]
         if task == "seqrec_history" and not sample["item"]:
-            shift = self._shift(sample["user"])
+            shift = self._shift(sample["user"], int(self._copy[i]))
             items = stretch(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
             return self._whole([self._index(item) for item in items], phrasing)
         if sample["preferences"]:
@@ -81,6 +82,9 @@ class Instructions(torch.utils.data.Dataset):
 
     def prompt(self, sample: dict, phrasing: Phrasing) -> str:
         """The text up to where the answer is to be given."""
+        if lacking := phrasing.fields - self._known(sample):
+            whose = f"user {sample['user']!r}, of whom there is no {', '.join(sorted(lacking))}"
+            raise InputError(f"the phrasing {phrasing.prompt[:60]!r} cannot be put to {whose}")
         return self._asked(sample["task"], phrasing, self._words(sample, phrasing.fields), len(sample["history"]))
 
     def answered(self, sample: dict, phrasing: Phrasing) -> dict[str, list[int]]:
@@ -91,20 +95,22 @@ class Instructions(torch.utils.data.Dataset):
 
     def _known(self, sample: dict) -> frozenset[str]:
         """The fields that a sample can fill."""
-        known = {"history", "titles"} if sample["history"] else set()
+        known = {"history"} if sample["history"] else set()
+        if sample["history"] and all(self.dataset.items.get(item, {}).get("title") for item in sample["history"]):
+            known |= {"titles"}
         if sample["item"]:
             about = self.dataset.items.get(sample["item"], {})
             known |= {"target"} | {field for field in TEXT_KEYS if str(about.get(field) or "").strip()}
         known |= {"preference"} if sample["preferences"] else set()
         return frozenset(known | set(INTENTION_FIELDS) if sample["intentions"] else known)
 
-    def _choices(self, task: str, known: frozenset[str]) -> list[int]:
+    def _choices(self, task: str, known: frozenset[str], whose: str = "a sample") -> list[int]:
         """The numbers of the phrasings that a sample can fill; InputError if there is none."""
         if (task, known) not in self._fitting:
             fitting = [number for number, phrasing in enumerate(self.prompts[task]) if phrasing.fields <= known]
             if not fitting:
                 raise InputError(
-                    f"no phrasing of {task} suits a sample that can fill just {', '.join(sorted(known))}: "
+                    f"no phrasing of {task} suits {whose}, which can fill just {', '.join(sorted(known))}: "
                     "add one to the prompt file (--prompt_file), or complete the item texts"
                 )
             self._fitting[task, known] = fitting
@@ -115,9 +121,9 @@ class Instructions(torch.utils.data.Dataset):
         choices = self._choices(task, known)
         return choices[random.Random(f"{self.seed} {self.epoch} {i}").randrange(len(choices))]
 
-    def _shift(self, user: str) -> float:
-        """Where the stretches of a user begin in this epoch."""
-        return random.Random(f"{self.seed} {self.epoch} {user}").random()
+    def _shift(self, user: str, copy: int) -> float:
+        """Where the stretches of a user begin in this epoch, in this copy of them."""
+        return random.Random(f"{self.seed} {self.epoch} {user}{f' {copy}' if copy else ''}").random()
 
     def _words(self, sample: dict, fields: Collection[str]) -> dict[str, str]:
         """What stands for each of the fields, and for the target if there is one."""
@@ -183,8 +189,8 @@ class Instructions(torch.utils.data.Dataset):
         """Tokens of each sample in this epoch, int64 [samples]; or in whichever epoch it is `longest`.
 
         No sample is written out for it: index tokens stand for themselves whatever surrounds them, so that what a
-        phrasing adds depends on the number of items alone. Other texts are counted by themselves; where their ends
-        melt into the words around them it is a token or two less.
+        phrasing adds depends on the number of items alone. Other texts are counted by themselves; what their ends
+        make with the words around them can be a few tokens less, or one or two more.
         """
         found = []
         for i, row in enumerate(self._row.tolist()):
@@ -193,7 +199,7 @@ class Instructions(torch.utils.data.Dataset):
                 if longest:
                     items = sorted(items)[-self.max_his_len - 1 :]
                 else:
-                    items = stretch(items, part, parts, self.max_his_len, self._shift(user))
+                    items = stretch(items, part, parts, self.max_his_len, self._shift(user, int(self._copy[i])))
             own["history"] = sum(items)
             around = self._around(task, known, len(items))
             drawn = around.values() if longest else [around[self._drawn(i, task, known)]]
@@ -212,7 +218,9 @@ class Instructions(torch.utils.data.Dataset):
         sizes = []
         for sample in self.samples.to_list():
             task, known, history = sample["task"], self._known(sample), sample["history"]
-            asked = frozenset().union(*(self.prompts[task][number].fields for number in self._choices(task, known)))
+            whose = f"item {sample['item']!r}" if not sample["user"] else f"user {sample['user']!r}"
+            choices = self._choices(task, known, whose)
+            asked = frozenset().union(*(self.prompts[task][number].fields for number in choices))
             own = {field: count(text) for field, text in self._words(sample, asked - COMPOSED).items()}
             if "titles" in asked:
                 own["titles"] = sum(count(self._plain(self.dataset.title(item))) for item in history)

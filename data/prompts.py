@@ -96,7 +96,7 @@ def _check(path: Path, task: str, number: int, phrasing: object, fields: Fields)
         try:
             found = _fields(phrasing.get(key, ""))
         except ValueError as error:
-            raise InputError(f"{where}: {key} has a stray brace ({error})") from None
+            raise InputError(f"{where}: {key} has a stray brace or a format ({error})") from None
         if unknown := found - optional.union(*wanted):
             raise InputError(f"{where}: {key} has the unknown field {{{min(unknown)}}}")
         for choice in wanted:
@@ -111,4 +111,8 @@ def _check(path: Path, task: str, number: int, phrasing: object, fields: Fields)
 
 
 def _fields(text: str) -> set[str]:
-    return {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+    """ValueError for a text that `str.format` cannot fill with plain texts."""
+    fields = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
+    if formatted := next((field for field, how, conversion in fields if how or conversion), None):
+        raise ValueError(f"{{{formatted}}} should stand alone in its braces")
+    return {field for field, *_ in fields}

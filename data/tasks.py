@@ -48,7 +48,7 @@ def train_samples(
     seqrec and fusionseqrec: a user of n training items gives n - 1 samples (history, next item), the history cut to
     its last `max_his_len` items. seqrec_history: a history is one sample (a long one several, of `max_his_len` targets
     each) in which every item after the first is a target. item2index and index2item: every item. itemsearch: every
-    user with preferences and an intention. preferenceobtain: every user with preferences, and the history before the
+    user with an intention. preferenceobtain: every user with preferences, and the history before the
     last training item, as these were made from.
 
     Args:
@@ -91,10 +91,12 @@ def held_out_samples(
 ) -> datasets.Dataset:
     """One sample for each user that can be asked: what came before the valid or test item, and that item.
 
-    Of itemsearch, whose `part` is "test", these are the users with preferences and an intention.
+    Of itemsearch, whose `part` is "test", these are the users with preferences and an intention: every phrasing can be
+    asked of them.
     """
     if task == "itemsearch":
-        return _of_rows(_searches(dataset, texts, part, max_his_len))
+        able = texts.preferences.keys() & set(dataset.test_users)
+        return _of_rows(row for row in _searches(dataset, texts, part, max_his_len) if row[1] in able)
     held_out = ((user, *dataset.split(user, part)) for user in dataset.test_users)
     return _of_rows(sample(task, user, history[-max_his_len:], item) for user, history, item in held_out)
 
@@ -137,11 +139,8 @@ def _histories(dataset: RecDataset, max_his_len: int) -> Iterator[tuple]:
 
 def _searches(dataset: RecDataset, texts: UserTexts, part: str, max_his_len: int) -> Iterator[tuple]:
     for user, found in texts.intentions[part].items():
-        if user in texts.preferences:
-            queries = [found.of_user, found.of_item]
-            yield sample(
-                "itemsearch", user, found.history[-max_his_len:], found.item, texts.preferences[user], queries
-            )
+        said, queries = texts.preferences.get(user), [found.of_user, found.of_item]
+        yield sample("itemsearch", user, found.history[-max_his_len:], found.item, said, queries)
 
 
 def stretch(items: list[str], part: int, parts: int, size: int, shift: float) -> list[str]:

@@ -5,6 +5,7 @@ python -m data.intentions writes it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ class UserTexts:
 
     preferences: dict[str, list[str]] = field(default_factory=dict)
     intentions: dict[str, dict[str, Intention]] = field(default_factory=lambda: {part: {} for part in PARTS})
+
+    def sha256(self) -> str:
+        return sha256(repr(self).encode()).hexdigest()
 
 
 def occasion(dataset: RecDataset, user: str, part: str) -> tuple[list[str], str]:
@@ -107,9 +111,11 @@ def _intention(record: object, dataset: RecDataset, user: str, part: str, path: 
     if not isinstance(item, int | str) or not isinstance(inters, list):
         raise InputError(f"{where} should have an item and a list of inters")
     item, history = str(item), [str(each) for each in inters]
-    allowed = dataset.histories[user] if part == "test" else dataset.train_history(user)
-    if (other := next((each for each in (item, *history) if each not in allowed), None)) is not None:
-        raise InputError(f"{where} is about item {other!r}, which is not in the user's {part} history")
-    if part == "test" and item != dataset.histories[user][-1]:
-        raise InputError(f"{where} is about item {item!r}, which is not the user's last")
+    told = dataset.histories[user] if part == "test" else dataset.train_history(user)
+    if item not in told or part == "test" and item != told[-1]:
+        which = "not the user's last" if part == "test" else "not in what training knows of the user"
+        raise InputError(f"{where} is about item {item!r}, which is {which}")
+    before = told[: len(told) - 1 - told[::-1].index(item)]
+    if (other := next((each for each in history if each not in before), None)) is not None:
+        raise InputError(f"{where} has item {other!r} among its inters, which the user did not have before {item!r}")
     return Intention(item, history, queries[0].strip(), queries[1].strip())

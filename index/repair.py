@@ -18,11 +18,14 @@ from errors import InputError, exits_cleanly, one_line
 def tell_apart(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """item -> code tokens, no two alike; items whose index is theirs alone, or was first, keep it."""
     taken = set(map("".join, index.values()))
-    last = sorted({codes[-1] for codes in index.values()}, key=lambda code: (len(code), code))
+    levels: dict[int, list[str]] = {}  # how many codes an index has -> the last codes of such
+    for depth in set(map(len, index.values())):
+        codes = {codes[-1] for codes in index.values() if len(codes) == depth}
+        levels[depth] = sorted(codes, key=lambda code: (len(code), code))
     found, given = {}, set()
     for item, codes in index.items():
         if "".join(codes) in given:
-            begin = codes[:-1]
+            begin, last = codes[:-1], levels[len(codes)]
             code = next((code for code in last if "".join([*begin, code]) not in taken), None)
             if code is None:
                 code = next_after(last[-1])

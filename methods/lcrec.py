@@ -31,6 +31,7 @@ from methods import Prepared
 from metrics import parse_metrics, ranking_metrics
 from models.language import (
     extend_vocabulary,
+    fingerprint,
     index_token_ids,
     keeps_packed_apart,
     load_lora,
@@ -42,6 +43,9 @@ from recommend import recommend, trie_of
 from trainer import checkpoint_to_resume
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
+OF_TRAINING = (
+    "train_prompt_sample_num", "train_data_sample_num", "only_train_response", "packing", "embedding_dropout"
+)  # fmt: skip
 LOW_RANK = (32, "all-linear")  # alpha and target layers where the flags say none
 
 
@@ -84,10 +88,11 @@ def prepare(
 
     # ---- Model ----
     record = record_of(dataset, model_args, data_args, method_args, lora_args, prompts)
-    record |= {"seed": training_args.seed}
+    record |= {"seed": training_args.seed, "users_sha256": texts.sha256() if texts else None}
     checkpoint = checkpoint_to_resume(training_args, record)
     tokenizer = load_tokenizer(model_args.base_model)
-    model = load_base(record)
+    model = load_base(record, device=training_args.device)
+    record["base_sha256"] = fingerprint(model)
     about = {item: dataset.text(item) for item in dataset.index} if dataset.items else None
     if training_args.use_liger_kernel and not liger_knows(model.config.model_type):
         raise InputError(f"--use_liger_kernel: Liger has no kernels for {model.config.model_type!r}; leave it out")
@@ -99,6 +104,8 @@ def prepare(
     if lora_args.lora:
         model = with_lora(model, index_tokens, **record["lora"])
         log(f"  trained are {model.num_parameters(only_trainable=True):,}: LoRA weights and the rows of code tokens")
+        if training_args.ddp_find_unused_parameters is None:
+            training_args.ddp_find_unused_parameters = False  # what is frozen is none of DDP's, the rest is used
     if method_args.embedding_dropout:
         model.get_input_embeddings().register_forward_hook(
             lambda module, _, output: functional.dropout(output, method_args.embedding_dropout, module.training)
@@ -124,13 +131,7 @@ def prepare(
     }
 
     lengths = {part: rows.lengths(longest=True) for part, rows in instructions.items()}
-    tokens = max(max(found) for found in lengths.values())
-    limit = getattr(model.config, "max_position_embeddings", 0)
-    if limit and tokens > limit:
-        raise InputError(
-            f"{model_args.base_model}: reads at most {limit} tokens, a sample has {tokens}; "
-            "lower --max_his_len or --max_text_len"
-        )
+    check_room(model, max(max(found) for found in lengths.values()))
 
     # ---- Packing ----
     packing = method_args.packing
@@ -216,7 +217,7 @@ def check_flags(
 
 def per_task(args: MethodArguments) -> tuple[dict[str, int], dict[str, int]]:
     """Task -> phrasings per sample, and task -> number of samples (0: all); InputError for lists that don't match."""
-    tasks = args.tasks.split(",")
+    tasks = [task.strip().lower() for task in args.tasks.split(",")]
     if unknown := [task for task in tasks if task not in TASKS]:
         raise InputError(f"--tasks {unknown[0]!r}: there are {', '.join(TASKS)}")
     if twin := [task for task in tasks if tasks.count(task) > 1]:
@@ -246,16 +247,17 @@ def record_of(
     """What a test must know to ask the model as it was trained, and to refuse another index."""
     return {
         "method": method_args.method,
-        "base_model": model_args.base_model,
+        "base_model": str(Path(model_args.base_model).absolute())
+        if Path(model_args.base_model).is_dir()
+        else model_args.base_model,
         "base_dtype": model_args.base_dtype or "float32",
         "load_in_4bit": bool(model_args.load_in_4bit),
         "load_in_8bit": model_args.load_in_8bit,
         "lora": lora_args.low_rank(*LOW_RANK) if lora_args.lora else None,
         "dataset": dataset.name,
         "supervise": method_args.supervise,
-        "tasks": method_args.tasks,
-        "train_prompt_sample_num": method_args.train_prompt_sample_num,
-        "train_data_sample_num": method_args.train_data_sample_num,
+        "tasks": list(per_task(method_args)[0]),
+        **{flag: getattr(method_args, flag) for flag in OF_TRAINING},
         "max_his_len": data_args.max_his_len,
         "his_sep": data_args.his_sep,
         "add_prefix": data_args.add_prefix,
@@ -267,22 +269,40 @@ def record_of(
     }
 
 
-def load_base(record: dict, base_model: str | None = None) -> PreTrainedModel:
-    """The base model as the record tells; `base_model` where it is now, if it has moved."""
+def load_base(record: dict, device: torch.device) -> PreTrainedModel:
+    """The base model as the record tells; weights in 4 or 8 bits are on `device` already."""
     dtype = getattr(torch, record["base_dtype"])
-    return load_model(base_model or record["base_model"], dtype, record["load_in_4bit"], record["load_in_8bit"])
+    return load_model(record["base_model"], dtype, record["load_in_4bit"], record["load_in_8bit"], device)
 
 
-def open_model(folder: Path, record: dict, base_model: str | None = None) -> tuple[PreTrainedModel, Tokenizer]:
-    """A tuned model, for evaluation, and its tokenizer.
+def open_model(
+    folder: Path, record: dict, device: torch.device, base_model: str | None = None
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """A tuned model on `device`, for evaluation, and its tokenizer.
 
     Args:
         base_model: of an adapter folder, where it is now, if it has moved.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the base model is not the one that was tuned.
     """
     tokenizer = load_tokenizer(folder)
     if not record["lora"]:
-        return load_model(folder).eval(), tokenizer
-    return load_lora(load_base(record, base_model), tokenizer, folder).eval(), tokenizer
+        return load_model(folder).eval().to(device), tokenizer
+    try:
+        model = load_base(record | ({"base_model": base_model} if base_model else {}), device)
+    except InputError as error:
+        raise InputError(f"{error}; say where the base model of {folder} is now by --base_model") from None
+    if fingerprint(model) != record["base_sha256"]:
+        raise InputError(f"{base_model or record['base_model']}: is not the base model that {folder} was tuned on")
+    model = load_lora(model, tokenizer, folder).eval()
+    return model if record["load_in_4bit"] or record["load_in_8bit"] else model.to(device), tokenizer
+
+
+def check_room(model: PreTrainedModel, tokens: int) -> None:
+    """InputError if a sample has more tokens than the model reads."""
+    limit = getattr(model.config, "max_position_embeddings", 0)
+    if limit and tokens > limit:
+        raise InputError(
+            f"the model reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len or --max_text_len"
+        )

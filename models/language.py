@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,14 +44,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False, load_in_8bit: bool = False
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The decoder-only model in folder (or of hub name) `path`; InputError if there is none.
 
     Args:
         load_in_4bit: weights of linear layers as nf4 (QLoRA, arXiv 2305.14314), computed with in `dtype`.
         load_in_8bit: weights of linear layers as int8 (arXiv 2208.07339).
+        device: where weights in 4 or 8 bits go (default: this process's GPU, if any); others stay on the CPU.
     """
+    if (Path(path) / "adapter_config.json").exists():
+        raise InputError(f"{path}: is an adapter, not a model to start from; name the base model it was tuned on")
     how = {}
     if load_in_4bit or load_in_8bit:
         how["quantization_config"] = BitsAndBytesConfig(
@@ -60,7 +68,8 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+        own = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
+        how["device_map"] = {"": own if device is None else device}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
     except Exception as error:
@@ -148,6 +157,7 @@ def with_lora(
         lora_dropout=dropout,
         target_modules="all-linear" if every else list(targets),
         trainable_token_indices=rows,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in names),
     )
     adapted = get_peft_model(model, config)
     for weight in adapted.parameters():
@@ -169,6 +179,15 @@ def load_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
         raise InputError(
             f"{folder}: no adapter for {model.name_or_path} could be loaded from there ({_first_line(error)})"
         ) from None
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of a base model: its weights' names and shapes, and some of its words."""
+    digest = sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+    digest.update(model.get_input_embeddings().weight[:256].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

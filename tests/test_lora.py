@@ -13,6 +13,7 @@ import finetune
 import test as test_script
 from data.collate import IGNORE
 from data.dataset import open_dataset
+from methods import lcrec
 from models.head import LabelHead
 from models.language import code_tokens, extend_vocabulary, load_lora, load_model, with_lora
 
@@ -114,7 +115,7 @@ def lora(workshop):
     return workshop / "lora"
 
 
-def test_a_tuned_adapter_is_measured_as_it_was_before_it_was_saved(workshop, lora, script, tmp_path):
+def test_a_tuned_adapter_is_measured_as_it_was_before_it_was_saved(workshop, lora, script, refused, tmp_path):
     assert not (lora / "model.safetensors").exists()
     found = results_of(lora, workshop, script, "--lora", "--base_model", workshop / "base")
     assert found["hit@1"] > 0.9  # the ring is learned
@@ -135,6 +136,10 @@ def test_a_tuned_adapter_is_measured_as_it_was_before_it_was_saved(workshop, lor
     record = json.loads((moved / "reclingua.json").read_text())
     (moved / "reclingua.json").write_text(json.dumps(record | {"base_model": str(tmp_path / "gone")}))
     assert results_of(moved, workshop, script, "--base_model", workshop / "base") == found
+    where = ("--ckpt_path", moved, "--data_path", workshop / "datasets")
+    assert "say where the base model of" in refused(test_script.main, *where)
+    make_model("llama", 320, spread=1).save_pretrained(tmp_path / "other")
+    assert "is not the base model that" in refused(test_script.main, *where, "--base_model", tmp_path / "other")
 
 
 @pytest.mark.parametrize("how", ["--load_in_4bit", "--load_in_8bit", "--gradient_checkpointing"])
@@ -144,6 +149,9 @@ def test_other_ways_to_hold_the_base_model(workshop, script, tmp_path, how):
     code, _, error = script(finetune.main, *flags(workshop, out, *LEARN, *quick, how))
     assert code == 0, error
     assert set(results_of(out, workshop, script)) == {"hit@1", "ndcg@5"}
+    model, _ = lcrec.open_model(out, json.loads((out / "reclingua.json").read_text()), torch.device("cpu"))
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert ("Linear4bit" in kinds, "Linear8bitLt" in kinds) == (how == "--load_in_4bit", how == "--load_in_8bit")
 
 
 def test_a_stopped_run_goes_on(workshop, script, tmp_path):
@@ -168,6 +176,8 @@ def test_bad_input(workshop, tmp_path, lora, refused):
 
     assert "give --lora" in refuse("--load_in_4bit")
     assert "--lora_r means nothing" in refuse("--lora_r", 4)
+    assert "is an adapter, not a model" in refuse("--lora", "--base_model", lora)
+    assert "holds a model of an earlier run" in refused(finetune.main, *flags(workshop, lora, "--lora"))
     assert "one of them" in refuse("--lora", "--load_in_4bit", "--load_in_8bit")
     assert "this model has no layer 'query'" in refuse("--lora", "--lora_target_modules", "query")
     assert "--lora_r should be 1 at least" in refuse("--lora", "--lora_r", 0)

@@ -94,7 +94,7 @@ def test_a_history_is_asked_as_it_was_learned(toy, his_sep, add_prefix):
     _, instructions = build(toy, "history", his_sep=his_sep, add_prefix=add_prefix)
     phrasing = instructions.prompts["seqrec_history"][0]
     items = ["<a_0><b_0>", "<a_1><b_1>", "<a_2><b_2>"]
-    row = {"task": "seqrec_history", "history": ["0", "4"], "item": "8"}
+    row = instructions.samples[0] | {"history": ["0", "4"], "item": "8"}
     prompt = instructions.tokenizer(instructions.prompt(row, phrasing)).input_ids
     whole = instructions._whole(items, phrasing)
     assert whole["input_ids"][: len(prompt)] == prompt
@@ -171,6 +171,9 @@ BAD_PROMPTS = {
     "prompt has the unknown field {histry}": "seqrec: [{prompt: '{histry}', response: '{target}'}]",
     "prompt lacks the field {history}": "seqrec: [{prompt: 'x', response: '{target}'}]",
     "response lacks the field {target}": "seqrec: [{prompt: '{history}', response: 'x'}]",
+    "{history} should stand alone": "seqrec: [{prompt: '{history!r}', response: '{target}'}]",
+    "has a stray brace or a format": "seqrec: [{prompt: '{history:d}', response: '{target}'}]",
+    "the response must be {target} and nothing else": "seqrec: [{prompt: '{history}', response: 'It is {target}'}]",
     "stray brace": "seqrec: [{prompt: '{history', response: '{target}'}]",
     "must end with": "seqrec: [{prompt: '{history}', response: '{target}'}]\n"
     "seqrec_history: [{prompt: '{history} x'}]",

@@ -1,6 +1,7 @@
 """LC-Rec's six tasks: what each asks, what it learns, and that nothing held out is told."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -153,8 +154,51 @@ def test_a_sample_gets_a_phrasing_that_it_can_fill(talking, edit):
     for epoch in range(20):
         instructions.set_epoch(epoch)
         assert "Toy number 4" in instructions.tokenizer.decode(instructions[4]["input_ids"])
-    with pytest.raises(InputError, match="no phrasing of item2index suits a sample that can fill just target, title"):
+    with pytest.raises(
+        InputError, match="no phrasing of item2index suits item '4', which can fill just target, title"
+    ):
         instructions_of(dataset, "item2index", {"item2index": [asks[False]]}).lengths()
+
+
+def test_titles_are_told_where_all_of_a_history_have_one(talking, edit):
+    edit("item", lambda items: {i: about | ({"title": ""} if i == "4" else {}) for i, about in items.items()})
+    dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
+    prompts = {"fusionseqrec": [Phrasing("{history}", "{target}"), Phrasing("{titles}", "{target}")]}
+    instructions = instructions_of(dataset, "fusionseqrec", prompts)
+    for epoch in range(5):
+        instructions.set_epoch(epoch)
+        for i, row in enumerate(instructions.samples):
+            text = instructions.tokenizer.decode(instructions[i]["input_ids"])
+            assert "item 4" not in text and ('"' not in text or "4" not in row["history"])
+    row = next(row for row in instructions.samples if "4" in row["history"])
+    with pytest.raises(InputError, match="cannot be put to user '1', of whom there is no titles"):
+        instructions.prompt(row, prompts["fusionseqrec"][1])
+
+
+def test_copies_of_a_long_history_are_cut_in_places_of_their_own(talking, edit):
+    edit("inter", lambda inter: {"0": [*range(9), *range(9), *range(9), 0]})
+    dataset, copies = open_dataset(talking.folder.parent, "toy", ["index"]), {"seqrec_history": 6}
+    (talking.folder / "toy.user.json").write_text(
+        '{"user_explicit_preference": {"0": ["x"]}, "user_vague_intention": {}}'
+    )
+    instructions = instructions_of(dataset, "seqrec_history", phrasings_per_sample=copies)
+    learnt = {}
+    for i in range(len(instructions)):
+        learnt.setdefault(int(instructions._copy[i]), []).append(learned(instructions[i]))
+    assert len(learnt) == 6 and len({str(stretches) for stretches in learnt.values()}) > 1
+    assert len({str(sorted(sum(stretches, []))) for stretches in learnt.values()}) == 1
+    written = [len(instructions[i]["input_ids"]) for i in range(len(instructions))]
+    assert instructions.lengths().tolist() == written
+
+
+def test_a_search_is_tested_with_users_whose_last_item_was_held_out(talking, edit):
+    edit("inter", lambda inter: inter | {"0": [0, 1]})
+    dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
+    texts = say(dataset)
+    del texts.preferences["1"]
+    assert set(train_samples(dataset, "itemsearch", 3, texts)["user"]) == set(dataset.histories)
+    tested = held_out_samples(dataset, "test", "itemsearch", 3, texts)
+    assert set(tested["user"]) == set(dataset.histories) - {"0", "1"}
 
 
 def test_texts_are_cut_and_cannot_be_taken_for_tokens(talking, edit):
@@ -170,7 +214,7 @@ def test_texts_are_cut_and_cannot_be_taken_for_tokens(talking, edit):
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "seqrec"])
 def test_lengths_are_nearly_those_of_the_samples(talking, task):
-    """Never less, so that a batch by tokens keeps its limit, and a few tokens more at most."""
+    """With words like these never less, and a few tokens more at most."""
     instructions = instructions_of(talking, task)
     longest = instructions.lengths(longest=True)
     for epoch in range(10):
@@ -220,6 +264,14 @@ def test_each_test_measures_every_phrasing_that_is_answered_by_an_item(
         assert (found["min_results"][name], found["max_results"][name]) == (min(values), max(values))
 
 
+def test_a_mix_has_as_many_samples_and_phrasings_as_asked_for(tuned_on_all):
+    run = json.loads((tuned_on_all / "run.json").read_text())
+    dataset = open_dataset(tuned_on_all.parent / "datasets", "toy", ["index"])
+    pairs = sum(len(dataset.train_history(user)) - 1 for user in dataset.histories)
+    samples = pairs + 2 * 9 + 9 + 50 + 60 + 60
+    assert run["log"][-1]["step"] == 2 * -(-samples // 8)
+
+
 def test_lc_recs_own_commands(workshop, tuned_on_all, tmp_path):
     """Those of its README, but for DeepSpeed: train with two processes, test with one and with two."""
     data, model = ("--dataset", "toy", "--data_path", workshop / "datasets"), tmp_path / "ckpt"
@@ -230,7 +282,7 @@ def test_lc_recs_own_commands(workshop, tuned_on_all, tmp_path):
         "--train_prompt_sample_num", "1,1,1,1,1,1", "--train_data_sample_num", "0,0,0,100000,0,0",
         "--index_file", ".index.json", "--use_cpu",
     )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr[-2000:]
+    assert trained.returncode == 0, trained.stderr[:4000]
     search = (
         "--sample_num",
         9,
@@ -263,6 +315,9 @@ def test_bad_input(workshop, tuned_on_all, tuned, tmp_path, refused):
     assert "1 at least" in refuse("--train_prompt_sample_num", "0")
     assert "--max_text_len 0" in refuse("--max_text_len", 0)
     assert "no such file" in refuse("--tasks", "itemsearch", "--user_file", ".nobody.json")
+    own = tmp_path / "own.yaml"
+    own.write_text("item2index: [{prompt: '{title}', response: '{target}'}]")
+    assert "task 'seqrec' has no phrasing" in refuse("--tasks", "item2index", "--prompt_file", own)
     assert not (tmp_path / "out").exists()
 
     def refuse_test(model, *more):
@@ -272,7 +327,33 @@ def test_bad_input(workshop, tuned_on_all, tuned, tmp_path, refused):
     assert "should be all, or of 0, 2, 4" in refuse_test(
         tuned_on_all, "--test_task", "FusionSeqRec", "--test_prompt_ids", "1"
     )
-    assert "no such file" in refuse_test(tuned_on_all, "--test_task", "ItemSearch", "--user_file", ".nobody.json")
+    assert "no such file" in refuse_test(tuned_on_all, "--test_task", "itemsearch", "--user_file", ".nobody.json")
+    assert "should be 1 at least" in refuse_test(tuned_on_all, "--sample_num", 0)
+
+    def changed(**record):
+        folder = tmp_path / "changed"
+        shutil.copytree(tuned_on_all, folder, dirs_exist_ok=True)
+        told = json.loads((tuned_on_all / "reclingua.json").read_text())
+        (folder / "reclingua.json").write_text(json.dumps(told | record))
+        return folder
+
+    in_titles = {"fusionseqrec": [{"prompt": "{history}", "response": "{title}"}]}
+    assert "no phrasing of fusionseqrec" in refuse_test(changed(prompts=in_titles), "--test_task", "FusionSeqRec")
+    assert "by another version" in refuse_test(changed(prompts=[]))
+    assert "reads at most 1024 tokens" in refuse_test(changed(his_sep=" and after that there was " * 40))
+
+
+def test_a_run_does_not_go_on_with_other_texts(workshop, tuned_on_all, tmp_path, script, refused):
+    how = ("--tasks", "preferenceobtain", "--max_steps", 2, "--save_and_eval_strategy", "steps", "--save_steps", 1)
+    how = flags(workshop, tmp_path / "out", *how, "--load_best_model_at_end", "False")
+    said = (workshop / "datasets" / "toy" / "toy.user.json").read_text()
+    users = tmp_path / "users.json"
+    users.write_text(said)
+    assert script(finetune.main, *how, "--user_file", users)[0] == 0
+    again = (*how, "--user_file", users, "--resume_from_checkpoint", "auto")
+    assert "made with another only_train_response" in refused(finetune.main, *again, "--only_train_response", "False")
+    users.write_text(said.replace("likes", "loves"))
+    assert "made with another users_sha256" in refused(finetune.main, *again)
 
 
 def test_shipped_phrasings():

@@ -94,10 +94,14 @@ BAD = {
     "query a number": (change(*TEST, "querys", to=["x", 1]), "test, user '0' should have an item"),
     "no item": (change(*TRAIN, "item", to=None), "train, user '0' should have an item and a list of inters"),
     "inters a text": (change(*TRAIN, "inters", to="0, 1"), "train, user '0' should have an item and a list of inters"),
-    "valid item in train": (change(*TRAIN, "item", to=4), "item '4', which is not in the user's train history"),
-    "test item in train": (change(*TRAIN, "item", to=5), "item '5', which is not in the user's train history"),
-    "told in train": (change(*TRAIN, "inters", to=[0, 5]), "item '5', which is not in the user's train history"),
-    "unknown item": (change(*TEST, "inters", to=[8]), "item '8', which is not in the user's test history"),
+    "valid item in train": (change(*TRAIN, "item", to=4), "item '4', which is not in what training knows of the user"),
+    "test item in train": (change(*TRAIN, "item", to=5), "item '5', which is not in what training knows of the user"),
+    "told in train": (
+        change(*TRAIN, "inters", to=[0, 5]),
+        "item '5' among its inters, which the user did not have before",
+    ),
+    "unknown item": (change(*TEST, "inters", to=[8]), "item '8' among its inters, which the user did not have before"),
+    "its own answer": (change(*TEST, "inters", to=[0, 5]), "item '5' among its inters, which the user did not have"),
     "not the last": (change(*TEST, "item", to=4), "item '4', which is not the user's last"),
 }
 
