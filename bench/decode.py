@@ -6,6 +6,8 @@ python -m bench.decode --data_path ../shared/data --device cuda --dtype bfloat16
     --generate_batches 4,8,16,32,64 --search_batches 16,32,64,128,256
 """
 
+import quiet  # noqa: F401
+
 import argparse
 import os
 import statistics

@@ -6,6 +6,8 @@ model of this size, trained on every item of every history, beats what a slow ma
 python -m models.scratch --dataset ml-100k --output_dir ckpt/base/scratch-ml-100k
 """
 
+import quiet  # noqa: F401
+
 import argparse
 from pathlib import Path
 
