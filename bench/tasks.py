@@ -31,6 +31,7 @@ from models.language import code_tokens, index_token_ids, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("hit@10", "ndcg@10")
+AMONG = {"all items": (), "new items": ("--exclude_seen",)}
 PARTS = ("methods", "build")
 
 
@@ -88,7 +89,7 @@ def build(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def compare(args: argparse.Namespace, work: Path) -> dict:
-    """Each preset tuned with each seed, and tested on all users, seen items excluded."""
+    """Each preset tuned with each seed, and tested on all users: among all items, and among those new to the user."""
     made = args.made or Path("data") / args.dataset
     configs = args.configs or [Path(f"config/lcrec-{args.dataset}{six}-cpu.yaml") for six in ("", "-six")]
     data = ("--dataset", args.dataset, "--data_path", args.data_path)
@@ -96,7 +97,7 @@ def compare(args: argparse.Namespace, work: Path) -> dict:
     base = args.base_model or work / "base"
     if not args.base_model and not (work / "base").exists():
         run("-m", "models.scratch", *data, "--output_dir", base, "--vocab_size", 2000)
-    figures: dict[str, dict] = {}
+    figures: dict[str, dict] = {way: {} for way in AMONG}
     for config in configs:
         runs = []
         for seed in args.seeds:
@@ -105,20 +106,25 @@ def compare(args: argparse.Namespace, work: Path) -> dict:
             tune = ("finetune.py", "--config", config, *data, *index, *users, "--base_model", base, "--seed", seed)
             if not (output / "run.json").exists():
                 run(*tune, "--output_dir", output, "--resume_from_checkpoint", "auto")
-            results = output / "results.json"
-            test = ("test.py", "--ckpt_path", output, *data, *index, "--num_beams", 20, "--exclude_seen")
-            run(*test, "--metrics", ",".join(METRICS), "--results_file", results)
-            found, tuned = json.loads(results.read_text()), json.loads((output / "run.json").read_text())
-            runs.append({"seed": seed, **tuned["throughput"], **found["mean_results"]})
-            said = "   ".join(f"{name} {runs[-1][name]:.4f}" for name in METRICS)
-            print(f"{config.stem}   seed {seed}   {runs[-1]['seconds']:>6.0f} s   {said}", flush=True)
-            figures |= found["baselines"]
-        values = {name: [run[name] for run in runs] for name in METRICS}
-        figures[config.stem] = {name: statistics.mean(values[name]) for name in METRICS} | {
-            "std": {name: statistics.pstdev(values[name]) for name in METRICS}, "seeds": runs
-        }  # fmt: skip
-    for name, found in figures.items():
-        print(f"{name:<28}" + "   ".join(f"{metric} {found[metric]:.4f}" for metric in METRICS))
+            tuned = json.loads((output / "run.json").read_text())
+            runs.append({"seed": seed, "seconds": tuned["throughput"]["seconds"]})
+            for way, flags in AMONG.items():
+                results = output / f"{way}.json"
+                test = ("test.py", "--ckpt_path", output, *data, *index, "--num_beams", 20, *flags)
+                run(*test, "--metrics", ",".join(METRICS), "--results_file", results)
+                found = json.loads(results.read_text())
+                runs[-1][way] = {name: found["mean_results"][name] for name in METRICS}
+                figures[way] |= found["baselines"]
+            print(f"{config.stem}   {runs[-1]}", flush=True)
+        for way in AMONG:
+            values = {name: [run[way][name] for run in runs] for name in METRICS}
+            figures[way][config.stem] = {name: statistics.mean(values[name]) for name in METRICS} | {
+                "seeds": [{"seed": run["seed"], "seconds": run["seconds"], **run[way]} for run in runs]
+            }
+    for way, rows in figures.items():
+        print(f"among {way}")
+        for name, found in rows.items():
+            print(f"  {name:<28}" + "   ".join(f"{metric} {found[metric]:.4f}" for metric in METRICS))
     return figures
 
 
