@@ -31,7 +31,7 @@ from models.language import code_tokens, index_token_ids, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("hit@10", "ndcg@10")
-AMONG = {"all items": (), "new items": ("--exclude_seen",)}
+AMONG = {"": (), ", new items": ("--exclude_seen",)}  # what a test searches in: all items, or those new to the user
 PARTS = ("methods", "build")
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         if "build" in args.parts:
             figures["build"] = build(args, Path(folder))
         if "methods" in args.parts:
-            figures[args.dataset] = compare(args, args.work or Path(folder)) | {"arguments": vars(args)}
+            figures |= {f"{args.dataset}{way}": rows for way, rows in compare(args, args.work or Path(folder)).items()}
     print(write_results("tasks", device, figures))
 
 
@@ -109,7 +109,7 @@ def compare(args: argparse.Namespace, work: Path) -> dict:
             tuned = json.loads((output / "run.json").read_text())
             runs.append({"seed": seed, "seconds": tuned["throughput"]["seconds"]})
             for way, flags in AMONG.items():
-                results = output / f"{way}.json"
+                results = output / f"results{way}.json"
                 test = ("test.py", "--ckpt_path", output, *data, *index, "--num_beams", 20, *flags)
                 run(*test, "--metrics", ",".join(METRICS), "--results_file", results)
                 found = json.loads(results.read_text())
@@ -122,7 +122,7 @@ def compare(args: argparse.Namespace, work: Path) -> dict:
                 "seeds": [{"seed": run["seed"], "seconds": run["seconds"], **run[way]} for run in runs]
             }
     for way, rows in figures.items():
-        print(f"among {way}")
+        print(f"{args.dataset}{way}")
         for name, found in rows.items():
             print(f"  {name:<28}" + "   ".join(f"{metric} {found[metric]:.4f}" for metric in METRICS))
     return figures
