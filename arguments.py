@@ -134,11 +134,11 @@ class LoraArguments:
 
     def low_rank(self, alpha: float, targets: str) -> dict:
         """rank, alpha, dropout and targets, `alpha` and `targets` where the flags do not say."""
-        given = {"rank": self.lora_r, "alpha": self.lora_alpha, "dropout": self.lora_dropout}
-        given["alpha"] = alpha if self.lora_alpha is None else self.lora_alpha
-        if self.lora_r < 1 or given["alpha"] <= 0 or not 0 <= self.lora_dropout < 1:
+        alpha = alpha if self.lora_alpha is None else self.lora_alpha
+        if self.lora_r < 1 or alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise InputError("--lora_r should be 1 at least, --lora_alpha above 0, --lora_dropout from 0 to below 1")
-        return given | {"targets": (self.lora_target_modules or targets).split(",")}
+        layers = (self.lora_target_modules or targets).split(",")
+        return {"rank": self.lora_r, "alpha": alpha, "dropout": self.lora_dropout, "targets": layers}
 
 
 @dataclass

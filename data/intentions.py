@@ -34,6 +34,7 @@ FIELDS = {task: Fields([{"history", "recent"}]) for task in PREFERENCES}
 FIELDS |= {task: Fields([{"item"}]) for task in INTENTIONS}
 RECENT = 4  # items
 LINE, ITEM = 120, 600  # characters of an item in a history, and of the item that an intention is about
+OF_ANSWERS = ("model", "max_his_len", "attempts", "max_new_tokens", "temperature", "seed")  # flags they depend on
 QUIET = 30  # seconds between two lines of progress where there is no terminal
 
 Plan = dict[tuple[str, str], list[Request]]  # ("preferences", "train" or "test"; user) -> what is asked
@@ -156,8 +157,7 @@ def main() -> None:
         "histories": dataset.sha256("histories"),
         "items": dataset.sha256("items"),
         "prompts": sha256(repr(prompts).encode()).hexdigest(),
-        **{flag: getattr(args, flag) for flag in ("model", "max_his_len", "attempts")},
-        **{flag: getattr(args, flag) for flag in ("max_new_tokens", "temperature", "seed")},
+        **{flag: getattr(args, flag) for flag in OF_ANSWERS},
     }
     if made_already(output, facts, {**made_with, "users": len(users)}):
         print(f"{output} is there, made with these settings: nothing to do")
