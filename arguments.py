@@ -16,6 +16,7 @@ from data.batches import ORDERS
 from data.questions import CODE_FORMATS
 from data.tasks import SUPERVISE, TASKS
 from errors import InputError, one_line
+from sharding import check_deepspeed
 
 METHODS = ("lcrec", "tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
 
@@ -31,6 +32,7 @@ UNSUPPORTED = {
     "torch_compile": "does not work with the loss of the labels",
     "ddp_static_graph": "does not work with the loss of the labels",
     "fsdp": "is not supported; use --deepspeed",
+    "enable_jit_checkpoint": "has no meaning here: SIGTERM always saves",
 }
 
 
@@ -233,7 +235,12 @@ class TuningArguments(TrainingArguments):
             # Liger's own losses would compute the head at every position.
             own_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
             self.liger_kernel_config = (self.liger_kernel_config or {}) | own_loss
+        if self.deepspeed:
+            check_deepspeed(self.deepspeed, on_cpu=self.use_cpu or not torch.cuda.is_available())
         super().__post_init__()
+        if self.deepspeed and self.hf_deepspeed_config.mismatches:
+            wrong = "; ".join(each.removeprefix("- ds ") for each in self.hf_deepspeed_config.mismatches)
+            raise ValueError(f"the file of --deepspeed says otherwise: {wrong}; give the flag, or auto in the file")
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs are visible to one process: start with torchrun --nproc_per_node {self.n_gpu}, "

@@ -10,6 +10,8 @@ python finetune.py --config config/collm-mf.yaml --init_from ckpt/tallrec --coll
 
 import quiet  # noqa: F401
 
+import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, fields
@@ -29,13 +31,15 @@ from arguments import (
     parse,
     refuse_flags,
 )
+from checkpoints import newest_checkpoint, says_when_full
 from data.batches import Batches
 from data.dataset import write_json
 from errors import InputError, exits_cleanly
 from facts import run_facts
 from methods import lcrec, yesno
+from sharding import check_shareable, loaded_whole, stay_apart
 from throughput import in_words
-from trainer import RecTrainer
+from trainer import Preempted, RecTrainer
 
 SHARED = {"method", "train_data_sample_num"}  # of LC-Rec's flags, what every method takes
 
@@ -66,11 +70,13 @@ def main() -> None:
     set_seed(training_args.seed)
 
     # ---- Data and model, as the method has them ----
-    if generates:
-        prepared = lcrec.prepare(model_args, data_args, method_args, lora_args, training_args, log)
-    else:
-        prepared = yesno.prepare(model_args, data_args, method_args, lora_args, yesno_args, training_args, log)
+    with loaded_whole(training_args):
+        if generates:
+            prepared = lcrec.prepare(model_args, data_args, method_args, lora_args, training_args, log)
+        else:
+            prepared = yesno.prepare(model_args, data_args, method_args, lora_args, yesno_args, training_args, log)
     model = prepared.model
+    check_shareable(model, training_args)
 
     # ---- Tokens -> batches ----
     order = training_args.train_sampling_strategy
@@ -108,7 +114,13 @@ def main() -> None:
         log(f"going on from {prepared.checkpoint}")
     if prepared.flash:
         model.set_attn_implementation("flash_attention_2")
-    result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+    except Preempted:
+        log(f"ended by SIGTERM; {newest_checkpoint(training_args.output_dir)} is written; go on with")
+        log(f"  {command_to_go_on()}")
+        leave(trainer)
+        return
     throughput = trainer.throughput.figures(trainer.accelerator)
     log(f"training itself took {throughput['seconds']:.0f} s: {in_words(throughput)}")
 
@@ -117,7 +129,8 @@ def main() -> None:
         model.config.use_cache = True
     elif yesno_args.save_full:
         model.keep_everything()
-    trainer.save_model(training_args.output_dir)
+    with says_when_full(training_args.output_dir):
+        trainer.save_model(training_args.output_dir)
     if main_process:
         given = (model_args, data_args, method_args, lora_args, yesno_args)
         flags = {name: value for group in given for name, value in asdict(group).items()} | training_args.to_dict()
@@ -140,7 +153,26 @@ def main() -> None:
             else ""
         )
         log(f"tuned in {time.monotonic() - started:.0f} s{best} -> {training_args.output_dir}/")
-    trainer.model_wrapped = model  # what holds on to the process group to the interpreter's end may abort there
+        if trainer.deepspeed and stay_apart(trainer.deepspeed, model):
+            log(f"  its weights are in the parts of {training_args.world_size} processes; for a model folder:")
+            log(f"  bash convert/convert.sh {training_args.output_dir}")
+    leave(trainer)
+
+
+def command_to_go_on() -> str:
+    """The command of this run, going on from its newest checkpoint."""
+    words = [word for word in sys.argv if not word.startswith("--resume_from_checkpoint=")]
+    if "--resume_from_checkpoint" in words:
+        at = words.index("--resume_from_checkpoint")
+        del words[at : at + 2]
+    each = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    start = f"torchrun --nproc_per_node {each}" if each else "python"
+    return f"{start} {shlex.join(words)} --resume_from_checkpoint auto"
+
+
+def leave(trainer: RecTrainer) -> None:
+    """Let go of the process group: what holds on to it to the interpreter's end may abort there."""
+    trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
 

@@ -28,13 +28,12 @@ from tqdm import tqdm
 from data.dataset import output_file, output_folder, write_json
 from data.preference import PreferenceDataset, column, open_preferences
 from errors import InputError, exits_cleanly, one_line
-from facts import run_facts
+from facts import RECORD, run_facts
 from metrics.roc import auc, uauc
 from models.collaborative import MODELS
 from models.collaborative.base import CollaborativeModel
 from models.collaborative.sasrec import SASRecConfig
 from scoring import inputs_of, measure, print_table, score
-from trainer import RECORD
 
 METRICS = ("auc", "uauc")
 LOG_SECONDS = 20  # between two lines about a training, where no terminal shows its progress

@@ -3,5 +3,7 @@
 import logging
 import warnings
 
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # that there is no GPU
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels for 4-bit arithmetic on a CPU
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # as peft still calls it
+warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # as DeepSpeed still calls it

@@ -118,6 +118,13 @@ stage() {
   printf '   (%d s)\n' $((SECONDS - began))
 }
 
+# finetune.py, which ends well, too, when SIGTERM made it save and leave: then it is not done.
+tune() {
+  python finetune.py "$@" || return
+  while [[ $1 != --output_dir ]]; do shift; done
+  [[ -f $2/run.json ]] || return 143
+}
+
 # ---- Which preset: the dataset's own, or MovieLens-100k's; a smaller model, or fewer rows, where there is no GPU ----
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   DEVICE=gpu SUFFIX=""
@@ -188,7 +195,7 @@ generate_items() {
   [[ ! -d $BASE_MODEL ]] || BASE_FILES=("$BASE_MODEL")
   stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" data/prompts.yaml data/tasks.py data/batches.py \
     data/collate.py finetune.py methods/lcrec.py models/language.py models/head.py trainer.py "${BASE_FILES[@]}" -- \
-    python finetune.py --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
+    tune --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
     --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
 
   # ---- 6. Test: every user's last item, against popularity and co-occurrence ----
@@ -222,7 +229,7 @@ ask_yes_or_no() {
   local code=(data/questions.py data/questions.yaml finetune.py methods/yesno.py models/yesno.py models/language.py)
 
   stage tallrec "$first" "${rows[@]}" config/tallrec.yaml "${code[@]}" "${base[@]}" -- \
-    python finetune.py --config config/tallrec.yaml --base_model "$BASE_MODEL" --dataset "$DATASET" \
+    tune --config config/tallrec.yaml --base_model "$BASE_MODEL" --dataset "$DATASET" \
     --data_path "$SOURCE" --output_dir "$first" --resume_from_checkpoint auto --seed "$SEED" "${tune[@]}"
   stage test-tallrec "results/$DATASET/tallrec.json" "$folder/test.parquet" "$first/run.json" test.py asking.py -- \
     python test.py --ckpt_path "$first" --dataset "$DATASET" --data_path "$SOURCE" \
@@ -236,7 +243,7 @@ ask_yes_or_no() {
     start=(--collab "$collab")
   fi
   stage "$RUN" "$CKPT/$RUN" "${rows[@]}" "$CONFIG" "${code[@]}" models/collm.py models/cora.py "$first/run.json" -- \
-    python finetune.py --config "$CONFIG" --init_from "$first" "${start[@]}" --dataset "$DATASET" --data_path "$SOURCE" \
+    tune --config "$CONFIG" --init_from "$first" "${start[@]}" --dataset "$DATASET" --data_path "$SOURCE" \
     --output_dir "$CKPT/$RUN" --resume_from_checkpoint auto --seed "$SEED" "${tune[@]}"
   stage "test-$RUN" "$RESULTS" "$folder/test.parquet" "$CKPT/$RUN/run.json" test.py asking.py -- \
     python test.py --ckpt_path "$CKPT/$RUN" --dataset "$DATASET" --data_path "$SOURCE" --results_file "$RESULTS" \

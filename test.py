@@ -30,7 +30,7 @@ from data.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_of
 from data.users import read_users
 from decoding.beam import SCORES, Recommendation
 from errors import InputError, exits_cleanly, one_line
-from facts import run_facts
+from facts import RECORD, run_facts
 from methods import lcrec
 from methods.yesno import METHODS as YESNO
 from methods.yesno import name_of, open_model, questions_of
@@ -40,7 +40,6 @@ from models.collaborative import load
 from models.language import index_token_ids, load_tokenizer
 from recommend import recommend, trie_of
 from scoring import check_fits, inputs_of, measure, print_table, score
-from trainer import RECORD
 
 OF_RECORD = {"prompts", "tasks", "lora", "supervise", "max_text_len"}  # what a model that generates was tuned with
 

@@ -1,25 +1,28 @@
-"""The one Trainer subclass: our batches and our loss, our metrics at evaluation, a record in each checkpoint."""
+"""The one Trainer subclass: our batches and our loss, our metrics at evaluation, checkpoints that survive any end."""
 
 import json
 import math
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
+from checkpoints import UNFINISHED, publish, says_when_full
 from data.batches import Batches
-from data.dataset import output_folder, read_json
 from errors import InputError
+from facts import RECORD
 from models.head import LabelHead
+from sharding import stay_apart, weights_to_save, whole
 from throughput import Throughput
-
-RECORD = "reclingua.json"  # in every checkpoint: how its prompts are made and what it was trained on
 
 
 class NewEpoch(TrainerCallback):
@@ -74,6 +77,41 @@ class StopsWithoutLoss(TrainerCallback):
                 )
 
 
+class Preempted(Exception):
+    """Training was told to end, and a checkpoint of where it was is written."""
+
+
+class SavesWhenTold(TrainerCallback):
+    """Once `told`, as by the SIGTERM that a preempted job gets: ends the step, saves, and leaves by `Preempted`."""
+
+    def __init__(self):
+        self.told = self.stopping = False
+        self.group = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.world_size > 1:  # what they agree by; not on a GPU, whose steps are not to wait for it
+            self.group = distributed.new_group(backend="gloo")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if not float(state.epoch).is_integer():  # else evaluation comes first, as it does without a signal
+            self._stop_if_told(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        self._stop_if_told(control)
+
+    def _stop_if_told(self, control) -> None:
+        self.stopping = self.told
+        if self.group is not None:  # all processes have to save the same step
+            told = torch.tensor(int(self.told))
+            distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self.group)
+            self.stopping = bool(told)
+        control.should_save |= self.stopping
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.stopping:
+            raise Preempted
+
+
 class QuietProgress(ProgressCallback):
     """The Trainer's progress bar without its dump of the log."""
 
@@ -103,6 +141,7 @@ class RecTrainer(transformers.Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.batches, self.measure, self.record = batches, measure, record
+        self.checkpoints_go_to: str | None = None
         self.label_head, self.labels_are_tokens = None, max_logits_mb is not None
         if self.labels_are_tokens:
             try:
@@ -117,8 +156,20 @@ class RecTrainer(transformers.Trainer):
             self.add_callback(QuietProgress)
         self.add_callback(LogLines)
         self.add_callback(StopsWithoutLoss)
+        self.preemption = SavesWhenTold()
+        self.add_callback(self.preemption)
         self.add_callback(NewEpoch(self.train_dataset.set_epoch, batches.set_epoch))
         self.add_callback(Stopwatch(self.throughput))
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """Raises:
+        Preempted: SIGTERM came, and the newest checkpoint is of the step at which it did.
+        """
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self.preemption, "told", True))
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by accelerate, which would share out the batches among the processes once more."""
@@ -149,7 +200,8 @@ class RecTrainer(transformers.Trainer):
 
     def _mean_over_targets(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         loss, self.label_head.loss = self.label_head.loss, None  # or its gradients would outlive the update
-        return loss / num_items_in_batch
+        # ZeRO-3 gathers a module's weights for the backward pass when the gradient reaches what the module returned.
+        return (loss + 0 * outputs.logits.sum()) / num_items_in_batch
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Loss on valid, and what `measure` finds there."""
@@ -162,13 +214,50 @@ class RecTrainer(transformers.Trainer):
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         else:  # what is measured tells the loss, too
             output = EvalLoopOutput(None, None, {}, len(dataloader.dataset))
-        found = self.measure() if self.measure else {}
+        with whole(self.deepspeed):
+            found = self.measure() if self.measure else {}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        with self.throughput.paused():
-            super()._save_checkpoint(*args, **kwargs)
+    def _save_checkpoint(self, model, trial) -> None:
+        """Under another name until every process has written its part: a checkpoint is complete or invisible."""
+        output_dir = Path(self.args.output_dir)
+        unfinished, name = output_dir / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.throughput.paused(), says_when_full(output_dir, unfinished):
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            self.accelerator.wait_for_everyone()
+            self.checkpoints_go_to = str(unfinished)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.checkpoints_go_to = None
+            if self.state.best_global_step == self.state.global_step and self.state.best_model_checkpoint:
+                self.state.best_model_checkpoint = str(output_dir / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
+                publish(unfinished / name, output_dir / name)
+                shutil.rmtree(unfinished)
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(output_dir, self.args.save_total_limit, best, use_mtime=True)
+            self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial) -> str:
+        return self.checkpoints_go_to or super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """With DeepSpeed, the weights of all processes: as a model, or as training states, which they are part of."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        output_dir = output_dir or self.args.output_dir
+        if not stay_apart(self.deepspeed, self.model):
+            self._save(output_dir, weights_to_save(self.deepspeed, self.model))
+            return
+        self._save(output_dir, {})
+        if not _internal_call:  # a checkpoint has these states anyway
+            self.deepspeed.save_checkpoint(output_dir)
 
     def _load_best_model(self) -> None:
         with self.throughput.paused():
@@ -181,35 +270,3 @@ class RecTrainer(transformers.Trainer):
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the record says the same in the open
         (folder / RECORD).write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end (its trainer state comes last), or None."""
-    found = [
-        folder
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (folder / "trainer_state.json").exists()
-    ]
-    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-
-def checkpoint_to_resume(args: transformers.TrainingArguments, record: dict) -> Path | None:
-    """The checkpoint to go on from; InputError if it is of another run, or if an earlier run would be overwritten."""
-    output_folder(Path(args.output_dir))
-    newest = newest_checkpoint(args.output_dir)
-    if args.resume_from_checkpoint is None:
-        if newest or any((Path(args.output_dir) / name).exists() for name in (RECORD, "config.json")):
-            raise InputError(
-                f"{args.output_dir}: holds a model of an earlier run; go on with --resume_from_checkpoint auto, "
-                "or choose another --output_dir"
-            )
-        return None
-    checkpoint = newest if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
-    if checkpoint is None:
-        return None
-    if not (checkpoint / "trainer_state.json").exists():
-        raise InputError(f"{checkpoint}: is not a whole checkpoint to go on from; name a checkpoint-N folder, or auto")
-    theirs = read_json(checkpoint / RECORD, "the record of a RecLingua checkpoint")
-    if differing := [key for key, value in record.items() if theirs.get(key) != value]:
-        raise InputError(f"{checkpoint}: was made with another {differing[0]}; train into another --output_dir")
-    return checkpoint

@@ -37,9 +37,9 @@ from decoding.beam import beam_search
 from decoding.forward import BeamBlock, BeamRows
 from decoding.trie import TENSORS, Trie
 from errors import exits_cleanly, one_line
+from facts import RECORD
 from methods.lcrec import record_of
 from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
-from trainer import RECORD
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
+from torch import distributed
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -20,6 +21,7 @@ from arguments import (
     TuningArguments,
     refuse_flags,
 )
+from checkpoints import checkpoint_to_resume
 from data.collate import Collator
 from data.dataset import RecDataset, open_dataset
 from data.instructions import Instructions
@@ -40,7 +42,6 @@ from models.language import (
     with_lora,
 )
 from recommend import recommend, trie_of
-from trainer import checkpoint_to_resume
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
 OF_TRAINING = (
@@ -160,6 +161,7 @@ def prepare(
             num_beams=10,
             batch_size=training_args.per_device_eval_batch_size,
             excluded=[seen[i] for i in chosen] if method_args.exclude_seen else None,
+            split=distributed.is_initialized(),
             show_progress=False,
         )
         if flash:
@@ -286,6 +288,11 @@ def open_model(
     Raises:
         InputError: there is none, or the base model is not the one that was tuned.
     """
+    if (folder / "latest").exists() and not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder}: holds a training state of DeepSpeed; make a model of it: "
+            f"python -m convert.zero_to_fp32 {folder} {folder}-fp32"
+        )
     tokenizer = load_tokenizer(folder)
     if not record["lora"]:
         return load_model(folder).eval().to(device), tokenizer

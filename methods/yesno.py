@@ -21,11 +21,13 @@ from arguments import (
     refuse_flags,
 )
 from asking import ask
+from checkpoints import checkpoint_to_resume
 from data.dataset import read_json
 from data.preference import PreferenceDataset, column, open_preferences, sample
 from data.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
 from data.questions import QuestionCollator, Questions, code_text
 from errors import InputError
+from facts import RECORD
 from methods import Prepared
 from metrics.roc import auc, uauc
 from models.collaborative import fingerprint, load
@@ -37,7 +39,6 @@ from models.cora import CoRA
 from models.language import add_lora, load_tokenizer
 from models.yesno import YesNoConfig, YesNoModel, open_language
 from scoring import check_fits, inputs_of
-from trainer import RECORD, checkpoint_to_resume
 
 # Method -> its model, and the phrasings it asks with (data/questions.yaml).
 METHODS: dict[str, tuple[type[YesNoModel], str]] = {

@@ -68,9 +68,12 @@ class CoRA(YesNoModel):
         sizes = {name: layer_size(layer) for name, layer in layers.items()}
         # Layers that read something else than hidden states (o_proj of wide heads, down_proj) get an A of their own.
         self.to_a = nn.ModuleDict({str(n): nn.Linear(width, n * config.r) for n, _ in sizes.values()})
-        self.b = nn.ParameterDict(
-            {name.replace(".", "/"): nn.Parameter(torch.zeros(config.r, out)) for name, (_, out) in sizes.items()}
+        # Modules, not bare weights: ZeRO-3 has the weights of a module together only while that is called.
+        self.b = nn.ModuleDict(
+            {name.replace(".", "/"): nn.Linear(config.r, out, bias=False) for name, (_, out) in sizes.items()}
         )
+        for b in self.b.values():
+            nn.init.zeros_(b.weight)
         self.a: dict[int, torch.Tensor] = {}  # of the rows that are being computed, by what a layer reads
         self.read: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last layer read, and that times A
         for name, layer in layers.items():
@@ -81,7 +84,7 @@ class CoRA(YesNoModel):
         self.a, self.read = (self.a, self.read) if mode else ({}, None)
         return super().train(mode)
 
-    def _adder(self, b: nn.Parameter):
+    def _adder(self, b: nn.Linear):
         def add(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             if not self.a:
                 return output
@@ -89,7 +92,7 @@ class CoRA(YesNoModel):
             if self.read is None or self.read[0] is not x:  # query, key and value read the same
                 a = self.a[x.shape[-1]]
                 self.read = x, F.dropout(x.to(a.dtype), self.config.dropout, self.training) @ a
-            return output + (self.read[1] @ b).to(output.dtype)
+            return output + b(self.read[1]).to(output.dtype)
 
         return add
 
@@ -110,7 +113,7 @@ class CoRA(YesNoModel):
         known = torch.cat([user, item], -1)
         queries = self.queries.expand(len(known), -1, -1)
         read = self.qformer(query_embeds=queries, encoder_hidden_states=known[:, None]).last_hidden_state
-        scale = torch.full((len(known), 1), self.config.alpha / self.config.r, device=known.device)
+        scale = known.new_full((len(known), 1), self.config.alpha / self.config.r)
         if with_ids is not None:
             scale = scale * with_ids[:, None]
         # The mean over queries and the linear layer may change places, so that the layer has one row to read.
@@ -155,7 +158,7 @@ class CoRA(YesNoModel):
             if hasattr(layer, "base_layer"):
                 layer.merge()
             base = getattr(layer, "base_layer", layer)
-            added = weights[layer_size(layer)[0]][0] @ self.b[name.replace(".", "/")]
+            added = self.b[name.replace(".", "/")](weights[layer_size(layer)[0]][0])
             base.weight += added.T if isinstance(base, nn.Linear) else added
         return language
 

@@ -39,6 +39,7 @@ class YesNoConfig(PreTrainedConfig):
             collaborative model, that model.
         saved: which of PARTS a folder holds; the others are pointed to.
         base_config: config of the language model where its weights are in the folder, too.
+        hidden_size: width of the language model, by which DeepSpeed chooses its buckets.
     """
 
     model_type = "recommender-yesno"
@@ -55,6 +56,7 @@ class YesNoConfig(PreTrainedConfig):
     trained: list[str] | None = None
     saved: list[str] | None = None
     base_config: dict | None = None
+    hidden_size: int | None = None
 
 
 class YesNoModel(PreTrainedModel):
@@ -73,6 +75,7 @@ class YesNoModel(PreTrainedModel):
     def __init__(self, config: YesNoConfig, language: PreTrainedModel, collab: CollaborativeModel | None = None):
         super().__init__(config)
         self.language, self.collab = language, collab
+        config.hidden_size = self.get_input_embeddings().embedding_dim
         self.join()
         for module in self.modules():
             module._is_hf_initialized = True  # all weights have their values; nothing is to be drawn anew
@@ -102,7 +105,7 @@ class YesNoModel(PreTrainedModel):
 
     def standardised(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """Vectors [..., width] of a "user" or an "item" on the scale that `learn_scale` has learned."""
-        return (vectors - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
+        return ((vectors - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")).to(vectors.dtype)
 
     @staticmethod
     def part_of(name: str) -> str:
@@ -182,7 +185,8 @@ class YesNoModel(PreTrainedModel):
         loss = None
         if labels is not None:
             count = len(labels) if num_items_in_batch is None else num_items_in_batch
-            loss = F.binary_cross_entropy_with_logits(logits - self.config.offset, labels, reduction="sum") / count
+            level = logits - self.config.offset
+            loss = F.binary_cross_entropy_with_logits(level, labels.float(), reduction="sum") / count
         return CollaborativeOutput(loss=loss, logits=logits)
 
     def _may_share(self) -> bool:

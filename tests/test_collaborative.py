@@ -14,10 +14,10 @@ from torch.nn import functional as F
 import pretrain
 import test as test_script
 from data.preference import column, open_preferences
+from facts import RECORD
 from models.collaborative import MODELS, load
 from models.collaborative.base import CollaborativeModel
 from scoring import inputs_of, measure, score
-from trainer import RECORD
 
 QUICK = {"epochs": 60, "patience": 60, "seed": 1}
 

@@ -12,9 +12,9 @@ from test_recommend import torchrun
 import finetune
 import pretrain
 import test as test_script
+from facts import RECORD
 from models.collm import CoLLM
 from models.scratch import train_tokenizer
-from trainer import RECORD
 
 METHOD_FLAGS = {
     "tallrec": (),

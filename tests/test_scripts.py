@@ -23,8 +23,8 @@ from arguments import (
     refuse_flags,
 )
 from errors import InputError
+from facts import RECORD
 from models import scratch
-from trainer import RECORD
 
 CONFIGS = Path(__file__).parents[1] / "config"
 

@@ -223,7 +223,7 @@ def test_trained_parts_are_float32_under_half_precision(liked, kind, dtype):
 def test_cora_begins_as_the_base_model(liked):
     model, tokenizer = make(CoRA)
     for b in model.b.values():  # which `make` has filled
-        nn.init.zeros_(b)
+        nn.init.zeros_(b.weight)
     questions = questions_for(model, tokenizer, liked)
     rows = range(8)
     text = YesNoModel(YesNoConfig(answer=37, trained=[], saved=[]), copy.deepcopy(model.language)).eval()
