@@ -16,10 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from data.batches import Batches
 from data.dataset import output_folder, read_json
 from errors import InputError
+from facts import RECORD
 from models.head import LabelHead
 from throughput import Throughput
-
-RECORD = "reclingua.json"  # in every checkpoint: how its prompts are made and what it was trained on
 
 
 class NewEpoch(TrainerCallback):
