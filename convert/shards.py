@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from data.dataset import read_json, write_json
 from errors import InputError
 
-PIECE = 2**21  # elements: few enough to stay in a processor's cache from one step to the next
+PIECE = 2**19  # elements: few enough to stay in a processor's cache from one step to the next
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 CODES = {  # dtypes as safetensors has them
@@ -192,7 +192,11 @@ class Piece(NamedTuple):
 
 
 def side_by_side(pairs: Mapping[str, tuple[Stored | None, Stored]]) -> Iterator[Piece]:
-    """The tensors of a base and of another model a piece at a time, read and summed up by threads of their own."""
+    """The tensors of a base and of another model a piece at a time, read and summed up by threads of their own.
+
+    Torch is left with one thread: more of them would wait for each other, and for these.
+    """
+    torch.set_num_threads(1)
 
     def read() -> Iterator[Piece]:
         for name, pair in pairs.items():
