@@ -49,18 +49,24 @@ def read_model(folder: Path, tied: bool) -> dict[str, Stored]:
     }
 
 
-def entries(base: Path, other: Path) -> tuple[dict[str, Entry], dict[str, tuple[Stored | None, Stored]]]:
+def entries(
+    base: Path, other: Path, wanted: str | None = None
+) -> tuple[dict[str, Entry], dict[str, tuple[Stored | None, Stored]]]:
     """How each tensor of `other`, a tuned model or a delta, is stored, and the tensors of both.
 
     Of another shape may be what has a row for each token, as LC-Rec has it: it grows when a vocabulary does.
 
+    Args:
+        wanted: name of the base that `other` is a delta to, if known.
+
     Raises:
         InputError: naming the tensor that shows that these are not of one architecture.
     """
+    apart = "they are of different architectures" + (f"; the delta is one to {wanted!r}" if wanted else "")
     tied = is_tied(other)
     bases, others = read_model(base, tied), read_model(other, tied)
     if lacking := next((name for name in bases if name not in others and name != HEAD), None):
-        raise InputError(f"{other}: has no tensor {lacking!r}, which {base} has; they are of different architectures")
+        raise InputError(f"{other}: has no tensor {lacking!r}, which {base} has; {apart}")
     found = {}
     for name, tensor in others.items():
         under = bases.get(name)
@@ -73,8 +79,7 @@ def entries(base: Path, other: Path) -> tuple[dict[str, Entry], dict[str, tuple[
         elif under.shape != tensor.shape:
             if len(tensor.shape) != len(under.shape) or tensor.shape[1:] != under.shape[1:]:
                 raise InputError(
-                    f"{other}: tensor {name!r} is {list(tensor.shape)}, that of {base} {list(under.shape)}; "
-                    "they are of different architectures"
+                    f"{other}: tensor {name!r} is {list(tensor.shape)}, that of {base} {list(under.shape)}; {apart}"
                 )
             found[name] = Entry("whole", f"the base's is {list(under.shape)}")
         elif not {tensor.dtype, under.dtype} <= set(SUBTRACTED):

@@ -43,10 +43,7 @@ def main() -> None:
         raise InputError(f"{base}: is base and delta in one; name two folders")
 
     wanted, told = read_delta(delta) if (delta / DELTA).exists() else (name_of(base), None)
-    try:
-        found, pairs = entries(base, delta)
-    except InputError as error:
-        raise InputError(f"{error}; the delta is one to {wanted!r}" if told else str(error)) from None
+    found, pairs = entries(base, delta, wanted if told else None)
     if told:
         check_told(delta, found, told)
     else:

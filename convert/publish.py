@@ -93,7 +93,8 @@ def write_card(folder: Path, name: str, kind: str, base: str, tuned: Path, resul
                 metric_value=round(value, 4),
             )
             for metric, value in metrics.items()
-        ],
+        ]
+        or None,
     )
     tested = f"python test.py --ckpt_path {'tuned' if kind == 'delta' else 'FOLDER'} --dataset {dataset}"
     lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", KINDS[kind].format(base=base), ""]

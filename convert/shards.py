@@ -8,7 +8,7 @@ import json
 import math
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def read_weights(folder: Path) -> dict[str, Stored]:
     raise InputError(f"{folder}: has no weights: neither {SINGLE} nor {PICKLED}, nor an index of several such files")
 
 
-def _read_shards(index: Path, read) -> dict[str, Stored]:
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
     file_of = read_json(index, "which tensor is in which file").get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise InputError(f"{index}: should have a weight_map, tensor -> file")
@@ -112,9 +112,9 @@ def _read_shards(index: Path, read) -> dict[str, Stored]:
     for name, file in file_of.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise InputError(f"{index}: tensor {name!r} should be in a file beside it, not in {file!r}")
-    for file in sorted(set(file_of.values())):
         if not (index.parent / file).is_file():
             raise InputError(f"{index.parent / file}: no such file, but {index.name} names it; get it again")
+    for file in sorted(set(file_of.values())):
         found = read(index.parent / file)
         named = {name for name, its in file_of.items() if its == file}
         if wrong := sorted(named ^ found.keys()):

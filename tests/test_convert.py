@@ -1,7 +1,6 @@
 """Deltas and their merging: every bit comes back, little memory is used, and what does not fit together is refused."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -9,61 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from weights import made, merged, same_bits, weights_of, write_model
 
 import test as test_script
-from convert import make_delta, merge_delta
 from convert.make_delta import as_bits
 from convert.shards import PIECE, Spec, Writer, plan, read_weights, side_by_side
 
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 ROOT = Path(__file__).parents[1]
-
-
-def weights_of(folder):
-    """Name -> tensor, by the library's own reader."""
-    found = {}
-    for file in sorted(Path(folder).glob("model*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def same_bits(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert (one[name].dtype, one[name].shape) == (other[name].dtype, other[name].shape), name
-        assert torch.equal(one[name].flatten().view(torch.uint8), other[name].flatten().view(torch.uint8)), name
-
-
-def write_model(folder, weights, shard_bytes=10**9, tied=False):
-    """A folder of these weights with a config, by our own writer."""
-    folder.mkdir(parents=True)
-    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
-    with Writer(folder, plan(specs, shard_bytes)) as writer:
-        for name, tensor in weights.items():
-            writer.put(name, tensor)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": tied}))
-    return folder
-
-
-def made(script, base, target, delta):
-    code, said, error = script(
-        make_delta.main, "--base-model-path", base, "--target-model-path", target, "--delta-path", delta
-    )
-    assert code == 0, error
-    return said
-
-
-def merged(script, base, delta, output, *more):
-    code, said, error = script(
-        merge_delta.main, "--base-model-path", base, "--delta-path", delta, "--target-model-path", output, *more
-    )
-    assert code == 0, error
-    return said
 
 
 def special(dtype, count):
@@ -107,7 +64,10 @@ def test_every_bit_comes_back(script, tmp_path, dtype):
         assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes()  # the same shards
 
     # Anyone who adds the delta, LC-Rec's way, has the target up to rounding.
-    delta, told = weights_of(tmp_path / "delta"), json.loads((tmp_path / "delta" / "delta.json").read_text())["tensors"]
+    delta, told = (
+        weights_of(tmp_path / "delta"),
+        json.loads((tmp_path / "delta" / "delta.json").read_text())["tensors"],
+    )
     name = "model.layers.0.a.weight"
     torch.testing.assert_close(pairs[name][0] + delta[name], pairs[name][1], rtol=1e-2, atol=1e-4)
     assert 0 < told[name]["corrected"] < 0.05 * delta[name].numel()
@@ -226,9 +186,9 @@ def test_a_base_in_another_dtype_or_with_its_head_beside(script, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Base and delta of 400 MB in shards of 100 MB: merging takes less than 1.5 shards above what importing does."""
+    """Base and delta of 200 MB in shards of 100 MB: merging takes less than 1.5 shards above what importing does."""
     count = 25 * 10**6
-    names = [f"model.layers.{n}.a" for n in range(8)]
+    names = [f"model.layers.{n}.a" for n in range(4)]
     base = write_model(tmp_path / "base", {name: torch.full((count,), 0.5).bfloat16() for name in names}, 10**8)
     shutil.copytree(base, tmp_path / "delta")
     program = """if True:
@@ -250,3 +210,21 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert float(done.stdout.split()[-1]) < 1.5 * 10**8 / 2**20
     tensor = read_weights(tmp_path / "merged")[names[3]]
     assert torch.equal(tensor.read(10, 20), torch.ones(10).bfloat16())
+
+
+def test_pieces_of_two_tensors(tmp_path):
+    """Of other sizes: each comes whole, the checksum at the end, whoever listens no further."""
+    stored = read_weights(write_model(tmp_path / "model", {"one": torch.randn(9, 2), "other": torch.randn(50)}))
+    one, other = stored["one"], stored["other"]
+    pieces = list(side_by_side({"a": (one, other), "b": (None, other)}))
+    assert [piece.name for piece in pieces] == ["a", "b"] and pieces[1].base is None
+    assert torch.equal(pieces[0].base, one.read()) and torch.equal(pieces[0].other, other.read())
+    assert len(pieces[0].checksum) == 64
+    next(side_by_side({"a": (one, other)} | {str(n): (one, other) for n in range(50)}))
+
+
+def test_a_writer_that_is_not_given_all(tmp_path):
+    with pytest.raises(ValueError, match="b: 2 of its elements have not been written"):
+        with Writer(tmp_path, plan({"a": Spec(torch.float32, (2,)), "b": Spec(torch.float32, (4,))})) as writer:
+            writer.put("a", torch.ones(2, dtype=torch.float64))
+            writer.put("b", torch.ones(2), start=2)
