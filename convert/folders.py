@@ -16,7 +16,9 @@ from facts import RECORD
 
 # Tokenizer, config and record are such files. No pickle is, and nothing below the folder goes along.
 TRAVELS = (".json", ".jinja", ".txt", ".model")
-STAYS = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # of the run that made the folder
+STAYS = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # of a run, or another form
+
+PATHS = ("base_model", "collab", "init_from")  # of a record, where they are no hub names
 
 
 @contextmanager
@@ -88,8 +90,7 @@ def read_record(folder: Path) -> dict:
 
 def write_record(folder: Path, record: dict) -> None:
     """Write it without paths of this machine."""
-    base = record.get("base_model")
-    if isinstance(base, str) and Path(base).is_absolute():
-        record = record | {"base_model": name_of(base)}
+    named = {key: record[key] for key in PATHS if isinstance(record.get(key), str)}
+    record = record | {key: name_of(path) for key, path in named.items() if Path(path).is_absolute()}
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")

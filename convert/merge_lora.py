@@ -97,6 +97,7 @@ def merged_yesno(adapter: Path, method: str, base_model: str | None, collab: str
     config.lora, config.trained = None, sorted({*config.trained} - {"lora"})
     config.base_model, config.collab = name_of(config.base_model), config.collab and name_of(config.collab)
     model.keep_everything()
+    config.base_config.pop("_name_or_path", None)
     return model
 
 
