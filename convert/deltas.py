@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from convert.folders import is_tied
-from convert.shards import Spec, Stored, read_weights
+from convert.shards import CODES, Stored, read_weights
 from data.dataset import read_json
 from errors import InputError
 
@@ -83,7 +83,7 @@ def entries(
                 )
             found[name] = Entry("whole", f"the base's is {list(under.shape)}")
         elif not {tensor.dtype, under.dtype} <= set(SUBTRACTED):
-            found[name] = Entry("whole", f"{Spec(tensor.dtype, ())} has no differences")
+            found[name] = Entry("whole", f"{CODES[tensor.dtype]} has no differences")
         else:
             found[name] = Entry("difference")
     return found, {name: (bases.get(name), tensor) for name, tensor in others.items()}

@@ -17,7 +17,6 @@ from facts import RECORD
 # Tokenizer, config and record are such files. No pickle is, and nothing below the folder goes along.
 TRAVELS = (".json", ".jinja", ".txt", ".model")
 STAYS = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # of a run, or another form
-
 PATHS = ("base_model", "collab", "init_from")  # of a record, where they are no hub names
 
 
@@ -63,7 +62,7 @@ def name_of(path: Path | str) -> str:
 def is_tied(folder: Path) -> bool:
     """Whether the model's output head is its input embeddings; InputError if it has no config."""
     try:
-        return bool(AutoConfig.from_pretrained(folder).tie_word_embeddings)
+        return bool(AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings)
     except Exception as error:  # the library raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{folder}: its config.json is not that of a language model ({reason})") from None

@@ -21,7 +21,7 @@ import torch
 
 from convert.deltas import BITS, CORRECTIONS, DELTA, FORMAT, Entry, entries
 from convert.folders import copy_rest, model_folder, name_of, whole_folder
-from convert.publish import add_flags, check_flags, push, write_card
+from convert.publish import add_flags, checked, push, write_card
 from convert.shards import PIECE, Piece, Spec, Stored, Writer, plan_like, side_by_side
 from data.dataset import write_json
 from errors import InputError, exits_cleanly, one_line
@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--delta-path", "--delta_path", help="where the delta goes", **folder)
     add_flags(parser)
     args = one_line(parser).parse_args()
-    check_flags(args)
     base, target = model_folder(args.base_model_path), model_folder(args.target_model_path)
+    metrics = checked(args, target)
     if base.resolve() == target.resolve():
         raise InputError(f"{base}: is base and target in one; name two folders")
 
@@ -48,8 +48,7 @@ def main() -> None:
         record["tensors"] = {name: asdict(entry) for name, entry in found.items()}
         write_json(folder / DELTA, record, indent=1)
         copy_rest(target, folder)
-        name = args.push_to_hub or args.delta_path.absolute()
-        write_card(folder, name, "delta", name_of(base), target, args.results_file)
+        write_card(folder, "delta", args.push_to_hub or args.delta_path, name_of(base), metrics)
 
     differences = [name for name, entry in found.items() if entry.stored == "difference"]
     elements = sum(pairs[name][1].numel for name in differences)

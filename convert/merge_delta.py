@@ -20,7 +20,7 @@ import torch
 
 from convert.deltas import CORRECTIONS, DELTA, Entry, entries, read_delta
 from convert.folders import copy_rest, model_folder, name_of, whole_folder
-from convert.publish import add_flags, check_flags, push, write_card
+from convert.publish import add_flags, checked, push, write_card
 from convert.shards import CODES, Stored, Writer, plan_like, read_safetensors, side_by_side
 from errors import InputError, exits_cleanly, one_line
 
@@ -37,8 +37,8 @@ def main() -> None:
     )
     add_flags(parser)
     args = one_line(parser).parse_args()
-    check_flags(args)
     base, delta = model_folder(args.base_model_path), model_folder(args.delta_path)
+    metrics = checked(args, delta)
     if base.resolve() == delta.resolve():
         raise InputError(f"{base}: is base and delta in one; name two folders")
 
@@ -58,8 +58,7 @@ def main() -> None:
                 "give that model as --base-model-path"
             ) from None
         copy_rest(delta, folder)
-        name = args.push_to_hub or args.target_model_path.absolute()
-        write_card(folder, name, "merged", wanted, delta, args.results_file)
+        write_card(folder, "merged", args.push_to_hub or args.target_model_path, wanted, metrics)
     print(f"{delta} added to {base}: {len(pairs):,} tensors -> {args.target_model_path}/")
     push(args.push_to_hub, args.target_model_path)
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from arguments import DTYPES
 from convert.folders import copy_rest, model_folder, name_of, read_record, whole_folder, write_record
-from convert.publish import add_flags, check_flags, push, write_card
+from convert.publish import add_flags, checked, push, write_card
 from errors import InputError, exits_cleanly, one_line
 from methods.yesno import METHODS as YESNO
 from methods.yesno import open_model
@@ -47,25 +47,26 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of what is written (default: %(default)s)")
     add_flags(parser)
     args = one_line(parser).parse_args()
-    check_flags(args)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     adapter = model_folder(args.ckpt_path)
-    record = read_record(adapter)
+    metrics, record = checked(args, adapter), read_record(adapter)
+    if record.get("load_in_4bit") or record.get("load_in_8bit"):
+        metrics = metrics if args.results_file else {}  # the adapter's are not those of the merged model
 
-    if record.get("method") == "lcrec":
-        model = merged_lcrec(adapter, record, args.base_model)
-    elif record.get("method") in YESNO:
-        model = merged_yesno(adapter, record["method"], args.base_model, args.collab)
-    else:
-        raise InputError(f"{adapter}: was not tuned by finetune.py, so it has no LoRA weights to be merged")
     with whole_folder(args.output_dir) as folder:
+        if record.get("method") == "lcrec":
+            model = merged_lcrec(adapter, record, args.base_model)
+        elif record.get("method") in YESNO:
+            model = merged_yesno(adapter, record["method"], args.base_model, args.collab)
+        else:
+            raise InputError(f"{adapter}: was not tuned by finetune.py, so it has no LoRA weights to be merged")
         copy_rest(adapter, folder)
         write_record(folder, record | NO_LORA)
         model.to(getattr(torch, args.dtype)).save_pretrained(folder)
-        base, name = name_of(args.base_model or record["base_model"]), args.push_to_hub or args.output_dir.absolute()
-        write_card(folder, name, "merged", base, adapter, args.results_file)
-    print(f"{adapter} merged into {args.base_model or record['base_model']} -> {args.output_dir}/")
+        base = args.base_model or record["base_model"]
+        write_card(folder, "merged", args.push_to_hub or args.output_dir, name_of(base), metrics)
+    print(f"{adapter} merged into {base} -> {args.output_dir}/")
     push(args.push_to_hub, args.output_dir)
 
 
@@ -84,7 +85,10 @@ def merged_lcrec(adapter: Path, record: dict, base_model: str | None) -> PreTrai
 
 
 def merged_yesno(adapter: Path, method: str, base_model: str | None, collab: str | None) -> YesNoModel:
-    """The model, float32, whose folder will hold all that it points to."""
+    """The model, float32, whose folder will hold all that it points to.
+
+    An adapter folder of these methods has no fingerprint of its base: another one of the same shape is not noticed.
+    """
     in_full = {"base_dtype": "float32", "load_in_4bit": False}
     model = open_model(adapter, method, base_model=base_model, collab=collab, **in_full)
     config = model.config
@@ -97,7 +101,8 @@ def merged_yesno(adapter: Path, method: str, base_model: str | None, collab: str
     config.lora, config.trained = None, sorted({*config.trained} - {"lora"})
     config.base_model, config.collab = name_of(config.base_model), config.collab and name_of(config.collab)
     model.keep_everything()
-    config.base_config.pop("_name_or_path", None)
+    for part in filter(None, (config.base_config, config.collab_config)):
+        part.pop("_name_or_path", None)
     return model
 
 

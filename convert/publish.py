@@ -1,7 +1,6 @@
 """A model card for what the other scripts here make, and its way to the hub where the user asks for it."""
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from data.dataset import read_json
 from errors import InputError
 from facts import RECORD
 
-CARD = "README.md"
+CARD, RESULTS = "README.md", "results of test.py"
 KINDS = {
     "delta": "These are delta weights: what is to be added to `{base}` to get the tuned model. RecLingua adds them so "
     "that every weight is the tuned one to the last bit, and refuses another base:",
@@ -42,76 +41,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """InputError for what would otherwise be found out when the work is done."""
-    if args.results_file:
-        metrics_of(read_results(args.results_file), args.results_file)
-    if not args.push_to_hub:
-        return
-    try:
-        validate_repo_id(args.push_to_hub)
-    except HFValidationError as error:
-        raise InputError(f"--push_to_hub {args.push_to_hub}: is no name of a repository ({error})") from None
-    if not get_token():
-        raise InputError("--push_to_hub needs a token: hf auth login, or the environment variable HF_TOKEN")
+def checked(args: argparse.Namespace, tuned: Path) -> dict[str, float]:
+    """The metrics of the model in `tuned`, as far as they are known; InputError for flags that cannot be followed.
 
-
-def write_card(folder: Path, name: str, kind: str, base: str, tuned: Path, results_file: Path | None) -> None:
-    """Write the model card of `folder`: what it is, its metrics, how to use it.
-
-    Args:
-        name: of the model, a path or the name of a repository.
-        kind: one of KINDS.
-        base: name of the base model.
-        tuned: the folder it was made of, by which its results are known.
-        results_file: its results, if said.
-
-    Raises:
-        OSError: as writing does.
+    To be called first: what is wrong with publishing should not be found out when the work is done.
     """
-    record = read_record(folder) if (folder / RECORD).exists() else {}
-    method, dataset = str(record.get("method", "")), str(record.get("dataset", "DATASET"))
-    file = results_file or Path("results") / dataset / f"{method}.json"
-    metrics = {}
-    if results_file or file.exists():
-        results = read_results(file)
-        if results_file or _is_of(results, tuned):
-            metrics = metrics_of(results, file)
-    name = Path(name).name
-    data = ModelCardData(
-        base_model=base,
-        library_name="transformers" if method in ("lcrec", "") else "reclingua",
-        pipeline_tag="text-generation",
-        tags=["recommendation", "reclingua", *filter(None, [method]), *(["delta-weights"] if kind == "delta" else [])],
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="recommendation",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                metric_type=metric,
-                metric_value=round(value, 4),
-            )
-            for metric, value in metrics.items()
-        ]
-        or None,
-    )
-    tested = f"python test.py --ckpt_path {'tuned' if kind == 'delta' else 'FOLDER'} --dataset {dataset}"
-    lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", KINDS[kind].format(base=base), ""]
-    lines += ["```bash", COMMANDS[kind] + tested, "```"]
-    if method == "lcrec":
-        lines += [
-            "",
-            f"Its items are those of the dataset {dataset}, by the index it was tuned with (`{dataset}.index.json`).",
-        ]
-    if metrics:
-        lines += ["", f"Measured on the test users of {dataset}:", "", "| metric | |", "|---|---|"]
-        lines += [f"| {metric} | {value:.4f} |" for metric, value in metrics.items()]
-    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def read_results(file: Path) -> dict:
-    return read_json(file, "results of test.py")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.push_to_hub)
+        except HFValidationError as error:
+            raise InputError(f"--push_to_hub {args.push_to_hub}: is no name of a repository ({error})") from None
+        if not get_token():
+            raise InputError("--push_to_hub needs a token: hf auth login, or the environment variable HF_TOKEN")
+    if args.results_file:
+        return metrics_of(read_json(args.results_file, RESULTS), args.results_file)
+    record = read_record(tuned) if (tuned / RECORD).exists() else {}
+    file = Path("results") / str(record.get("dataset")) / f"{record.get('method')}.json"
+    if not file.exists():
+        return {}
+    results = read_json(file, RESULTS)
+    arguments = results.get("arguments")
+    measured = arguments.get("ckpt_path") if isinstance(arguments, dict) else None
+    is_its = isinstance(measured, str) and Path(measured).resolve() == tuned.resolve()
+    return metrics_of(results, file) if is_its else {}
 
 
 def metrics_of(results: dict, file: Path) -> dict[str, float]:
@@ -120,15 +72,48 @@ def metrics_of(results: dict, file: Path) -> dict[str, float]:
     if not isinstance(found, dict):
         raise InputError(f"{file}: should be results of test.py, with mean_results or test")
     found = {name: value for name, value in found.items() if "@" in name or name in ("auc", "uauc")}
-    if wrong := [name for name, value in found.items() if not isinstance(value, float) or not math.isfinite(value)]:
-        raise InputError(f"{file}: {wrong[0]} should be a number")
-    return found
+    if wrong := next((name for name, value in found.items() if not isinstance(value, float | int | None)), None):
+        raise InputError(f"{file}: {wrong} should be a number")
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _is_of(results: dict, tuned: Path) -> bool:
-    arguments = results.get("arguments")
-    measured = arguments.get("ckpt_path") if isinstance(arguments, dict) else None
-    return isinstance(measured, str) and Path(measured).resolve() == tuned.resolve()
+def write_card(folder: Path, kind: str, name: str | Path, base: str, metrics: dict[str, float]) -> None:
+    """Write the model card of `folder`: what it is, its metrics, how to use it.
+
+    Args:
+        kind: one of KINDS.
+        name: of the model, a path or the name of a repository.
+        base: name of the base model.
+
+    Raises:
+        OSError: as writing does.
+    """
+    record = read_record(folder) if (folder / RECORD).exists() else {}
+    method, dataset = str(record.get("method", "")), str(record.get("dataset", "DATASET"))
+    name = Path(name).absolute().name
+    measured = {"task_type": "recommendation", "dataset_type": dataset, "dataset_name": dataset}
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers" if method in ("lcrec", "") else "reclingua",
+        pipeline_tag="text-generation",
+        tags=["recommendation", "reclingua", *filter(None, [method]), *(["delta-weights"] if kind == "delta" else [])],
+        model_name=name,
+        eval_results=[
+            EvalResult(**measured, metric_type=metric, metric_value=round(value, 4))
+            for metric, value in metrics.items()
+        ]
+        or None,
+    )
+    tested = f"python test.py --ckpt_path {'tuned' if kind == 'delta' else 'FOLDER'} --dataset {dataset}"
+    lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", KINDS[kind].format(base=base), ""]
+    lines += ["```bash", COMMANDS[kind] + tested, "```"]
+    if method == "lcrec":
+        index = f"`{dataset}.index.json`"
+        lines += ["", f"Its items are those of the dataset {dataset}, by the index it was tuned with ({index})."]
+    if metrics:
+        lines += ["", f"Measured on the test users of {dataset}:", "", "| metric | |", "|---|---|"]
+        lines += [f"| {metric} | {value:.4f} |" for metric, value in metrics.items()]
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def push(repo: str | None, folder: Path) -> None:

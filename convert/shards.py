@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from data.dataset import read_json, write_json
 from errors import InputError
@@ -214,7 +215,11 @@ def side_by_side(pairs: Mapping[str, tuple[Stored | None, Stored]]) -> Iterator[
                 digest.update(piece.base.view(torch.uint8).numpy())
             yield piece._replace(checksum=digest.hexdigest()) if piece.checksum else piece
 
-    return ahead(summed())
+    size = sum(tensor.nbytes for pair in pairs.values() for tensor in pair if tensor)
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal
+        for piece in ahead(summed()):
+            yield piece
+            bar.update(sum(part.nbytes for part in (piece.base, piece.other) if part is not None))
 
 
 # ---- Writing ----

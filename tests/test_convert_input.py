@@ -42,7 +42,7 @@ def refuse(three, refused, tmp_path):
 def test_another_base_is_refused_by_name(three, refuse, tmp_path):
     base, target, delta = three
     weights = weights_of(base)
-    weights["model.layers.3.a.weight"][-1, -1] += 1e-7  # the last bit of the last tensor
+    weights["model.layers.3.a.weight"].view(torch.int32)[-1, -1] ^= 1  # the last bit of the last tensor
     other = write_model(tmp_path / "other", weights)
     said = refuse(other)
     assert f"{other}: is not 'base'" in said and "'model.layers.3.a.weight' is another" in said

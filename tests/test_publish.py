@@ -149,7 +149,7 @@ def test_the_card(two, script, tmp_path, monkeypatch):
     assert "| hit@10 | 0.2500 |" in text
 
     named = tmp_path / "preferences.json"
-    named.write_text(json.dumps({"test": {"auc": 0.7, "uauc": 0.6, "samples": 9}}))
+    named.write_text(json.dumps({"test": {"auc": 0.7, "uauc": None, "samples": 9}}))
     where = ("--base-model-path", base, "--delta-path", tmp_path / "bare", "--target-model-path", tmp_path / "merged")
     code, _, error = script(merge_delta.main, *where, "--results_file", named)
     assert code == 0, error
@@ -160,7 +160,7 @@ def test_the_card(two, script, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content, said",
-    [({"users": 3}, "should be results of test.py"), ({"test": {"auc": None}}, "auc should be a number")],
+    [({"users": 3}, "should be results of test.py"), ({"test": {"auc": "x"}}, "auc should be a number")],
 )
 def test_results_that_are_none(two, refused, tmp_path, content, said):
     base, target = two
