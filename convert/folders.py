@@ -1,0 +1,95 @@
+"""What is in a model's folder beside its weights, and how a folder comes to be there whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from data.dataset import output_folder, read_json
+from errors import InputError
+from facts import RECORD
+
+# Tokenizer, config and record are such files. No pickle is, and nothing below the folder goes along.
+TRAVELS = (".json", ".jinja", ".txt", ".model")
+STAYS = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # of a run, or another form
+PATHS = ("base_model", "collab", "init_from")  # of a record, where they are no hub names
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """`with whole_folder(path) as folder:` gives a folder beside `path` that becomes `path` if all went well.
+
+    Raises:
+        InputError: `path` is there already and not empty, or cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path}: is there already, and not empty; choose another output folder")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; name a folder that is not there yet")
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    output_folder(path.parent)
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there is none where all went well
+
+
+def model_folder(path: Path) -> Path:
+    """`path`; InputError if it is no folder."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; a model of the hub comes by: hf download {path} --local-dir FOLDER")
+    return path
+
+
+def name_of(path: Path | str) -> str:
+    """What others may know a model by: its hub name if its folder is in the hub's cache, else the last of its path."""
+    parts = Path(path).absolute().parts
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    return cached.removeprefix("models--").replace("--", "/") if cached else parts[-1]
+
+
+def is_tied(folder: Path) -> bool:
+    """Whether the model's output head is its input embeddings; InputError if it has no config."""
+    try:
+        return bool(AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings)
+    except Exception as error:  # the library raises many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: its config.json is not that of a language model ({reason})") from None
+
+
+def copy_rest(source: Path, folder: Path) -> None:
+    """Copy tokenizer, configs and record; a path of this machine in the record becomes the name of what is there.
+
+    Raises:
+        OSError: as copying does.
+    """
+    for file in sorted(source.iterdir()):
+        travels = file.suffix in TRAVELS and file.name not in STAYS and not file.name.endswith(".index.json")
+        if travels and file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    if (source / RECORD).exists():
+        write_record(folder, read_record(source))
+
+
+def read_record(folder: Path) -> dict:
+    """How a tuned model was made, as finetune.py left it."""
+    return read_json(folder / RECORD, "the record of a model trained by finetune.py")
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Write it without paths of this machine."""
+    named = {key: record[key] for key in PATHS if isinstance(record.get(key), str)}
+    record = record | {key: name_of(path) for key, path in named.items() if Path(path).is_absolute()}
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
