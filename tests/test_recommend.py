@@ -71,10 +71,16 @@ def test_memory_for_not_even_one(search, monkeypatch):
 
 
 def torchrun(processes, script, *argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+    return run("python", *start, script, *argv)
+
+
+def run(*command):
+    """A command as one would give it in the repository, its environment activated."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        [*command, str(script), *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=400,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

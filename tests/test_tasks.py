@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import flags, make_tokenizer
-from test_recommend import torchrun
+from test_recommend import run, torchrun
 from test_samples import learned
 
 import finetune
@@ -273,32 +273,34 @@ def test_a_mix_has_as_many_samples_and_phrasings_as_asked_for(tuned_on_all):
 
 
 def test_lc_recs_own_commands(workshop, tuned_on_all, tmp_path):
-    """Those of its README, but for DeepSpeed: train with two processes, test with one and with two."""
-    data, model = ("--dataset", "toy", "--data_path", workshop / "datasets"), tmp_path / "ckpt"
+    """Those of its README: train with two processes, convert, make and merge a delta, test with one and with two."""
+    data, state = ("--dataset", "toy", "--data_path", workshop / "datasets"), tmp_path / "ckpt"
     trained = torchrun(
-        2, "finetune.py", "--base_model", workshop / "base", "--output_dir", model, *data,
+        2, "finetune.py", "--base_model", workshop / "base", "--output_dir", state, *data,
         "--per_device_batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", 5e-5, "--epochs", 1,
-        "--weight_decay", 0.01, "--save_and_eval_strategy", "epoch", "--bf16", "--only_train_response", "--tasks", ALL,
-        "--train_prompt_sample_num", "1,1,1,1,1,1", "--train_data_sample_num", "0,0,0,100000,0,0",
-        "--index_file", ".index.json", "--use_cpu",
+        "--weight_decay", 0.01, "--save_and_eval_strategy", "epoch", "--deepspeed", "./config/ds_z3_bf16.json",
+        "--bf16", "--only_train_response", "--tasks", ALL, "--train_prompt_sample_num", "1,1,1,1,1,1",
+        "--train_data_sample_num", "0,0,0,100000,0,0", "--index_file", ".index.json", "--use_cpu",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[:4000]
-    search = (
-        "--sample_num",
-        9,
-        "--test_batch_size",
-        1,
-        "--num_beams",
-        20,
-        "--test_prompt_ids",
-        "all",
-        "--index_file",
-        ".index.json",
-    )
+    assert f"bash convert/convert.sh {state}" in trained.stdout
+
+    def give(*command):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    give("bash", "convert/convert.sh", state)
+    model, delta, merged = state / "converted" / "final", tmp_path / "delta", tmp_path / "merged"
+    base = ("--base-model-path", workshop / "base")
+    give("python", "-m", "convert.make_delta", *base, "--target-model-path", model, "--delta-path", delta)
+    merge = (*base, "--target-model-path", merged, "--delta-path", delta, "--low-cpu-mem")
+    give("python", "-m", "convert.merge_delta", *merge)
+    search = ("--sample_num", 9, "--test_batch_size", 1, "--num_beams", 20, "--test_prompt_ids", "all")
     found = []
-    for processes, script in ((1, "test.py"), (2, "test_ddp.py")):
+    for processes, script, ckpt in ((1, "test.py", model), (2, "test_ddp.py", merged)):
         results = tmp_path / "results" / f"{script}.json"
-        done = torchrun(processes, script, "--ckpt_path", model, *data, "--results_file", results, *search)
+        asked = ("--ckpt_path", ckpt, *data, "--results_file", results, *search, "--index_file", ".index.json")
+        done = torchrun(processes, script, *asked)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(json.loads(results.read_text()))
     names = ("test_prompt_ids", "mean_results", "min_results", "max_results", "all_prompt_results")

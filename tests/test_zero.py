@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import flags, run_main, write_preferences
 from safetensors.torch import load_file
-from test_recommend import torchrun
+from test_recommend import run, torchrun
 
 import finetune
 import pretrain
 import test as test_script
+from convert import zero_to_fp32
+from models.language import load_model, load_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "config"
 STEPS = ("--supervise", "history", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 6)
@@ -63,20 +65,12 @@ def runs(workshop, tmp_path_factory):
         argv = (*liked, "--method", method, "--base_model", workshop / "base", "--use_cpu")
         argv += ("--collab", out / collab) if collab else ()
         argv += ("--max_steps", 2, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
-        argv += (
-            "--lora_dropout",
-            0,
-            "--train_data_sample_num",
-            64,
-            "--valid_samples",
-            64,
-            "--train_sampling_strategy",
-            "sequential",
-        )
+        argv += ("--lora_dropout", 0, "--train_sampling_strategy", "sequential")
+        argv += ("--train_data_sample_num", 64, "--valid_samples", 64)
         for name, more in (("ddp", ()), ("z2", ("--deepspeed", z2)), ("z3", ("--deepspeed", z3))):
             todo[f"{name}-{method}"] = {"argv": (*argv, "--output_dir", out / f"{name}-{method}", *more)}
-    for run in todo.values():
-        run["argv"] = [str(word) for word in run["argv"]]
+    for each in todo.values():
+        each["argv"] = [str(word) for word in each["argv"]]
     (out / "runs.json").write_text(json.dumps(list(todo.values())))
     done = torchrun(2, "tests/zero_runs.py", out / "runs.json")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -135,6 +129,56 @@ def test_yes_or_no(script, workshop, runs, method):
         "--results_file", runs / "results.json",
     )  # fmt: skip
     assert code == 0, error
+
+
+def convert(script, state, output, *more):
+    code, out, error = script(zero_to_fp32.main, state, output, *more)
+    assert code == 0, error
+    return output
+
+
+def test_parts_become_a_model(script, runs, tmp_path):
+    assert_close(convert(script, runs / "z3", tmp_path / "z3"), runs / "z3-whole", tolerance=0)
+    assert_close(convert(script, runs / "z2" / "checkpoint-6", tmp_path / "z2"), runs / "z2", tolerance=0)
+    model, tokenizer = load_model(tmp_path / "z3"), load_tokenizer(tmp_path / "z3")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert "<a_0>" in tokenizer.get_vocab()
+    convert(script, runs / "z3-bf16", tmp_path / "half", "--dtype", "bfloat16")
+    assert {weight.dtype for weight in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_convert_sh(runs, tmp_path):
+    shutil.copytree(runs / "z3", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-[24]"))
+    command = ("bash", "convert/convert.sh", tmp_path / "run")
+    assert run(*command).stdout.count("-> ") == 2
+    assert sorted(path.name for path in (tmp_path / "run" / "converted").iterdir()) == ["checkpoint-6", "final"]
+    for name in ("checkpoint-6", "final"):
+        assert_close(tmp_path / "run" / "converted" / name, runs / "z3-whole", tolerance=0)
+    assert run(*command).stdout.count("skipped") == 2
+    assert run("bash", "convert/convert.sh", runs / "ddp").returncode == 2
+
+
+def test_states_that_cannot_be_converted(refused, workshop, runs, tmp_path):
+    def refuse(state, output="out"):
+        return refused(zero_to_fp32.main, state, tmp_path / output)
+
+    assert "is a model folder already" in refuse(runs / "ddp")
+    assert "is an adapter" in refuse(runs / "z3-lora" / "checkpoint-6")
+    assert "no training state" in refuse(runs)
+    shutil.copytree(runs / "z3" / "checkpoint-6", tmp_path / "state")
+    part = tmp_path / "state" / "global_step6" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = part.read_bytes()
+    part.write_bytes(content[: len(content) // 2])
+    assert "not a whole training state" in refuse(tmp_path / "state")
+    part.unlink()
+    assert "not a whole training state" in refuse(tmp_path / "state")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    assert "not empty" in refuse(runs / "z3", "full")
+    assert not (tmp_path / "out").exists()
+    asked = ("--ckpt_path", runs / "z3", "--data_path", workshop / "datasets")
+    assert "python -m convert.zero_to_fp32" in refused(test_script.main, *asked)
 
 
 def test_bad_input(refused, workshop, runs, tmp_path, monkeypatch):
