@@ -84,7 +84,7 @@ def merge(base: Path, delta: Path, output: Path) -> tuple[float, float, float]:
 
 
 def copy(folders: list[Path], output: Path) -> tuple[float, float]:
-    """Seconds, and those of the cores, that copying their files takes; no more waits for the disk than with merging."""
+    """Seconds, and those of the cores, that copying their files takes, one folder after another."""
     seconds = used = 0.0
     for folder in folders:
         settle([folder])
