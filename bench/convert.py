@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from errors import InputError, exits_cleanly, one_line
 WIDTH, INNER, WORDS = 2048, 5632, 32_000  # TinyLlama's
 SHARDS = 4
 MOVED = 0.02  # by how much of their spread tuning has changed the weights
-DRAWN = 2**20  # weights at a time
+DRAWN = 2**24  # random numbers, of which stretches make the weights
 
 
 def write_model(folder: Path, size: int, tuned: bool) -> None:
@@ -43,28 +44,37 @@ def write_model(folder: Path, size: int, tuned: bool) -> None:
     shapes["model.embed_tokens.weight"] = shapes["lm_head.weight"] = (WORDS + 1024 * tuned, WIDTH)
     specs = {name: Spec(torch.bfloat16, shape) for name, shape in shapes.items()}
     folder.mkdir()
+    LlamaConfig(hidden_size=WIDTH, num_hidden_layers=layers, tie_word_embeddings=False).save_pretrained(folder)
+    drawn = 0.02 * torch.randn(2 * DRAWN, generator=torch.Generator().manual_seed(0))
     with Writer(folder, plan(specs, -(-sum(spec.nbytes for spec in specs.values()) // SHARDS))) as writer:
-        for seed, (name, spec) in enumerate(specs.items()):
-            draw = torch.Generator().manual_seed(seed)
+        for number, (name, spec) in enumerate(specs.items()):
             for start in range(0, spec.numel, DRAWN):
                 count = min(DRAWN, spec.numel - start)
-                weights = 0.02 * torch.randn(count, generator=draw).bfloat16()
-                if tuned:
-                    weights += 0.02 * MOVED * torch.randn(count)
-                writer.put(name, weights, start)
-    LlamaConfig(hidden_size=WIDTH, num_hidden_layers=layers, tie_word_embeddings=False).save_pretrained(folder)
+                weights = drawn[number : number + count]
+                moved = MOVED * drawn[DRAWN - number : DRAWN - number + count]
+                writer.put(name, weights.bfloat16() + moved if tuned else weights, start)
 
 
 def run(script, *argv: str) -> None:
-    sys.argv = ["convert", *map(str, argv)]
+    before, sys.argv = sys.argv, ["convert", *map(str, argv)]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         script.main()
+    sys.argv = before
+
+
+def settle(folders: list[Path]) -> None:
+    """Read all files once, so that no side waits for the disk to read, and let it write what is to be written."""
+    for file in (file for folder in folders for file in folder.iterdir()):
+        with file.open("rb") as content:
+            while content.read(2**24):
+                pass
+    os.sync()
 
 
 def merge(base: Path, delta: Path, output: Path) -> tuple[float, float, float]:
     """Seconds, those of the cores, and MB above what a process with its libraries has; for a process of its own."""
     is_tied(delta)  # imports what reading a config needs
-    os.sync()
+    settle([base, delta])
     with Peak(torch.device("cpu")) as peak:
         started, used = time.monotonic(), time.process_time()
         where = ("--base-model-path", base, "--delta-path", delta, "--target-model-path", output)
@@ -74,13 +84,15 @@ def merge(base: Path, delta: Path, output: Path) -> tuple[float, float, float]:
 
 
 def copy(folders: list[Path], output: Path) -> tuple[float, float]:
-    """Seconds, and those of the cores, that copying their files takes."""
-    output.mkdir()
-    os.sync()
-    started, used = time.monotonic(), time.process_time()
+    """Seconds, and those of the cores, that copying their files takes, one folder after another."""
+    seconds = used = 0.0
     for folder in folders:
-        shutil.copytree(folder, output / folder.name, copy_function=shutil.copyfile)
-    return time.monotonic() - started, time.process_time() - used
+        settle([folder])
+        seconds, used = seconds - time.monotonic(), used - time.process_time()
+        shutil.copytree(folder, output, copy_function=shutil.copyfile)
+        seconds, used = seconds + time.monotonic(), used + time.process_time()
+        shutil.rmtree(output)
+    return seconds, used
 
 
 def held(folder: Path) -> int:
@@ -106,16 +118,13 @@ def main() -> None:
         run(make_delta, *where)
         made = time.monotonic() - started
         moved = {"copy": 2 * (held(base) + held(delta)), "merge": held(base) + 2 * held(delta)}
-        seconds: dict[str, list[float]] = {"copy": [], "merge": [], "copy of the result": []}
+        seconds: dict[str, list[float]] = {"copy": [], "merge": []}
         of_cores: dict[str, list[float]] = {side: [] for side in seconds}
         peaks = []
         for number in range(args.repeats + 1):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                *took, peak = pool.apply(merge, (base, delta, output))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                *took, peak = pool.submit(merge, base, delta, output).result()
             rounds = {"merge": took, "copy": copy([base, delta], work / "copies")}
-            shutil.rmtree(work / "copies")
-            rounds["copy of the result"] = copy([output], work / "copies")
-            shutil.rmtree(work / "copies")
             if number:  # the first is to warm up
                 peaks.append(peak)
                 for side in seconds:
@@ -123,8 +132,9 @@ def main() -> None:
                     of_cores[side].append(round(rounds[side][1], 2))
             else:
                 check(target, output)
+                shards = [file.stat().st_size for file in target.glob("*.safetensors")]
+                shutil.rmtree(target)
             shutil.rmtree(output)
-        shards = [file.stat().st_size for file in target.glob("*.safetensors")]
         corrections = sum(file.stat().st_size for file in delta.glob("corrections*"))
 
     middle = {side: statistics.median(of) for side, of in seconds.items()}
@@ -142,10 +152,9 @@ def main() -> None:
         "delta_mb": round(sum(shards) / 2**20),
         "corrections_mb": round(corrections / 2**20, 1),
     }
-    print(f"{'':20}{'seconds':>9}{'of cores':>9}{'GB/s':>7}")
+    print(f"{'':6}{'seconds':>9}{'of cores':>9}{'GB/s':>7}")
     for side, of in middle.items():
-        shown = f"{speed[side]:7.2f}" if side in speed else ""
-        print(f"{side:20}{of:9.2f}{statistics.median(of_cores[side]):9.2f}{shown}")
+        print(f"{side:6}{of:9.2f}{statistics.median(of_cores[side]):9.2f}{speed[side]:7.2f}")
     print(f"merging is {figures['ratio_vs_copy']} times as fast as copying, a byte read and written")
     print(f"peak memory {max(peaks):.1f} MB, {figures['peak_over_largest_shard']} times the largest shard")
     print(f"written to {write_results('convert', torch.device('cpu'), figures)}")

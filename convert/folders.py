@@ -52,11 +52,13 @@ def model_folder(path: Path) -> Path:
     return path
 
 
-def name_of(path: Path | str) -> str:
-    """What others may know a model by: its hub name if its folder is in the hub's cache, else the last of its path."""
-    parts = Path(path).absolute().parts
-    cached = next((part for part in parts if part.startswith("models--")), None)
-    return cached.removeprefix("models--").replace("--", "/") if cached else parts[-1]
+def name_of(model: Path | str) -> str:
+    """What others know a model by: its hub name, if a folder in the hub's cache has it; else the folder's own name."""
+    path = Path(model)
+    if not path.is_absolute() and not path.is_dir():
+        return str(model)
+    cached = next((part for part in path.absolute().parts if part.startswith("models--")), None)
+    return cached.removeprefix("models--").replace("--", "/") if cached else path.absolute().name
 
 
 def is_tied(folder: Path) -> bool:

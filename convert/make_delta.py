@@ -93,7 +93,8 @@ def subtract(
         if entry.stored == "difference":
             base = base.to(target.dtype)
             delta = value - base
-            lost = (as_bits(base + delta) != as_bits(value)).nonzero().flatten()
+            # Which NaN a sum is depends on the processor.
+            lost = ((as_bits(base + delta) != as_bits(value)) | value.isnan()).nonzero().flatten()
             entry.corrected += len(lost)
             if (room := room - len(lost) * (at.itemsize + target.dtype.itemsize)) > 0:
                 positions.append((lost + start).to(at))
@@ -112,15 +113,14 @@ def as_bits(values: torch.Tensor) -> torch.Tensor:
 
 def write_corrections(folder: Path, file: str, beside: dict[str, torch.Tensor | Stored]) -> None:
     wide_first = sorted(beside, key=lambda name: -beside[name].dtype.itemsize)  # or some would stand at odd places
-    with Writer(
-        folder, {file: {name: Spec(beside[name].dtype, tuple(beside[name].shape)) for name in wide_first}}
-    ) as w:
+    specs = {name: Spec(beside[name].dtype, tuple(beside[name].shape)) for name in wide_first}
+    with Writer(folder, {file: specs}) as writer:
         for name, tensor in beside.items():
             if isinstance(tensor, Stored):
                 for start in range(0, tensor.numel, PIECE):
-                    w.put(name, tensor.read(start, start + PIECE), start)
+                    writer.put(name, tensor.read(start, start + PIECE), start)
             else:
-                w.put(name, tensor)
+                writer.put(name, tensor)
 
 
 if __name__ == "__main__":

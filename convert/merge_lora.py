@@ -31,6 +31,7 @@ from methods.yesno import open_model
 from models.language import fingerprint, load_lora, load_model, load_tokenizer
 from models.yesno import YesNoModel
 
+OF_RECORD = {"base_model", "base_dtype", "base_sha256", "load_in_4bit", "load_in_8bit"}
 # What a test, or who tunes on, reads in the record of a folder without an adapter.
 NO_LORA = {"lora": None, "load_in_4bit": False, "load_in_8bit": False, "base_dtype": "float32"}
 
@@ -64,7 +65,7 @@ def main() -> None:
         copy_rest(adapter, folder)
         write_record(folder, record | NO_LORA)
         model.to(getattr(torch, args.dtype)).save_pretrained(folder)
-        base = args.base_model or record["base_model"]
+        base = args.base_model or str(record.get("base_model"))
         write_card(folder, "merged", args.push_to_hub or args.output_dir, name_of(base), metrics)
     print(f"{adapter} merged into {base} -> {args.output_dir}/")
     push(args.push_to_hub, args.output_dir)
@@ -74,6 +75,8 @@ def merged_lcrec(adapter: Path, record: dict, base_model: str | None) -> PreTrai
     """The base model, float32, with the adapter's weights in its own; InputError if it is another base."""
     if not record.get("lora"):
         raise InputError(f"{adapter}: has no LoRA weights: it is a whole model already")
+    if not OF_RECORD <= record.keys():
+        raise InputError(f"{adapter}: was tuned by another version of finetune.py; tune it again")
     path = base_model or record["base_model"]
     base = load_model(path, getattr(torch, record["base_dtype"]), record["load_in_4bit"], record["load_in_8bit"])
     if fingerprint(base) != record["base_sha256"]:

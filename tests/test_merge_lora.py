@@ -143,6 +143,10 @@ def test_what_is_refused(workshop, tuned, few_steps, liked, refused, tmp_path):
     broken = shutil.copytree(few_steps, tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"no weights")
     assert "no adapter for" in refuse(broken)
+    record = json.loads((broken / "reclingua.json").read_text())
+    del record["base_sha256"]
+    (broken / "reclingua.json").write_text(json.dumps(record))
+    assert "by another version of finetune.py" in refuse(broken)
     broken = shutil.copytree(liked / "tallrec", tmp_path / "cut")
     (broken / "model.safetensors").write_bytes(b"no weights")
     assert "its weights do not fit" in refuse(broken)

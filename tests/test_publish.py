@@ -174,3 +174,4 @@ def test_results_that_are_none(two, refused, tmp_path, content, said):
 def test_what_a_base_is_called():
     assert name_of("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0f1e") == "Qwen/Qwen3-0.6B"
     assert name_of("/home/me/llama-7b/") == "llama-7b"
+    assert name_of("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
