@@ -30,13 +30,13 @@ class Entry:
         stored: "difference" or "whole".
         why: it is stored whole.
         corrected: elements of a difference that `corrections*.safetensors` has; all of them where it has the tensor.
-        base_sha256: of the base's tensor, or None where the base has none.
+        base_xxh3: of the base's tensor, or None where the base has none.
     """
 
     stored: str
     why: str | None = None
     corrected: int = 0
-    base_sha256: str | None = None
+    base_xxh3: str | None = None
 
 
 def read_model(folder: Path, tied: bool) -> dict[str, Stored]:

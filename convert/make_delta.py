@@ -87,7 +87,7 @@ def subtract(
     at = torch.int32 if target.numel < 2**31 else torch.int64
     positions, values, room = [], [], target.nbytes
     for name, start, base, value, checksum in pieces:
-        entry.base_sha256 = checksum  # that of the last piece stays
+        entry.base_xxh3 = checksum  # that of the last piece stays
         if value is None:
             continue
         if entry.stored == "difference":

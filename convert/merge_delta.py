@@ -103,7 +103,7 @@ def add(
                 if at[0] < 0 or at[-1] >= pairs[name][1].numel or not (at.diff() > 0).all():
                     raise InputError(f"{beside[f'{name}:positions'].file}: the positions of {name!r} are none in it")
             for _, start, base, value, checksum in pieces:
-                if checksum and entry.base_sha256 not in (None, checksum):
+                if checksum and entry.base_xxh3 not in (None, checksum):
                     raise AnotherBase(name)
                 if value is None:
                     continue

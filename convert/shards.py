@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple, TypeVar
@@ -20,6 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+from xxhash import xxh3_128
 
 from data.dataset import read_json, write_json
 from errors import InputError
@@ -189,7 +189,7 @@ class Piece(NamedTuple):
     start: int
     base: torch.Tensor | None
     other: torch.Tensor | None
-    checksum: str | None  # with a tensor's last piece: sha256 of the base's dtype, shape and bytes
+    checksum: str | None  # with a tensor's last piece: XXH3 of the base's dtype, shape and bytes
 
 
 def side_by_side(pairs: Mapping[str, tuple[Stored | None, Stored]]) -> Iterator[Piece]:
@@ -210,7 +210,7 @@ def side_by_side(pairs: Mapping[str, tuple[Stored | None, Stored]]) -> Iterator[
         for piece in ahead(read()):
             base = pairs[piece.name][0]
             if piece.start == 0:
-                digest = sha256(str(base).encode())
+                digest = xxh3_128(str(base).encode())
             if piece.base is not None:
                 digest.update(piece.base.view(torch.uint8).numpy())
             yield piece._replace(checksum=digest.hexdigest()) if piece.checksum else piece
