@@ -241,6 +241,8 @@ class TuningArguments(TrainingArguments):
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             wrong = "; ".join(each.removeprefix("- ds ") for each in self.hf_deepspeed_config.mismatches)
             raise ValueError(f"the file of --deepspeed says otherwise: {wrong}; give the flag, or auto in the file")
+        if self.push_to_hub and "checkpoint" in self.hub_strategy.value:
+            raise ValueError("--hub_strategy: checkpoints cannot be pushed while they are written; take end")
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs are visible to one process: start with torchrun --nproc_per_node {self.n_gpu}, "

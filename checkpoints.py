@@ -14,7 +14,9 @@ from data.dataset import output_folder, read_json
 from errors import InputError
 from facts import RECORD
 
-UNFINISHED = ".unfinished"  # in the output folder: where a checkpoint is until all processes have written their part
+# In the output folder, where a checkpoint is until all processes have written their part; what begins with a _ is left
+# out when the Trainer pushes that folder to the hub.
+UNFINISHED = "_unfinished"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

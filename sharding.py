@@ -4,7 +4,6 @@ A model is loaded, extended and looked at whole in every process, as without Dee
 training begins and puts it together again for a search on valid, so that no method has to know of it.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -23,8 +22,6 @@ from errors import InputError
 
 def check_deepspeed(config: str | dict, on_cpu: bool) -> None:
     """ValueError where a training with this configuration (a JSON file, or its content) could not begin."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("--deepspeed needs `pip install deepspeed`")
     if isinstance(config, str):
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))

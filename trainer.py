@@ -252,12 +252,12 @@ class RecTrainer(transformers.Trainer):
             super().save_model(output_dir, _internal_call)
             return
         output_dir = output_dir or self.args.output_dir
-        if not stay_apart(self.deepspeed, self.model):
-            self._save(output_dir, weights_to_save(self.deepspeed, self.model))
-            return
-        self._save(output_dir, {})
-        if not _internal_call:  # a checkpoint has these states anyway
+        apart = stay_apart(self.deepspeed, self.model)
+        self._save(output_dir, {} if apart else weights_to_save(self.deepspeed, self.model))
+        if apart and not _internal_call:  # a checkpoint has the training states anyway
             self.deepspeed.save_checkpoint(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_best_model(self) -> None:
         with self.throughput.paused():

@@ -149,6 +149,8 @@ def test_a_model_with_logits_of_its_own_trains_by_its_own_loss(toy, tmp_path, ca
         (("--auto_find_batch_size",), "give --max_tokens_per_batch"),
         (("--dataloader_persistent_workers",), "phrasings of the first epoch"),
         (("--torch_compile",), "--torch_compile does not work"),
+        (("--enable_jit_checkpoint",), "SIGTERM always saves"),
+        (("--push_to_hub", "--hub_strategy", "checkpoint"), "--hub_strategy"),
         (("--max_logits_mb", 0), "--max_logits_mb"),
         (("--per_device_batch_size", 0), "--per_device_batch_size 1"),
         (("--use_liger_kernel",), "pip install liger-kernel" if torch.cuda.is_available() else "needs a GPU"),

@@ -15,6 +15,7 @@ import pretrain
 import test as test_script
 from convert import zero_to_fp32
 from models.language import load_model, load_tokenizer
+from sharding import check_deepspeed
 
 CONFIGS = Path(__file__).parents[1] / "config"
 STEPS = ("--supervise", "history", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 6)
@@ -179,6 +180,22 @@ def test_states_that_cannot_be_converted(refused, workshop, runs, tmp_path):
     assert not (tmp_path / "out").exists()
     asked = ("--ckpt_path", runs / "z3", "--data_path", workshop / "datasets")
     assert "python -m convert.zero_to_fp32" in refused(test_script.main, *asked)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ds_*.json")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_known_to_deepspeed(path, monkeypatch):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    monkeypatch.setenv("RANK", "0")
+    check_deepspeed(str(path), on_cpu=False)
+    content = json.loads(path.read_text())
+    assert content["zero_optimization"]["stage"] == int(path.stem[4]) and content.keys() & {"bf16", "fp16"}
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
+    zero = {key: value for key, value in content["zero_optimization"].items() if value != "auto"}
+    known = DeepSpeedConfig(content | sizes | {"zero_optimization": zero, "gradient_clipping": 1.0})
+    assert known.zero_optimization_stage == int(path.stem[4])
+    half = known.float16_config if "fp16" in path.stem else known.bfloat16_config
+    assert half.enabled
 
 
 def test_bad_input(refused, workshop, runs, tmp_path, monkeypatch):
