@@ -36,6 +36,7 @@ from models.scratch import train_tokenizer
 SHARED = Path(__file__).parents[2] / "shared"
 QUICK = ("--per_device_batch_size", 8, "--learning_rate", 1e-3, "--logging_steps", 50, "--use_cpu")
 SPARSE = ("--save_and_eval_strategy", "steps", "--save_steps", 150)
+LONGEST = ("test_run_sh", "test_preference_scripts", "test_zero", "test_tasks", "test_decoding", "test_collaborative")
 torch.set_num_threads(1)
 
 ROPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -97,6 +98,11 @@ def make_model(architecture: str, vocabulary: int, spread: float = 8):
             if weight.ndim == 2:
                 weight.mul_(spread)
     return model
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, or one process would be at them still when the others have nothing to do."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(params=[*ARCHITECTURES])
