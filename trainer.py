@@ -180,6 +180,8 @@ class RecTrainer(transformers.Trainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
+            # torchrun sends SIGTERM to them, too; without them there would be no step left to end.
+            worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
         )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
