@@ -32,6 +32,7 @@ UNSUPPORTED = {
     "torch_compile": "does not work with the loss of the labels",
     "ddp_static_graph": "does not work with the loss of the labels",
     "fsdp": "is not supported; use --deepspeed",
+    "save_only_model": "would leave nothing to go on from; a small folder is left by --lora",
     "enable_jit_checkpoint": "has no meaning here: SIGTERM always saves",
 }
 
@@ -241,6 +242,8 @@ class TuningArguments(TrainingArguments):
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             wrong = "; ".join(each.removeprefix("- ds ") for each in self.hf_deepspeed_config.mismatches)
             raise ValueError(f"the file of --deepspeed says otherwise: {wrong}; give the flag, or auto in the file")
+        if self.deepspeed and self.save_on_each_node:
+            raise ValueError("--save_on_each_node: DeepSpeed's checkpoints go to a folder that all machines see")
         if self.push_to_hub and "checkpoint" in self.hub_strategy.value:
             raise ValueError("--hub_strategy: checkpoints cannot be pushed while they are written; take end")
         if self.n_gpu > 1:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: complete or invisible, whatever ends the run; which of them to go on from."""
+"""Checkpoints of a training: complete or invisible, whatever ends the processes; which of them to go on from."""
 
 import errno
 import shutil
@@ -22,12 +22,21 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end, or None."""
+    return next(iter(checkpoints_in(Path(output_dir))[::-1]), None)
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """Those that were written to their end, the newest last."""
     found = [
         folder
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (folder / "trainer_state.json").exists()
+        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.name.rpartition("-")[2].isdecimal() and (folder / "trainer_state.json").exists()
     ]
-    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return sorted(found, key=number_of)
+
+
+def number_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoint_to_resume(args: transformers.TrainingArguments, record: dict) -> Path | None:
@@ -68,6 +77,20 @@ def check_shards(checkpoint: Path, args: transformers.TrainingArguments) -> None
             f"{checkpoint}: was made by {shards} processes, these are {args.world_size}; go on with as many "
             f"(torchrun --nproc_per_node), or begin anew from its weights: python -m convert.zero_to_fp32 {checkpoint}"
         )
+
+
+def forget(output_dir: Path, limit: int | None, *kept: str) -> None:
+    """Delete the oldest checkpoints until `limit` are left, those by the names `kept` in any case; none without limit.
+
+    One that is to go is moved out of sight first: no half of it is ever to be seen.
+    """
+    found = checkpoints_in(output_dir)
+    others = [folder for folder in found if folder.name not in kept]
+    unfinished = output_dir / UNFINISHED
+    unfinished.mkdir(exist_ok=True)
+    for folder in others[: max(0, len(found) - max(limit, len(set(kept))))] if limit else []:
+        folder.rename(unfinished / folder.name)
+    shutil.rmtree(unfinished)
 
 
 def publish(unfinished: Path, checkpoint: Path) -> None:

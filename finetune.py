@@ -165,8 +165,10 @@ def command_to_go_on() -> str:
     if "--resume_from_checkpoint" in words:
         at = words.index("--resume_from_checkpoint")
         del words[at : at + 2]
-    each = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    each, all_of_them = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")  # set by torchrun
     start = f"torchrun --nproc_per_node {each}" if each else "python"
+    if each != all_of_them:
+        start = f"torchrun <as before, on every machine> --nproc_per_node {each}"
     return f"{start} {shlex.join(words)} --resume_from_checkpoint auto"
 
 

@@ -120,9 +120,11 @@ stage() {
 
 # finetune.py, which ends well, too, when SIGTERM made it save and leave: then it is not done.
 tune() {
+  local output
+  output=$(printf '%s\n' "$@" | grep -A1 -x -e --output_dir | tail -1)
+  rm -f "$output/run.json"
   python finetune.py "$@" || return
-  while [[ $1 != --output_dir ]]; do shift; done
-  [[ -f $2/run.json ]] || return 143
+  [[ -f $output/run.json ]] || return 143
 }
 
 # ---- Which preset: the dataset's own, or MovieLens-100k's; a smaller model, or fewer rows, where there is no GPU ----

@@ -124,6 +124,11 @@ def main() -> None:
     if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
         raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
     record = read_json(args.ckpt_path / RECORD, "the record of a model trained by finetune.py or pretrain.py")
+    if (args.ckpt_path / "latest").exists() and not any(args.ckpt_path.glob("*.safetensors")):
+        raise InputError(
+            f"{args.ckpt_path}: holds a training state of DeepSpeed; make a model of it: "
+            f"python -m convert.zero_to_fp32 {args.ckpt_path} FOLDER"
+        )
     if not isinstance(record.get("method"), str):
         raise InputError(f"{args.ckpt_path / RECORD}: names no method; train the model again")
     if record["method"] == "lcrec":

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import distributed
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from checkpoints import UNFINISHED, publish, says_when_full
+from checkpoints import UNFINISHED, forget, publish, says_when_full
 from data.batches import Batches
 from errors import InputError
 from facts import RECORD
@@ -34,6 +34,17 @@ class NewEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         for set_epoch in self.listeners:
             set_epoch(int(state.epoch or 0))
+
+
+class NoStepTooMany(TrainerCallback):
+    """Where training goes on from its last step in the middle of an epoch: the Trainer would do one more."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:
+            self.batches.end()
 
 
 class Stopwatch(TrainerCallback):
@@ -112,6 +123,11 @@ class SavesWhenTold(TrainerCallback):
             raise Preempted
 
 
+def outlives_sigterm(worker: int) -> None:
+    """For processes that read samples: SIGTERM is often sent to all, and without them no step could be ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class QuietProgress(ProgressCallback):
     """The Trainer's progress bar without its dump of the log."""
 
@@ -142,6 +158,7 @@ class RecTrainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.batches, self.measure, self.record = batches, measure, record
         self.checkpoints_go_to: str | None = None
+        self.kept: int | None = None  # checkpoints beside the best
         self.label_head, self.labels_are_tokens = None, max_logits_mb is not None
         if self.labels_are_tokens:
             try:
@@ -159,6 +176,7 @@ class RecTrainer(transformers.Trainer):
         self.preemption = SavesWhenTold()
         self.add_callback(self.preemption)
         self.add_callback(NewEpoch(self.train_dataset.set_epoch, batches.set_epoch))
+        self.add_callback(NoStepTooMany(batches))
         self.add_callback(Stopwatch(self.throughput))
 
     def train(self, *args, **kwargs) -> TrainOutput:
@@ -166,9 +184,11 @@ class RecTrainer(transformers.Trainer):
         Preempted: SIGTERM came, and the newest checkpoint is of the step at which it did.
         """
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self.preemption, "told", True))
+        self.kept, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer would delete in place
         try:
             return super().train(*args, **kwargs)
         finally:
+            self.args.save_total_limit = self.kept
             signal.signal(signal.SIGTERM, before)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -180,13 +200,21 @@ class RecTrainer(transformers.Trainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
-            # torchrun sends SIGTERM to them, too; without them there would be no step left to end.
-            worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+            worker_init_fn=outlives_sigterm,
         )
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
-        """As they come. The base class would write out every sample to sort them by the strategy for training."""
-        return SequentialSampler(eval_dataset)
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """The samples as they come. The base class would write out every one to sort them by length."""
+        loader = DataLoader(
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=outlives_sigterm,
+        )
+        return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the labels, without logits anywhere else; its mean is over all targets of an update, those of
@@ -240,9 +268,7 @@ class RecTrainer(transformers.Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
                 publish(unfinished / name, output_dir / name)
-                shutil.rmtree(unfinished)
-                best = self.state.best_model_checkpoint
-                rotate_checkpoints(output_dir, self.args.save_total_limit, best, use_mtime=True)
+                forget(output_dir, self.kept, name, Path(self.state.best_model_checkpoint or name).name)
             self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial) -> str:
@@ -262,8 +288,13 @@ class RecTrainer(transformers.Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_best_model(self) -> None:
+        """And with `--save_total_limit 1` keep that one alone."""
         with self.throughput.paused():
             super()._load_best_model()
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save and self.kept == 1:
+                best = Path(self.state.best_model_checkpoint).name
+                forget(Path(self.args.output_dir), 1, best, best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -22,7 +22,9 @@ for state in "$run"/checkpoint-* "$run"; do
   [[ -f $state/latest ]] || continue
   found=1
   output=$run/converted/$([[ $state == "$run" ]] && echo final || basename "$state")
-  if [[ -d $output ]]; then
+  if compgen -G "$state/adapter_model.*" >/dev/null; then
+    echo "$state: an adapter, whose weights are in its folder already"
+  elif [[ -d $output ]]; then
     echo "$output: converted before, skipped"
   else
     python -m convert.zero_to_fp32 "$state" "$output" "$@"

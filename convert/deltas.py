@@ -95,7 +95,10 @@ def read_delta(delta: Path) -> tuple[str, dict[str, Entry]]:
     if record.get("format") != FORMAT:
         raise InputError(f"{delta / DELTA}: is of format {record.get('format')!r}; this version knows {FORMAT}")
     try:
-        return str(record["base"]), {name: Entry(**entry) for name, entry in record["tensors"].items()}
+        told = {name: Entry(**entry) for name, entry in record["tensors"].items()}
+        if not all(isinstance(entry.corrected, int) for entry in told.values()):
+            raise TypeError("corrected should be a number")
+        return str(record["base"]), told
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{delta / DELTA}: is not as convert.make_delta writes it ({error!r}); get it again"

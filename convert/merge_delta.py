@@ -51,7 +51,7 @@ def main() -> None:
         print(f"{delta} has no {DELTA}: the base is not checked, and added in the delta's dtype ({', '.join(dtypes)})")
     with whole_folder(args.target_model_path) as folder:
         try:
-            add(folder, told or found, pairs, read_corrections(delta, told or found))
+            add(folder, told or found, pairs, read_corrections(delta, told or found, pairs))
         except AnotherBase as error:
             raise InputError(
                 f"{base}: is not {wanted!r}, to which {delta} is a delta: its tensor {str(error)!r} is another; "
@@ -75,15 +75,26 @@ def check_told(delta: Path, found: Mapping[str, Entry], told: Mapping[str, Entry
         raise InputError(f"{delta / DELTA}: has {wrong!r} as {told[wrong].stored}, which it is not for this base")
 
 
-def read_corrections(delta: Path, told: Mapping[str, Entry]) -> dict[str, Stored]:
-    """What stands beside a delta; InputError if something lacks, or is another file's."""
+def read_corrections(
+    delta: Path, told: Mapping[str, Entry], pairs: Mapping[str, tuple[Stored | None, Stored]]
+) -> dict[str, Stored]:
+    """What stands beside a delta; InputError if something lacks, or is not what the entries tell."""
     beside = {}
     for file in sorted(delta.glob(f"{CORRECTIONS}*.safetensors")):
         beside |= read_safetensors(file)
     for name, entry in told.items():
-        found = [beside[key] for key in (f"{name}:values", f"{name}:positions") if key in beside]
-        if entry.corrected and {tensor.numel for tensor in found} != {entry.corrected}:
-            raise InputError(f"{delta}: lacks the corrections of tensor {name!r}; get its {CORRECTIONS} files again")
+        values, at, tensor = beside.get(f"{name}:values"), beside.get(f"{name}:positions"), pairs[name][1]
+        if entry.corrected == 0:
+            fits = values is None and at is None
+        else:
+            fits = values is not None and values.dtype == tensor.dtype and values.numel == entry.corrected
+            fits = fits and entry.corrected == (tensor if at is None else at).numel
+            fits = fits and (at is None or (at.dtype in (torch.int32, torch.int64) and len(at.shape) == 1))
+        if not fits:
+            raise InputError(
+                f"{delta}: the corrections of tensor {name!r} are not those of its {DELTA}; get its {CORRECTIONS} "
+                "files again"
+            )
     return beside
 
 

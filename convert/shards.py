@@ -158,7 +158,10 @@ def read_pickled(path: Path) -> dict[str, Stored]:
             f"{path}: holds something else than tensors, which is not opened; ask for safetensors"
         ) from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a whole file of weights ({str(error).splitlines()[0]}); get it again") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: not a whole file of weights, or an old torch's ({reason}); get it again, or as safetensors"
+        ) from None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: should hold tensors by name")
     weights = {}

@@ -43,7 +43,7 @@ class Batches(torch.utils.data.Sampler[list[int]]):
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.now = now or (lambda: self.lengths)
-        self.order, self.seed, self.epoch = order, seed, 0
+        self.order, self.seed, self.epoch, self.over = order, seed, 0, False
         self.rank, self.processes = rank, processes
         self.window = 0.0  # tokens of a packed batch, about
         samples, longest, tokens = len(self.lengths), int(self.lengths.max()), int(self.lengths.sum())
@@ -79,10 +79,16 @@ class Batches(torch.utils.data.Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def end(self) -> None:
+        """From now on there are none: training that goes on from its last step has nothing left to do."""
+        self.over = True
+
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.over:
+            return
         draw = np.random.default_rng((self.seed, self.epoch))
         order = np.arange(len(self.lengths))
         if self.order != "sequential":

@@ -288,11 +288,6 @@ def open_model(
     Raises:
         InputError: there is none, or the base model is not the one that was tuned.
     """
-    if (folder / "latest").exists() and not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"{folder}: holds a training state of DeepSpeed; make a model of it: "
-            f"python -m convert.zero_to_fp32 {folder} {folder}-fp32"
-        )
     tokenizer = load_tokenizer(folder)
     if not record["lora"]:
         return load_model(folder).eval().to(device), tokenizer

@@ -60,7 +60,8 @@ class CoLLM(YesNoModel):
             self._map("user", self.collab.user_vectors(users, histories, items)),
             self._map("item", self.collab.item_vectors(items)),
         ]
-        if int(soft.max()) > 2 * self.config.soft_tokens:
+        if self.trains_in_parts or int(soft.max()) > 2 * self.config.soft_tokens:
+            liked = liked if liked.shape[1] else torch.zeros_like(items)[:, None]
             tokens.append(self._map("item", self.collab.item_vectors(liked)))
         rows, places = soft.nonzero(as_tuple=True)
         chosen = torch.cat(tokens, 1)[rows, soft[rows, places] - 1]

@@ -189,10 +189,16 @@ class YesNoModel(PreTrainedModel):
             loss = F.binary_cross_entropy_with_logits(level, labels.float(), reduction="sum") / count
         return CollaborativeOutput(loss=loss, logits=logits)
 
+    @property
+    def trains_in_parts(self) -> bool:
+        """Whether ZeRO-3 gathers weights in every pass: then the data of a batch must not tell how many there are, or
+        one process would wait for another."""
+        return self.training and hasattr(next(self.parameters()), "ds_id")
+
     def _may_share(self) -> bool:
         """Whether what prompts begin with can be computed apart: no gradient is to go through it."""
         learns = torch.is_grad_enabled() and self.tunes_language
-        if learns or not self.shares_beginnings or self.language.is_activation_checkpointing:
+        if learns or self.trains_in_parts or not self.shares_beginnings or self.language.is_activation_checkpointing:
             return False
         return attention_window(self.language) > 0
 

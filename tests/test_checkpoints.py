@@ -7,6 +7,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 from conftest import flags, run_main
 from safetensors.torch import load_file
+from test_recommend import ROOT
 
 import finetune
-from checkpoints import UNFINISHED, newest_checkpoint
+from checkpoints import UNFINISHED, forget, newest_checkpoint
 
 HOW = ("--supervise", "history", "--max_his_len", 4, "--epochs", 6, "--logging_steps", 5)
 HOW += ("--save_and_eval_strategy", "steps", "--save_steps", 6, "--valid_users", 8, "--resume_from_checkpoint", "auto")
@@ -53,6 +55,23 @@ def start(workshop, tmp_path):
 def assert_as_undisturbed(folder, undisturbed):
     theirs, ours = (load_file(each / "model.safetensors") for each in (undisturbed, folder))
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    def kept(limit, *names):
+        for number in (2, 10, 4, 6):
+            (tmp_path / f"checkpoint-{number}").mkdir(exist_ok=True)
+            (tmp_path / f"checkpoint-{number}" / "trainer_state.json").touch()
+        forget(tmp_path, limit, *names)
+        return {path.name.removeprefix("checkpoint-") for path in tmp_path.iterdir()}
+
+    (tmp_path / "checkpoint-of-mine").mkdir()
+    (tmp_path / "checkpoint-of-mine" / "trainer_state.json").touch()
+    assert kept(None, "checkpoint-10", "checkpoint-2") == {"2", "4", "6", "10", "of-mine"}
+    assert kept(1, "checkpoint-10", "checkpoint-2") == {"2", "10", "of-mine"}
+    assert kept(3, "checkpoint-10", "checkpoint-2") == {"2", "6", "10", "of-mine"}
+    assert kept(1, "checkpoint-10", "checkpoint-10") == {"10", "of-mine"}
+    assert newest_checkpoint(tmp_path).name == "checkpoint-10"
 
 
 def assert_whole(output_dir, undisturbed):
@@ -107,6 +126,17 @@ def test_killed_while_it_saves(start, undisturbed, tmp_path):
     assert_as_undisturbed(tmp_path / "out", undisturbed)
 
 
+def test_a_run_that_was_at_its_end_does_no_step_more(workshop, tmp_path, capsys):
+    how = (*HOW, "--max_steps", 5, "--lr_scheduler_type", "constant", "--load_best_model_at_end", "False")
+    found = []
+    for _ in range(2):
+        run_main(finetune.main, *flags(workshop, tmp_path / "out", *how))
+        found.append(load_file(tmp_path / "out" / "model.safetensors"))
+    assert "going on from" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
 def test_sigterm_saves_and_says_how_to_go_on(start, undisturbed, tmp_path, monkeypatch):
     process = start()
     while not newest_checkpoint(tmp_path / "out"):
@@ -122,6 +152,20 @@ def test_sigterm_saves_and_says_how_to_go_on(start, undisturbed, tmp_path, monke
     assert command[0] == "python" and command.count("--resume_from_checkpoint") == 1
     run_main(finetune.main, *command[2:])
     assert_as_undisturbed(tmp_path / "out", undisturbed)
+
+
+def test_sigterm_for_processes_that_read_samples_as_well(workshop, tmp_path):
+    """As torchrun sends it: without them there would be no step to end."""
+    argv = (*HOW, "--epochs", 400, "--save_steps", 1000, "--logging_steps", 1, "--dataloader_num_workers", 2)
+    command = [sys.executable, "finetune.py", *map(str, flags(workshop, tmp_path / "out", *argv))]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        for line in process.stdout:
+            if " loss " in line:
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        said = process.stdout.read()
+    assert process.returncode == 0 and "ended by SIGTERM" in said, said
+    assert newest_checkpoint(tmp_path / "out")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(start, undisturbed, tmp_path):

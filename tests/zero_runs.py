@@ -2,12 +2,11 @@
 
 torchrun --nproc_per_node 2 tests/zero_runs.py runs.json    # [{"argv": [flag, value, ...], ...}, ...]
 
-A run may begin with a copy of another's checkpoint, {"copy": [from, to]}, or be told to end, {"sigterm_at": step}.
+A run may be told to end: {"argv": ..., "sigterm_at": step}.
 """
 
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -34,10 +33,6 @@ def tell_one(step):
 
 
 for run in json.loads(Path(sys.argv[1]).read_text()):
-    if "copy" in run:
-        if distributed.get_rank() == 0:
-            shutil.copytree(*run["copy"])
-        distributed.barrier()
     SavesWhenTold.on_step_end = tell_one(run["sigterm_at"]) if "sigterm_at" in run else on_step_end
     sys.argv = ["finetune.py", *run["argv"]]
     finetune.main()
