@@ -73,17 +73,17 @@ def sections(runs: dict[str, Run], metrics: Table, compared: Table, found: list)
         f"Differences to {base}, on the same users: real (*) if the interval does not hold 0. "
         f"{real} of {sum(map(len, found))} are."
     ]
-    drawn = []
-    for at, metric in enumerate(compared.columns[1:]):
-        rows = {
-            f"{name} - {base}": row[at] for name, row in zip(others, found, strict=True) if not np.isnan(row[at][0])
-        }
-        if rows:
-            alt = "; ".join(f"{name}: {search.difference(*each)}" for name, each in rows.items())
-            drawn.append(pictures.forest(f"difference-{at}", f"{metric}. {alt}.", rows, f"difference in {metric}"))
+    rows = [
+        (f"{metric}: {name} - {base}", row[at])
+        for at, metric in enumerate(compared.columns[1:])
+        for name, row in zip(others, found, strict=True)
+        if not np.isnan(row[at][0])
+    ]
+    alt = "; ".join(f"{name} {search.difference(*each)}" for name, each in rows)
+    picture = pictures.forest("differences", f"Differences and their intervals. {alt}.", rows)
     return [
         Section("Metrics", tables=[metrics]),
-        Section("Differences", text, [compared], drawn),
+        Section("Differences", text, [compared], [picture]),
         *_curves(runs),
         _settings(runs),
     ]

@@ -3,7 +3,7 @@
 They are for a light page; a dark one turns them over (page.html.jinja). Texts in them are not taken for formulas.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from reporting.page import Picture
 
 COLOURS = {"popularity": "#8c8c8c", "co-occurrence": "#d97706"}  # the same in all pictures
 MODEL = "#2563eb"
+# As many as a map of items has groups; no grey, which is that of the others.
+GROUPS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#b8860b", "#bcbd22", "#17becf")
 STYLE = {
     "text.parse_math": False,
     "font.size": 11,
@@ -50,8 +52,10 @@ def _picture(figure, name: str, alt: str) -> Picture:
     return Picture(name, png.getvalue(), alt)
 
 
-def _colour(name: str, at: int) -> str:
-    return COLOURS.get(name, MODEL if at == 0 else f"C{at}")
+def _colours(names: Iterable[str]) -> list[str]:
+    """The colour of each: the baselines' own, the models' in their order."""
+    others = iter([MODEL, *(f"C{at}" for at in range(1, 10))] * 10)
+    return [COLOURS.get(name) or next(others) for name in names]
 
 
 def _shown(name: str) -> str:
@@ -63,10 +67,7 @@ def lines(
 ) -> Picture:
     """Lines in one panel; `diagonal` names the line from (0, 0) to (1, 1), if there is to be one."""
     with _sheet() as (figure, (panel,)):
-        models = 0
-        for label, line in given.items():
-            colour = _colour(label, models)
-            models += label not in COLOURS
+        for (label, line), colour in zip(given.items(), _colours(given), strict=True):
             panel.plot(line.x, line.y, color=colour, label=_shown(label), linewidth=2, marker=marker, markersize=5)
             if line.low is not None:
                 panel.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
@@ -74,6 +75,7 @@ def lines(
             panel.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":", label=diagonal)
         panel.set(xlabel=x, ylabel=y)
         panel.set_ylim(bottom=0)
+        panel.locator_params(axis="x", integer=not diagonal)
         panel.legend()
         return _picture(figure, name, alt)
 
@@ -89,10 +91,10 @@ def bars(
     """Groups of bars: label -> (heights [places], ends of their intervals [2, places] or None)."""
     with _sheet() as (figure, (panel,)):
         width = 0.8 / len(given)
-        for at, (label, (heights, ends)) in enumerate(given.items()):
+        for at, ((label, (heights, ends)), colour) in enumerate(zip(given.items(), _colours(given), strict=True)):
             left = np.arange(len(places)) + (at - (len(given) - 1) / 2) * width
             errors = None if ends is None else np.maximum(0, [heights - ends[0], ends[1] - heights])
-            panel.bar(left, heights, width * 0.92, color=_colour(label, 0), label=_shown(label), yerr=errors,
+            panel.bar(left, heights, width * 0.92, color=colour, label=_shown(label), yerr=errors,
                       error_kw={"elinewidth": 1.2, "capsize": 3})  # fmt: skip
         panel.set(xlabel=x, ylabel=y)
         panel.set_xticks(range(len(places)), places)
@@ -137,21 +139,21 @@ def item_map(name: str, alt: str, points: np.ndarray, group: np.ndarray, names: 
     with _sheet(height=6) as (figure, (panel,)):
         panel.scatter(*points[group < 0].T, s=7, color="#c4c4c4", linewidths=0, label="others")
         for at, label in enumerate(names):
-            panel.scatter(*points[group == at].T, s=12, color=f"C{at}", linewidths=0, label=_shown(label))
+            panel.scatter(*points[group == at].T, s=12, color=GROUPS[at], linewidths=0, label=_shown(label))
         panel.set(xlabel="first principal component", ylabel="second", xticks=[], yticks=[])
         figure.legend(loc="outside right center", markerscale=2.5, title="first code")
         return _picture(figure, name, alt)
 
 
-def forest(name: str, alt: str, rows: Mapping[str, tuple[float, float, float, bool]], x: str) -> Picture:
+def forest(name: str, alt: str, rows: Sequence[tuple[str, tuple[float, float, float, bool]]]) -> Picture:
     """Differences with their intervals, one below the other; the real ones in colour."""
-    with _sheet(height=1.2 + 0.4 * len(rows)) as (figure, (panel,)):
-        for at, (value, low, high, real) in enumerate(rows.values()):
+    with _sheet(height=1.2 + 0.3 * len(rows)) as (figure, (panel,)):
+        for at, (_, (value, low, high, real)) in enumerate(rows):
             colour = MODEL if real else "#8c8c8c"
             panel.plot([low, high], [at, at], color=colour, linewidth=2)
             panel.plot([value], [at], color=colour, marker="o")
         panel.axvline(0, color="black", linewidth=1, linestyle=":")
-        panel.set_yticks(range(len(rows)), rows)
+        panel.set_yticks(range(len(rows)), [label for label, _ in rows])
         panel.invert_yaxis()
-        panel.set_xlabel(x)
+        panel.set_xlabel("difference")
         return _picture(figure, name, alt)

@@ -7,7 +7,7 @@ from metrics import parse_metrics
 from reporting import pictures
 from reporting.bootstrap import LEVEL, Figures, differences, means
 from reporting.evidence import BASELINES, Run
-from reporting.page import Section, Table, number, with_interval
+from reporting.page import NONE, Section, Table, number, with_interval
 from reporting.pictures import Line
 from reporting.training import training
 
@@ -96,7 +96,7 @@ def _metrics(run: Run) -> Section:
 
 def difference(value: float, low: float, high: float, real: bool) -> str:
     """ "+0.0148 [+0.0021, +0.0276] *"."""
-    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]{' *' if real else ''}"
+    return NONE if value != value else f"{value:+.4f} [{low:+.4f}, {high:+.4f}]{' *' if real else ''}"
 
 
 def hits_by_k(each: Figures) -> Line:
