@@ -29,8 +29,8 @@ def figures(run: Run) -> dict[str, Figures]:
     parts = {part: rows for part, rows in parts_of(run).items() if rows.any()}
     of_parts = {
         part: [
-            _auc(user[rows], evidence["labels"][rows], evidence["scores"][rows]),
-            _uauc(user[rows], evidence["labels"][rows], evidence["scores"][rows], len(names)),
+            auc_of_draws(user[rows], evidence["labels"][rows], evidence["scores"][rows]),
+            uauc_of_draws(user[rows], evidence["labels"][rows], evidence["scores"][rows], len(names)),
         ]
         for part, rows in parts.items()
     }
@@ -44,7 +44,7 @@ def figures(run: Run) -> dict[str, Figures]:
     return {run.method: Figures(said, statistic, len(names), len(user))}
 
 
-def _auc(user: np.ndarray, labels: np.ndarray, scores: np.ndarray):
+def auc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray):
     """The AUC of all ratings as a function of weights [draws, users]; ties count half."""
     order = np.argsort(scores, kind="stable")
     user, positive, scores = user[order], labels[order] == 1, scores[order]
@@ -61,7 +61,7 @@ def _auc(user: np.ndarray, labels: np.ndarray, scores: np.ndarray):
     return of
 
 
-def _uauc(user: np.ndarray, labels: np.ndarray, scores: np.ndarray, users: int):
+def uauc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray, users: int):
     """The mean AUC of a user as a function of weights [draws, users]; users with one kind of label don't count."""
     of_users = np.full(users, np.nan)
     numbers, found = auc_of_groups(user, labels, scores)
