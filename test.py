@@ -1,5 +1,7 @@
 """Measure a model: its search for every test user's next item, or its AUC and UAUC on what test users liked.
 
+Beside the results file, results/D/lcrec.json, stands its report, results/D/lcrec/report.html (see report.py).
+
 python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen
 python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 20 --predictions_file out.jsonl
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data

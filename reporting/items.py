@@ -91,5 +91,6 @@ def plane(vectors: np.ndarray) -> tuple[np.ndarray, list[float]]:
 @torch.no_grad()
 def _code_vectors(embed: nn.Module, token_ids: list[list[int]]) -> np.ndarray:
     """float32 [items, width]: the mean embedding of each item's codes."""
-    device = next(embed.parameters()).device
-    return np.stack([embed(torch.tensor(ids, device=device)).float().mean(dim=0).cpu().numpy() for ids in token_ids])
+    tokens = torch.tensor(sorted({token for ids in token_ids for token in ids}))
+    rows = embed(tokens.to(next(embed.parameters()).device)).float().cpu().numpy()
+    return np.stack([rows[np.searchsorted(tokens.numpy(), ids)].mean(axis=0) for ids in token_ids])
