@@ -142,7 +142,7 @@ def open_run(file: Path) -> Run:
     if not path.exists():
         raise InputError(f"{path}: no such file; run test.py again, which writes it beside {file.name}")
     evidence = read_json(path, "what test.py found for every user")
-    if (kind := evidence.get("kind")) not in LISTS or not OTHERS[kind] <= evidence.keys():
+    if (kind := str(evidence.get("kind"))) not in LISTS or not OTHERS[kind] <= evidence.keys():
         raise InputError(f"{path}: was not written by test.py; run it again")
     if missing := next((key for key in RESULTS[kind] if key not in results), None):
         raise InputError(f"{file}: has no {missing}; it should be results of test.py")

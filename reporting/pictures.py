@@ -14,6 +14,7 @@ from reporting.page import Picture
 
 COLOURS = {"popularity": "#8c8c8c", "co-occurrence": "#d97706"}  # the same in all pictures
 MODEL = "#2563eb"
+LONGEST = 45  # letters of a name
 # As many as a map of items has groups; no grey, which is that of the others.
 GROUPS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#b8860b", "#bcbd22", "#17becf")
 STYLE = {
@@ -59,7 +60,9 @@ def _colours(names: Iterable[str]) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    return f" {name}" if name.startswith("_") else name  # matplotlib leaves such names out of a legend
+    """A name as a picture has room for it."""
+    name = f" {name}" if name.startswith("_") else name  # matplotlib leaves such names out of a legend
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def lines(
@@ -153,7 +156,7 @@ def forest(name: str, alt: str, rows: Sequence[tuple[str, tuple[float, float, fl
             panel.plot([low, high], [at, at], color=colour, linewidth=2)
             panel.plot([value], [at], color=colour, marker="o")
         panel.axvline(0, color="black", linewidth=1, linestyle=":")
-        panel.set_yticks(range(len(rows)), [label for label, _ in rows])
+        panel.set_yticks(range(len(rows)), [_shown(label) for label, _ in rows])
         panel.invert_yaxis()
         panel.set_xlabel("difference")
         return _picture(figure, name, alt)

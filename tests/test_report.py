@@ -325,6 +325,7 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
     for content, message in (
         (whole[: len(whole) // 2], "not valid JSON"),
         ("[1]", "holds a list"),
+        ('{"kind": []}', "was not written by test.py"),
         ('{"kind": "search"}', "was not written by test.py"),
         (json.dumps(json.loads(whole) | {"ranks": [["a"]]}), "ranks is not what test.py writes"),
         (json.dumps(json.loads(whole) | {"ranks": [[1, 2], [1]]}), "ranks is not what test.py writes"),
