@@ -12,6 +12,8 @@ TIMES = 1000
 LEVEL = 95  # percent
 AT_A_TIME = 4_000_000  # numbers in memory
 
+Statistic = Callable[[np.ndarray], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -24,7 +26,7 @@ class Figures:
     """
 
     names: list[str]
-    statistic: Callable[[np.ndarray], np.ndarray]
+    statistic: Statistic
     users: int
     samples: int
 

@@ -5,7 +5,7 @@ import numpy as np
 from errors import InputError
 from metrics.roc import auc_of_groups
 from reporting import pictures
-from reporting.bootstrap import LEVEL, Figures
+from reporting.bootstrap import LEVEL, Figures, Statistic
 from reporting.evidence import Run
 from reporting.page import Section, Table, number, with_interval
 from reporting.pictures import Line
@@ -44,8 +44,8 @@ def figures(run: Run) -> dict[str, Figures]:
     return {run.method: Figures(said, statistic, len(names), len(user))}
 
 
-def auc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray):
-    """The AUC of all ratings as a function of weights [draws, users]; ties count half."""
+def auc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> Statistic:
+    """The AUC of all ratings, each as often as its user, a number from 0, was drawn; ties count half."""
     order = np.argsort(scores, kind="stable")
     user, positive, scores = user[order], labels[order] == 1, scores[order]
     runs = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
@@ -61,8 +61,8 @@ def auc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray):
     return of
 
 
-def uauc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray, users: int):
-    """The mean AUC of a user as a function of weights [draws, users]; users with one kind of label don't count."""
+def uauc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray, users: int) -> Statistic:
+    """The mean AUC of the users drawn, each as often as it was; users with labels of one kind don't count."""
     of_users = np.full(users, np.nan)
     numbers, found = auc_of_groups(user, labels, scores)
     of_users[numbers] = found
