@@ -1,5 +1,7 @@
 """Measure a model: its search for every test user's next item, or its AUC and UAUC on what test users liked.
 
+Beside the results file, results/D/lcrec.json, stands its report, results/D/lcrec/report.html (see report.py).
+
 python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen
 python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 20 --predictions_file out.jsonl
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
@@ -21,8 +23,8 @@ import transformers
 from torch import distributed
 
 from asking import ask
-from baselines import CoOccurrence, Popularity
-from data.dataset import RecDataset, open_dataset, output_file, read_json, whole_file, write_json
+from baselines import CoOccurrence
+from data.dataset import RecDataset, open_dataset, output_file, path_of, read_json, whole_file, write_json
 from data.instructions import Instructions
 from data.preference import column, open_preferences, sample
 from data.prompts import Phrasing
@@ -39,6 +41,9 @@ from models.collaborative import MODELS as COLLABORATIVE
 from models.collaborative import load
 from models.language import index_token_ids, load_tokenizer
 from recommend import recommend, trie_of
+from report import write_report
+from reporting.evidence import curves_of, of_preferences, of_search
+from reporting.items import describe
 from scoring import check_fits, inputs_of, measure, print_table, score
 
 OF_RECORD = {"prompts", "tasks", "lora", "supervise", "max_text_len"}  # what a model that generates was tuned with
@@ -222,10 +227,8 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
             )
     if not main_process:
         return
-    by_prompt = {
-        number: ranking_metrics([[r.item for r in ranked] for ranked in lists], targets, metrics)
-        for number, lists in found.items()
-    }
+    lists = {number: [[r.item for r in ranked] for ranked in each] for number, each in found.items()}
+    by_prompt = {number: ranking_metrics(each, targets, metrics) for number, each in lists.items()}
     names = [f"{metric}@{k}" for metric, k in metrics]
     spread = {
         which: {name: of([result[name] for result in by_prompt.values()]) for name in names}
@@ -233,13 +236,15 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     }
 
     # ---- Baselines on the same users ----
-    baselines = {}
-    for name, baseline in (("popularity", Popularity(dataset)), ("co-occurrence", CoOccurrence(dataset))):
-        lists = [
+    co_occurrence = CoOccurrence(dataset)
+    of_baselines = {
+        name: [
             baseline.recommend(history, args.num_beams, set(history) if args.exclude_seen else set())
             for history in histories
         ]
-        baselines[name] = ranking_metrics(lists, targets, metrics)
+        for name, baseline in (("popularity", co_occurrence.popularity), ("co-occurrence", co_occurrence))
+    }
+    baselines = {name: ranking_metrics(each, targets, metrics) for name, each in of_baselines.items()}
 
     # ---- Results ----
     write_json(
@@ -267,6 +272,14 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     print_ranking(rows, names)
     print_examples(dataset, users, targets, histories, found[prompt_ids[0]])
     print(f"\nresults in {results_file}")
+
+    # ---- The report ----
+    popularity = co_occurrence.popularity.counts
+    evidence = of_search(dataset, method, users, histories, targets, lists, of_baselines, popularity)
+    index_folder = path_of(dataset.folder, dataset.name, args.index_file).parent
+    evidence["index"] = describe(dataset, index_folder, model.get_input_embeddings(), token_ids, popularity)
+    evidence["curves"] = curves_of(args.ckpt_path)
+    print(f"report in {write_report(results_file, evidence)}")
 
 
 def test_preferences(args: argparse.Namespace, record: dict) -> None:
@@ -325,6 +338,8 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
     rows = {f"{name}, phrasing {number}" if len(found) > 1 else name: each for number, each in found.items()}
     print_table(rows)
     print(f"\nresults in {results_file}")
+    evidence = of_preferences(dataset.name, name, part, scores[prompt_ids[0]]) | {"curves": curves_of(args.ckpt_path)}
+    print(f"report in {write_report(results_file, evidence)}")
 
 
 def results_file_of(args: argparse.Namespace, dataset: str, method: str) -> Path:

@@ -151,9 +151,13 @@ def draw(figures: dict[str, dict], key: str | None, path: Path) -> None:
 
 
 def names_of(paths: list[Path]) -> list[str]:
-    """File names without .index.json; paths where two would be alike."""
-    names = [path.name.removesuffix(".json").removesuffix(".index") for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    """File names without .index.json, with as many of their folders as it takes to tell them apart."""
+    bare = [path.with_name(path.name.removesuffix(".json").removesuffix(".index")) for path in paths]
+    for length in range(1, max(len(path.parts) for path in bare) + 1):
+        names = ["/".join(path.parts[-length:]) for path in bare]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]  # D.json and D.index.json
 
 
 @exits_cleanly

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,13 @@ def test_the_report_of_two_files(toy, tmp_path, script):
     assert (tmp_path / "out/report.png").read_bytes().startswith(PNG)
     code, out, error = script(report.main, other, "--output", tmp_path / "plain")
     assert code == 0 and "category" not in out and (tmp_path / "plain/report.png").exists()
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    paths = [Path("/x/a/D.index.json"), Path("y/b/D.json"), Path("b/E.json")]
+    assert report.names_of(paths) == ["a/D", "b/D", "b/E"]
+    assert report.names_of(paths[1:]) == ["D", "E"]
+    assert report.names_of([Path("D.json"), Path("D.index.json")]) == ["D.json", "D.index.json"]
 
 
 def test_published_indices(shared, tmp_path, script):

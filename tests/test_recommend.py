@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,11 +106,14 @@ def test_many_processes_measure_what_one_does(script, workshop, tuned, tmp_path,
     assert code == 0, error
     alone, lines = json.loads((tmp_path / "results.json").read_text()), read_lines(tmp_path / "lines.jsonl")
     (tmp_path / "results.json").unlink()
+    evidence = (tmp_path / "results/evidence.json").read_text()
+    shutil.rmtree(tmp_path / "results")
     together = torchrun(processes, "test_ddp.py", *flags)
     assert together.returncode == 0, together.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     del alone["seconds"], results["seconds"]
     assert results == alone and results["users"] == 60
+    assert (tmp_path / "results/evidence.json").read_text() == evidence and (tmp_path / "results/report.html").exists()
     for line, want in zip(read_lines(tmp_path / "lines.jsonl"), lines, strict=True):
         assert line.pop("scores") == pytest.approx(want.pop("scores"), abs=1e-5)  # the last bit follows the threads
         assert line == want

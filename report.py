@@ -1,0 +1,96 @@
+"""The report of a run, which test.py writes as well; or several runs side by side, and which differences are real.
+
+python -m report results/ml-100k/lcrec.json                                    the report of one run, made again
+python -m report results/ml-1m/tallrec.json results/ml-1m/collm-mf.json        runs on the same users, side by side
+
+One run: results/D/lcrec/report.html, and its pictures beside it as PNG. Several: a table on the screen and
+results/D/lcrec.compared.html beside the first. A page needs no network and no other file.
+"""
+
+import quiet  # noqa: F401
+
+import argparse
+from pathlib import Path
+
+from data.dataset import output_file, write_json
+from errors import InputError, exits_cleanly, one_line
+from index.report import names_of
+from reporting.compare import KINDS, check_alike, sections, tables
+from reporting.evidence import Run, folder_of, open_run
+from reporting.page import Table, write_page, write_pictures
+
+
+def write_report(results_file: Path, evidence: dict | None = None, output: Path | None = None) -> Path:
+    """Write the report of a results file, first its `evidence` if it is new; returns the page's path.
+
+    Raises:
+        InputError: results or evidence are missing, broken, or not of one run; the report cannot be written.
+    """
+    folder = folder_of(results_file)
+    if evidence is not None:
+        write_json(folder / "evidence.json", evidence)
+    run = open_checked(results_file)
+    found = KINDS[run.kind].sections(run)
+    page = output or folder / "report.html"
+    title = f"{run.evidence['dataset']}: {run.method}"
+    write_page(page, title, KINDS[run.kind].summary(run), found, facts_of(run))
+    write_pictures(page.parent, found)
+    return page
+
+
+def open_checked(results_file: Path) -> Run:
+    """A run whose evidence gives the figures of its results file; InputError otherwise."""
+    run = open_run(results_file)
+    try:
+        KINDS[run.kind].check(run)
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{results_file}: is not what test.py writes; run it again") from None
+    return run
+
+
+def facts_of(run: Run) -> dict[str, object]:
+    facts = {key: run.results[key] for key in ("seconds", "versions") if key in run.results}
+    return {"results file": run.file, **facts, **run.results["arguments"]}
+
+
+def print_tables(*given: Table) -> None:
+    for table in given:
+        rows = [table.columns, *table.rows]
+        widths = [max(len(row[at]) for row in rows) for at in range(len(table.columns))]
+        print(f"\n{table.caption}")
+        for name, *cells in rows:
+            print(
+                f"{name:<{widths[0]}}"
+                + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            )
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results files of test.py")
+    parser.add_argument("--output", type=Path, help="the page (default: beside the first results file)")
+    args = one_line(parser).parse_args()
+    if args.output:
+        output_file(args.output)
+    if len(args.results) == 1:
+        print(f"report in {write_report(args.results[0], output=args.output)}")
+        return
+    if len(set(args.results)) < len(args.results):
+        raise InputError("a results file is given twice; name each once")
+
+    runs = dict(zip(names_of(args.results), map(open_checked, args.results), strict=True))
+    check_alike(list(runs.values()))
+    metrics, compared, found = tables(runs)
+    print_tables(metrics, compared)
+    first = args.results[0]
+    page = args.output or first.with_name(f"{folder_of(first).name}.compared.html")
+    base = next(iter(runs.values()))
+    title = f"{base.evidence['dataset']}: {', '.join(runs)}"
+    facts = {name: run.file for name, run in runs.items()}
+    write_page(page, title, KINDS[base.kind].summary(base), sections(runs, metrics, compared, found), facts)
+    print(f"\n* the interval of the difference does not hold 0\nreport in {page}")
+
+
+if __name__ == "__main__":
+    main()
