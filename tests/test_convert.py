@@ -95,7 +95,7 @@ def test_any_two_numbers_of_16_bits(tmp_path_factory, patterns):
             (folder / name).mkdir()
         write_delta(folder / "delta", found, pairs)
         pairs = {"a": (pairs["a"][0], read_weights(folder / "delta")["a"])}
-        add(folder / "merged", found, pairs, read_corrections(folder / "delta", found))
+        add(folder / "merged", found, pairs, read_corrections(folder / "delta", found, pairs))
         assert torch.equal(as_bits(load_file(folder / "merged" / "model.safetensors")["a"]), as_bits(other))
 
 

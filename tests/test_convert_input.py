@@ -96,9 +96,14 @@ def test_broken_files_are_refused(three, refuse, tmp_path):
             *where(broken(lambda f: (f / index).write_text('{"weight_map": 1}'), source))
         )
     assert "has no weights" in refuse(broken(lambda f: [file.unlink() for file in f.glob("model*")], base))
-    assert "lacks the corrections of tensor" in refuse(
+    assert "get its corrections files again" in refuse(
         delta=broken(lambda f: [file.unlink() for file in f.glob("corrections*")])
     )
+    for wrong in (0, 10**6):
+        counts = broken(rewrite("delta.json", lambda told, wrong=wrong: told["tensors"][name].update(corrected=wrong)))
+        assert f"the corrections of tensor {name!r} are not those of its delta.json" in refuse(delta=counts)
+    listed = broken(rewrite("delta.json", lambda told: told["tensors"][name].update(corrected=[1])))
+    assert "corrected should be a number" in refuse(delta=listed)
     assert "is of format 2" in refuse(delta=broken(rewrite("delta.json", lambda told: told.update(format=2))))
     assert "is not as convert.make_delta writes it" in refuse(
         delta=broken(rewrite("delta.json", lambda told: told["tensors"][name].update(extra=1)))

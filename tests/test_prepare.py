@@ -452,9 +452,10 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
     reviews = tmp_path / "raw" / "D.json"
     reviews.write_bytes(reviews.read_bytes() * 10)  # seconds of work: the signal surely comes before its end
     command = [sys.executable, "-m", "data.prepare", *map(str, flags(tmp_path, "amazon2018", where))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not any(file.stat().st_size > 2**20 for file in tmp_path.glob(".prepare-*/ratings.duckdb*")):
-            time.sleep(0.01)  # an interrupt while DuckDB opens or imports something may be lost in it
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # which a background job does not
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeds) as process:
+        while not list(tmp_path.glob(".prepare-*/*")):
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate()
     assert process.returncode == 130 and error.strip() == "interrupted", error
