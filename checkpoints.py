@@ -18,11 +18,14 @@ from facts import RECORD
 # out when the Trainer pushes that folder to the hub.
 UNFINISHED = "_unfinished"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What Rust (safetensors) and C++ (torch.save) say then.
+SAID_OF_IT = (*(f"os error {number}" for number in NO_SPACE), "PytorchStreamWriter", "inline_container")
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end, or None."""
-    return next(iter(checkpoints_in(Path(output_dir))[::-1]), None)
+    found = checkpoints_in(Path(output_dir))
+    return found[-1] if found else None
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
@@ -84,22 +87,25 @@ def forget(output_dir: Path, limit: int | None, *kept: str) -> None:
 
     One that is to go is moved out of sight first: no half of it is ever to be seen.
     """
+    if not limit:
+        return
     found = checkpoints_in(output_dir)
     others = [folder for folder in found if folder.name not in kept]
+    too_many = max(0, len(found) - max(limit, len(set(kept))))
     unfinished = output_dir / UNFINISHED
     unfinished.mkdir(exist_ok=True)
-    for folder in others[: max(0, len(found) - max(limit, len(set(kept))))] if limit else []:
+    for folder in others[:too_many]:
         folder.rename(unfinished / folder.name)
     shutil.rmtree(unfinished)
 
 
 def publish(unfinished: Path, checkpoint: Path) -> None:
-    """Give a folder that is complete its name, in place of one that has it by now."""
+    """Give a folder that is complete its name, in place of one that has it by now; where it was is taken away."""
     before = unfinished.with_name(f"{unfinished.name}.before")
     if checkpoint.exists():
         checkpoint.rename(before)
     unfinished.rename(checkpoint)
-    shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
 
 
 @contextmanager
@@ -122,11 +128,6 @@ def says_when_full(output_dir: str | Path, unfinished: Path | None = None) -> It
 
 
 def _no_space(error: Exception) -> bool:
-    """Whether the disk was full, by what Python, Rust (safetensors) or C++ (torch.save) say then."""
     if isinstance(error, OSError):
         return error.errno in NO_SPACE
-    return (
-        any(f"os error {number}" in str(error) for number in NO_SPACE)
-        or "PytorchStreamWriter" in str(error)
-        or ("inline_container" in str(error))
-    )
+    return any(words in str(error) for words in SAID_OF_IT)

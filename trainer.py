@@ -193,28 +193,23 @@ class RecTrainer(transformers.Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by accelerate, which would share out the batches among the processes once more."""
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory,
-            worker_init_fn=outlives_sigterm,
-        )
+        return self._loader(self.train_dataset, batch_sampler=self.batches)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """The samples as they come. The base class would write out every one to sort them by length."""
-        loader = DataLoader(
-            self.eval_dataset if eval_dataset is None else eval_dataset,
-            batch_size=self.args.eval_batch_size,
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.accelerator.prepare(self._loader(dataset, batch_size=self.args.eval_batch_size))
+
+    def _loader(self, dataset: Dataset, **batches) -> DataLoader:
+        return DataLoader(
+            dataset,
+            **batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=outlives_sigterm,
         )
-        return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the labels, without logits anywhere else; its mean is over all targets of an update, those of
