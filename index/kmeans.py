@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
 
 from index.rqvae import squared_distances
 
@@ -22,7 +23,9 @@ def fill_codebooks(latents: torch.Tensor, codebooks: Iterable[torch.Tensor], see
         clusters = min(len(codebook), len(residual))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # items that are alike leave codes without an item
-            fitted = KMeans(clusters, n_init=1, random_state=seed).fit(residual.cpu().numpy())
+            # Threads add to a centre in whatever order they come, and the seed would not settle the index.
+            with threadpool_limits(1):
+                fitted = KMeans(clusters, n_init=1, random_state=seed).fit(residual.cpu().numpy())
         codebook[:clusters] = torch.from_numpy(fitted.cluster_centers_).to(codebook)
         codes = torch.from_numpy(fitted.labels_.astype(np.int64)).to(codebook.device)
         if equal:

@@ -142,7 +142,7 @@ class RQVAE(PreTrainedModel):
                 code = sinkhorn(distances, self.config.sinkhorn_epsilon, self.config.sinkhorn_rounds).argmax(1)
             else:
                 code = distances.argmin(1)
-            chosen = codebook[code]
+            chosen = F.embedding(code, codebook)  # the gradient of codebook[code] has its sums in any order
             losses.append(
                 F.mse_loss(chosen, residual.detach()) + self.config.commitment * F.mse_loss(residual, chosen.detach())
             )

@@ -124,6 +124,21 @@ def test_train_and_generate(toy, tmp_path, script):
     assert all(a.startswith("<a_") and b.startswith("<b_") for a, b in index.values())
 
 
+def test_a_seed_settles_the_rqvae_however_many_threads_there_are(tmp_path, script):
+    path, weights = tmp_path / "items.npy", set()
+    np.save(path, np.random.default_rng(0).normal(size=(1200, 64)).astype(np.float32))
+    before = torch.get_num_threads()
+    try:
+        for run, threads in enumerate((4, 4, 4, 1)):
+            torch.set_num_threads(threads)
+            size = ("--codebook_sizes", 64, 64, "--epochs", 5, "--output_dir", tmp_path / str(run))
+            assert script(train.main, "--embeddings", path, *size)[0] == 0
+            weights.add((tmp_path / str(run) / "model.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(weights) == 1
+
+
 def test_bad_input_of_the_index_stage(toy, tmp_path, refused, script):
     path, rqvae = embeddings_of(toy), tmp_path / "rqvae"
     assert "no such file" in refused(train.main, "--embeddings", tmp_path / "no.npy", "--output_dir", rqvae)
