@@ -10,16 +10,17 @@
 #                                                      or personprompt; --collab mf (default), lightgcn, sasrec or din
 #
 # A stage whose outputs are there and whose inputs and command have not changed is skipped; an interrupted run goes on
-# where it stopped, fine-tuning from its last checkpoint. --setup_only makes .venv and stops. --seed, --config preset.yaml
-# as in finetune.py. Relative paths are taken from the folder of this script.
+# where it stopped, fine-tuning from its last checkpoint. A stage's heading says its number, how long the run has gone on
+# and, where it is known from before, about how long it will. --setup_only makes .venv and stops. --seed, --config
+# preset.yaml as in finetune.py. Relative paths are taken from the folder of this script.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' run.sh; }
 die() { echo "error: $*" >&2; exit 2; }
 
 # ---- What to do ----
-DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" FORCE="" SETUP_ONLY="" SEED=42 METHOD=lcrec COLLAB=""
+DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" FORCE="" SETUP_ONLY="" SEED=42 METHOD=lcrec COLLAB="" INDEX=""
 [[ $# -gt 0 && $1 != -* ]] && { DATASET=$1; shift; }
 while [[ $# -gt 0 ]]; do
   case $1 in
@@ -70,13 +71,17 @@ CKPT=ckpt/$DATASET                # what is trained
 SOURCE=${DATA_PATH:-data}         # holds $DATASET/ with the interactions and item texts; read in place, never written to
 RUN=$METHOD${COLLAB:+-$COLLAB}     # what a preset, a tuned model and its results are called: collm-mf
 RESULTS=results/$DATASET/$RUN.json
+PREPARE=""                        # whether the data are made here: MovieLens-100k comes with the packages
+[[ -n $DATA_PATH || $DATASET != ml-100k ]] || PREPARE=1
 SECONDS=0
 
 # stage NAME OUTPUT INPUT... -- COMMAND...: run COMMAND unless OUTPUT is there and was made by it from the same inputs.
 # The stamp is a hash of the command and of what the inputs hold; STAMP.running is that of a run that has not ended.
-# A folder that is to be made anew is kept as OUTPUT.before until its successor is done.
+# A folder that is to be made anew is kept as OUTPUT.before until its successor is done. STAMP.seconds is what it took.
 stage() {
   local name=$1 output=$2 stamp=$WORK/.stages/$1 inputs=() before="" stamped="" running="" began=$SECONDS key code=0
+  local goes_on=""
+  NUMBER=$((NUMBER + 1))
   shift 2
   while [[ $1 != -- ]]; do
     [[ -e $1 ]] || die "$1: no such file"
@@ -87,7 +92,7 @@ stage() {
   mkdir -p "$WORK/.stages" || die "$WORK: cannot be written"
   key=$({ echo "$@"; find -L "${inputs[@]}" -type f -exec sha256sum {} + | sort; } | sha256sum | cut -d' ' -f1)
   if [[ -z $FORCE && -e $output && -f $stamp && $(cat "$stamp") == "$key" ]]; then
-    printf '\n== %s: done before, skipped\n' "$name"
+    heading "$name: done before, skipped"
     return
   fi
   if [[ -e $output && ! -f $stamp && ! -f $stamp.running ]]; then
@@ -98,11 +103,13 @@ stage() {
     rm -rf "$before"
     mv "$output" "$before"
   fi
+  [[ ! -d $output ]] || goes_on=1
   [[ ! -f $stamp ]] || stamped=$(cat "$stamp")
   [[ ! -f $stamp.running ]] || running=$(cat "$stamp.running")
   rm -f "$stamp"
   echo "$key" >"$stamp.running"
-  printf '\n== %s\n' "$name"
+  [[ -z $goes_on ]] || unset "HERE[$name]" "ELSEWHERE[$name]" # how much of it is left is not known
+  heading "$name · $(clock "$began") so far$(to_go)"
   "$@" || code=$?
   if [[ $code -eq 2 ]]; then # bad input: nothing was begun, so what was there stays, with its stamp
     [[ -z $before ]] || { rm -rf "$output"; mv "$before" "$output"; }
@@ -116,6 +123,10 @@ stage() {
   mv "$stamp.running" "$stamp"
   rm -rf "$output.before"
   printf '   (%d s)\n' $((SECONDS - began))
+  [[ -n $goes_on ]] || echo "$((SECONDS - began)) $SETTINGS" >"$stamp.seconds"
+  if [[ -n ${ELSEWHERE[$name]:-} ]]; then
+    EXPECTED=$((EXPECTED + ${ELSEWHERE[$name]})) TOOK=$((TOOK + SECONDS - began))
+  fi
 }
 
 # finetune.py, which ends well, too, when SIGTERM made it save and leave: then it is not done.
@@ -148,6 +159,40 @@ else
 fi
 printf '%s: dataset %s, preset %s\n  base model: %s\n' "RecLingua" "$DATASET" "$CONFIG" "$MODEL_SAID"
 
+# ---- How far the run is: a heading for each stage ----
+BOLD="" PLAIN=""
+if [[ -t 1 && -z ${NO_COLOR:-} && ${TERM:-dumb} != dumb ]]; then
+  BOLD=$'\e[1m' PLAIN=$'\e[0m'
+fi
+heading() { printf '\n%s== %d/%d %s%s\n' "$BOLD" "$NUMBER" "${#NAMES[@]}" "$1" "$PLAIN"; }
+clock() { printf '%d min %02d s' $(($1 / 60)) $(($1 % 60)); }
+
+# to_go: the time for this stage and those after it: what they took here before, or else what they take elsewhere, scaled
+# by how long this machine took for what it has done. It says nothing where neither is known of one of them.
+to_go() {
+  local name left=0 elsewhere=0
+  for name in "${NAMES[@]:NUMBER-1}"; do
+    if [[ -n ${HERE[$name]:-} ]]; then
+      left=$((left + ${HERE[$name]}))
+    elif [[ -n ${ELSEWHERE[$name]:-} ]]; then
+      elsewhere=$((elsewhere + ${ELSEWHERE[$name]}))
+    else
+      return 0
+    fi
+  done
+  ((TOOK < 5 || EXPECTED < 5)) || elsewhere=$((elsewhere * TOOK / EXPECTED))
+  left=$((left + elsewhere))
+  if ((left < 10)); then
+    printf ', a few seconds to go'
+  elif ((left < 95)); then
+    printf ', about %d s to go' $(((left + 5) / 10 * 10))
+  elif ((left < 95 * 60)); then
+    printf ', about %d min to go' $(((left + 30) / 60))
+  else
+    printf ', about %d h to go' $(((left + 1800) / 3600))
+  fi
+}
+
 # ---- The base model ----
 make_base_model() {
   [[ -z $BASE_MODEL ]] || return 0
@@ -164,7 +209,7 @@ make_base_model() {
 # ---- Which item comes next? ----
 generate_items() {
   # ---- 1. Raw ratings -> histories and item texts ----
-  if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
+  if [[ -n $PREPARE ]]; then
     stage prepare "$WORK/$DATASET.inter.json" data/{prepare,sources,rawfiles,clean,core}.py -- \
       python -m data.prepare --source recbole --dataset "$DATASET"
   fi
@@ -173,7 +218,7 @@ generate_items() {
 
   # ---- 2. Item texts -> embeddings; 3. embeddings -> indices ----
   EMBEDDINGS=$WORK/$DATASET.emb-minilm-td.npy INDEX=$WORK/$DATASET.index.json
-  if [[ -f $ITEM ]]; then
+  if [[ -n $PREPARE || -f $ITEM ]]; then
     stage embed "$EMBEDDINGS" "$INTER" "$ITEM" index/embed.py -- \
       python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS"
     stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" index/train.py index/rqvae.py index/kmeans.py index/codes.py -- \
@@ -211,7 +256,8 @@ generate_items() {
 ask_yes_or_no() {
   local folder=$SOURCE/$DATASET first=$CKPT/tallrec collab="" tune=() test=() start=() base=() kind=$COLLAB
   [[ $METHOD != binllm ]] || kind=hash
-  if [[ -z $DATA_PATH && $DATASET == ml-100k ]]; then
+  make_base_model
+  if [[ -n $PREPARE ]]; then
     stage prepare-preference "$WORK/train.parquet" data/{prepare,sources,rawfiles,clean,core}.py -- \
       python -m data.prepare --task preference --source recbole --dataset "$DATASET" --months 6 1 1
   fi
@@ -252,10 +298,26 @@ ask_yes_or_no() {
     --predictions_file "${RESULTS%.json}.predictions.jsonl" "${test[@]}"
 }
 
-if [[ $METHOD == lcrec ]]; then
-  generate_items
-else
-  make_base_model
-  ask_yes_or_no
+# ---- Name the stages, by a stage that only says its name and a die that does nothing; then do them ----
+STAGES=ask_yes_or_no
+[[ $METHOD != lcrec ]] || STAGES=generate_items
+PLAN=$(stage() { echo "$1" >&3; }; die() { :; }; $STAGES 3>&1 >/dev/null)
+NAMES=($PLAN) NUMBER=0 EXPECTED=0 TOOK=0
+
+# Seconds of each stage: here, when it last ran with these settings; and for the default run, on two CPU cores elsewhere.
+declare -A HERE=() ELSEWHERE=()
+if [[ -n $PREPARE && $DEVICE == cpu && -z $BASE_MODEL && $CONFIG == config/lcrec-ml-100k-cpu.yaml ]]; then
+  ELSEWHERE=([prepare]=1 [embed]=11 [rqvae]=20 [index]=7 [base]=5 [finetune]=439 [test]=13)
 fi
-printf '\nall stages done in %d min %02d s; the tuned model is %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$CKPT/$RUN"
+SETTINGS=$({ echo "$DEVICE $SOURCE $BASE_MODEL"; cat "$CONFIG"; } | sha256sum | cut -d' ' -f1)
+for name in "${NAMES[@]}"; do
+  if [[ -f $WORK/.stages/$name.seconds ]] && read -r seconds settings <"$WORK/.stages/$name.seconds"; then
+    [[ $settings != "$SETTINGS" ]] || HERE[$name]=$seconds
+  fi
+done
+
+$STAGES
+WHERE=""
+[[ -z $DATA_PATH ]] || WHERE=" --data_path $DATA_PATH${INDEX:+ --index_file $INDEX}"
+printf '\nall stages done in %s; the tuned model is %s\n' "$(clock $SECONDS)" "$CKPT/$RUN"
+echo "to try it on a page: .venv/bin/python demo.py --ckpt_path $CKPT/$RUN --dataset $DATASET$WHERE"

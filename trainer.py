@@ -129,9 +129,12 @@ def outlives_sigterm(worker: int) -> None:
 
 
 class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar without its dump of the log."""
+    """The Trainer's progress bar without its dump of the log and without a second bar, which moves the cursor."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        pass
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
         pass
 
 

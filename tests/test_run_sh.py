@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,7 +24,10 @@ save_steps: 20
 
 @pytest.fixture
 def run(tmp_path):
-    """run("--flag", ...): run.sh in a copy of the repository; returns the finished process."""
+    """run("--flag", ...): run.sh in a copy of the repository; returns the finished process, what it printed as text.
+
+    With terminal=True it prints to one, stderr among stdout; other names are environment variables.
+    """
     if not (ROOT / ".venv").is_dir():
         pytest.skip("run.sh keeps its own .venv, which tests/run.sh makes")
     copy = tmp_path / "repository"
@@ -31,14 +36,26 @@ def run(tmp_path):
     (copy / ".venv").symlink_to(ROOT / ".venv")
     (copy / "tiny.yaml").write_text(TINY)
 
-    def execute(*argv):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            ["bash", copy / "run.sh", *map(str, argv)], capture_output=True, text=True, env=environment, timeout=500
-        )
+    def execute(*argv, terminal=False, **settings):
+        environment = {"NO_COLOR": "", "TERM": "xterm", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **settings}
+        command = ["bash", copy / "run.sh", *argv]
+        if terminal:
+            command = ["script", "-qec", shlex.join(map(str, command)), "/dev/null"]
+        done = subprocess.run(command, capture_output=True, env={**os.environ, **environment}, timeout=500)
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()  # with its carriage returns
+        return done
 
     execute.folder = copy
     return execute
+
+
+def numbered(done, *names):
+    """Whether these are all stages, from 1/n to n/n."""
+    expected = [(str(number), str(len(names)), name) for number, name in enumerate(names, 1)]
+    return re.findall(r"^(?:\x1b\[1m)?== (\d+)/(\d+) ([\w-]+)", done.stdout, re.MULTILINE) == expected
+
+
+LCREC = ("embed", "rqvae", "index", "base", "finetune", "test")
 
 
 def test_from_a_folder_to_results_and_again(run, tmp_path):
@@ -49,11 +66,14 @@ def test_from_a_folder_to_results_and_again(run, tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     results = json.loads((run.folder / "results/toy/lcrec.json").read_text())
     assert results["users"] == 70 and "all stages done" in first.stdout
+    assert numbered(first, *LCREC) and "to go" not in first.stdout, first.stdout
+    assert "\x1b" not in first.stdout + first.stderr and "\r" not in first.stdout + first.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "mine/toy").iterdir()} == before
 
-    second = run(*flags)
+    second = run(*flags, terminal=True)
     assert second.returncode == 0
     assert second.stdout.count("done before, skipped") == 6, second.stdout
+    assert numbered(second, *LCREC) and second.stdout.count("\x1b[1m== ") == second.stdout.count("\x1b[0m") == 6
 
     # An interrupted fine-tuning: no stamp, a last checkpoint.
     stages = run.folder / "data/toy/.stages"
@@ -62,6 +82,7 @@ def test_from_a_folder_to_results_and_again(run, tmp_path):
     third = run(*flags)
     assert third.returncode == 0 and "going on from ckpt/toy/lcrec/checkpoint-40" in third.stdout
     assert third.stdout.count("done before, skipped") >= 4
+    assert re.search(r"== 5/6 finetune · \d min \d\d s so far$", third.stdout, re.MULTILINE)  # how much is left?
 
     # Bad input stops the run and costs nothing: with the input repaired, all is as it was.
     path = tmp_path / "mine/toy/toy.item.json"
@@ -74,13 +95,22 @@ def test_from_a_folder_to_results_and_again(run, tmp_path):
     broken = run(*flags)
     assert broken.returncode == 2 and "'no_such_flag' is not a flag" in broken.stderr
     (run.folder / "tiny.yaml").write_text(TINY)
-    repaired = run(*flags)
+    repaired = run(*flags, terminal=True, NO_COLOR="1")
     assert repaired.stdout.count("done before, skipped") == 6, repaired.stdout + repaired.stderr
+    assert numbered(repaired, *LCREC) and "\x1b" not in repaired.stdout
 
-    # Other data: everything that comes from it is made again.
+    # Other data: everything that comes from it is made again. What it took before is what it will take.
     write_toy(tmp_path / "mine", users=71, items=9)
-    fourth = run(*flags)
-    assert fourth.returncode == 0 and "skipped" not in fourth.stdout
+    settings = {(stages / f"{name}.seconds").read_text().split()[1] for name in LCREC}
+    assert len(settings) == 1
+    for name, seconds in zip(LCREC, (20, 20, 10, 10, 600, 20), strict=True):
+        (stages / f"{name}.seconds").write_text(f"{seconds} {min(settings)}\n")
+    fourth = run(*flags, terminal=True, TERM="dumb")
+    assert fourth.returncode == 0 and "skipped" not in fourth.stdout and "\x1b" not in fourth.stdout
+    assert re.search(r"== 1/6 embed · 0 min \d\d s so far, about 11 min to go", fourth.stdout), fourth.stdout
+    left = r"== \d/6 \w+ · \d+ min \d\d s so far, (about \d+ (s|min|h)|a few seconds) to go"
+    assert numbered(fourth, *LCREC) and len(re.findall(left, fourth.stdout)) == 6
+    assert re.search("== 5/6 finetune .* about 10 min to go", fourth.stdout)  # however long the others took this time
     assert json.loads((run.folder / "results/toy/lcrec.json").read_text())["users"] == 71
 
 
@@ -96,11 +126,33 @@ def test_yes_or_no_from_ratings_to_results_and_again(run, workshop, tmp_path):
         "a sample of the rows: there is no GPU" in first.stdout
         and "the tuned model is ckpt/liked/cora-mf" in first.stdout
     )
+    assert numbered(first, "tallrec", "test-tallrec", "collab-mf", "cora-mf", "test-cora-mf"), first.stdout
     second = run(*flags)
     assert second.returncode == 0 and second.stdout.count("done before, skipped") == 5, second.stdout
     other = run("liked", "--method", "binllm", *flags[3:])
     assert other.returncode == 0 and other.stdout.count("done before, skipped") == 2, other.stdout + other.stderr
+    assert numbered(other, "tallrec", "test-tallrec", "collab-hash", "binllm", "test-binllm")
     assert (run.folder / "results/liked/binllm.json").exists()
+
+
+def test_the_number_of_stages_is_known_before_the_first(run, tmp_path):
+    """Each way but the two above, to its second stage: something of the user's own is where its output should be."""
+    folder = write_toy(tmp_path / "mine")
+    (folder / "toy.item.json").unlink()
+    time = r"0 min \d\d s so far"
+    cases = {
+        "": ("data/ml-100k/ml-100k.emb-minilm-td.npy", f"1/7 prepare · {time}, about 8 min to go"),
+        "--config tiny.yaml --force": ("data/ml-100k/ml-100k.emb-minilm-td.npy", f"1/7 prepare · {time}"),
+        "--method collm --base_model x": ("ckpt/ml-100k/tallrec", f"1/6 prepare-preference · {time}"),
+        "--method tallrec --base_model x": ("ckpt/ml-100k/tallrec", "1/3 prepare-preference: done before, skipped"),
+        f"toy --data_path {folder.parent}": ("ckpt/toy/base", f"1/4 index · {time}"),
+    }
+    for flags, (output, heading) in cases.items():
+        (run.folder / output).mkdir(parents=True, exist_ok=True)
+        done = run(*flags.split())
+        assert done.returncode == 2 and f"{output}: is there, but run.sh did not make it" in done.stderr, done.stderr
+        headings = re.findall("^== (.*)", done.stdout, re.MULTILINE)
+        assert len(headings) == 1 and re.fullmatch(heading, headings[0]), headings
 
 
 def test_bad_input_of_run_sh(run, tmp_path):
