@@ -15,6 +15,10 @@ class Popularity:
         self.counts = Counter(item for user in dataset.histories for item in dataset.train_history(user))
         self.ranked = sorted(dataset.item_ids, key=lambda item: -self.counts[item])
 
+    def scores(self, history: list[str]) -> Counter:
+        """Item -> score, 0 for those that are not there; `history` plays no part."""
+        return self.counts
+
     def recommend(self, history: list[str], k: int, excluded: set[str]) -> list[str]:
         """The first `k` items not in `excluded`; `history` plays no part."""
         best = []
@@ -43,12 +47,22 @@ class CoOccurrence:
                 for distance, later in enumerate(history[at + 1 : at + 1 + WINDOW], start=1):
                     self.followers[earlier][later] += 1 / distance
 
-    def recommend(self, history: list[str], k: int, excluded: set[str]) -> list[str]:
-        """The best `k` items not in `excluded` for a user with `history`, oldest first."""
+    def scores(self, history: list[str]) -> Counter:
+        """Item -> score after `history`, oldest first; 0 for those that are not there."""
         scores = Counter()
         for rank, item in enumerate(reversed(history[-RECENT:]), start=1):
             for candidate, weight in self.followers.get(item, {}).items():
-                if candidate not in excluded:
-                    scores[candidate] += weight / rank / self.popularity.counts[candidate] ** 0.5
-        best = sorted(scores, key=lambda item: -scores[item])[:k]
+                scores[candidate] += weight / rank / self.popularity.counts[candidate] ** 0.5
+        return scores
+
+    def recommend(self, history: list[str], k: int, excluded: set[str]) -> list[str]:
+        """The best `k` items not in `excluded` for a user with `history`, oldest first."""
+        scores = self.scores(history)
+        best = sorted((item for item in scores if item not in excluded), key=lambda item: -scores[item])[:k]
         return best + self.popularity.recommend(history, k - len(best), excluded | set(best))
+
+
+def baselines_of(dataset: RecDataset) -> dict[str, Popularity | CoOccurrence]:
+    """Both, by name."""
+    co_occurrence = CoOccurrence(dataset)
+    return {"popularity": co_occurrence.popularity, "co-occurrence": co_occurrence}

@@ -18,35 +18,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from torch import distributed
 
 from asking import ask
-from baselines import CoOccurrence
-from data.dataset import RecDataset, open_dataset, output_file, path_of, read_json, whole_file, write_json
-from data.instructions import Instructions
+from baselines import baselines_of
+from data.dataset import RecDataset, output_file, path_of, whole_file, write_json
 from data.preference import column, open_preferences, sample
-from data.prompts import Phrasing
 from data.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_of
 from data.users import read_users
 from decoding.beam import SCORES, Recommendation
 from errors import InputError, exits_cleanly, one_line
-from facts import RECORD, run_facts
+from facts import run_facts
 from methods import lcrec
 from methods.yesno import METHODS as YESNO
-from methods.yesno import name_of, open_model, questions_of
+from methods.yesno import name_of, questions_of
 from metrics import parse_metrics, ranking_metrics
-from models.collaborative import MODELS as COLLABORATIVE
 from models.collaborative import load
 from models.language import index_token_ids, load_tokenizer
+from opening import instructions_of, open_asked, open_indexed, phrasings_of, read_record
 from recommend import recommend, trie_of
 from report import write_report
 from reporting.evidence import curves_of, of_preferences, of_search
 from reporting.items import describe
 from scoring import check_fits, inputs_of, measure, print_table, score
-
-OF_RECORD = {"prompts", "tasks", "lora", "supervise", "max_text_len"}  # what a model that generates was tuned with
 
 
 def task_of(name: str) -> str:
@@ -128,20 +125,11 @@ def main() -> None:
         args.gpu_id = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
         raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
-    record = read_json(args.ckpt_path / RECORD, "the record of a model trained by finetune.py or pretrain.py")
-    if (args.ckpt_path / "latest").exists() and not any(args.ckpt_path.glob("*.safetensors")):
-        raise InputError(
-            f"{args.ckpt_path}: holds a training state of DeepSpeed; make a model of it: "
-            f"python -m convert.zero_to_fp32 {args.ckpt_path} FOLDER"
-        )
-    if not isinstance(record.get("method"), str):
-        raise InputError(f"{args.ckpt_path / RECORD}: names no method; train the model again")
+    record = read_record(args.ckpt_path)
     if record["method"] == "lcrec":
         test_search(args, record)
-    elif record["method"] in YESNO or record["method"] in COLLABORATIVE:
-        test_preferences(args, record)
     else:
-        raise InputError(f"{args.ckpt_path / RECORD}: was made by {record['method']!r}, which is no method")
+        test_preferences(args, record)
 
 
 def test_search(args: argparse.Namespace, record: dict) -> None:
@@ -152,25 +140,15 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     log = print if main_process else lambda *_: None
 
     # ---- What to measure ----
-    if not OF_RECORD <= record.keys() or not isinstance(record["prompts"], dict):
-        raise InputError(f"{args.ckpt_path}: was tuned by another version of finetune.py; tune it again")
     task = TEST_TASKS[args.test_task]
+    dataset = open_indexed(args.ckpt_path, record, task, args.data_path, args.dataset, args.index_file)
     if task != "seqrec" and task not in record["tasks"]:
         raise InputError(f"{args.ckpt_path}: was not tuned on {task} (--tasks), so it cannot be tested on it")
     task = seqrec_of(record["supervise"]) if task == "seqrec" else task
-    needs = ["index", "items"] if task == "fusionseqrec" else ["index"]
-    dataset = open_dataset(args.data_path, args.dataset or record["dataset"], needs, args.index_file)
     metrics = parse_metrics(args.metrics)
     if args.num_beams < max(k for _, k in metrics):
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
-    if dataset.sha256("index") != record["index_sha256"]:
-        raise InputError(
-            f"{args.ckpt_path}: was tuned with another index than that of {dataset.folder}; see --index_file"
-        )
-    phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"][task]]
-    answerable = [number for number, phrasing in enumerate(phrasings) if phrasing.names_target]
-    if not answerable:
-        raise InputError(f"{args.ckpt_path}: was tuned on no phrasing of {task} that is answered by {{target}} alone")
+    phrasings, answerable = phrasings_of(args.ckpt_path, record, task)
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, answerable)
     method = record["method"] if args.test_task == "SeqRec" else f"{record['method']}-{task}"
     results_file = results_file_of(args, dataset.name, method)
@@ -195,17 +173,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     model, tokenizer = lcrec.open_model(args.ckpt_path, record, device, args.base_model)
     token_ids = index_token_ids(tokenizer, dataset.index)
     trie = trie_of(token_ids, tokenizer, task)
-    instructions = Instructions(
-        samples,
-        dataset,
-        tokenizer,
-        {task: phrasings},
-        index_tokens={token for ids in token_ids.values() for token in ids},
-        max_his_len=record["max_his_len"],
-        his_sep=record["his_sep"],
-        max_text_len=record["max_text_len"],
-        add_prefix=record["add_prefix"],
-    )
+    instructions = instructions_of(record, samples, dataset, tokenizer, {task: phrasings}, token_ids)
     lcrec.check_room(model, instructions.lengths(longest=True).max())
 
     # ---- Search, one phrasing after another ----
@@ -236,13 +204,13 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     }
 
     # ---- Baselines on the same users ----
-    co_occurrence = CoOccurrence(dataset)
+    recommenders = baselines_of(dataset)
     of_baselines = {
         name: [
             baseline.recommend(history, args.num_beams, set(history) if args.exclude_seen else set())
             for history in histories
         ]
-        for name, baseline in (("popularity", co_occurrence.popularity), ("co-occurrence", co_occurrence))
+        for name, baseline in recommenders.items()
     }
     baselines = {name: ranking_metrics(each, targets, metrics) for name, each in of_baselines.items()}
 
@@ -265,8 +233,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     )
     if args.predictions_file:
         write_predictions(args.predictions_file, dataset, users, targets, found)
-    rows = {"popularity": baselines["popularity"], "co-occurrence": baselines["co-occurrence"]}
-    rows |= {method: spread["mean"]}
+    rows = baselines | {method: spread["mean"]}
     if len(prompt_ids) > 1:
         rows |= {f"{method}, worst phrasing": spread["min"], f"{method}, best phrasing": spread["max"]}
     print_ranking(rows, names)
@@ -274,11 +241,11 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     print(f"\nresults in {results_file}")
 
     # ---- The report ----
-    popularity = co_occurrence.popularity.counts
+    popularity = recommenders["popularity"].counts
     evidence = of_search(dataset, method, users, histories, targets, lists, of_baselines, popularity)
     index_folder = path_of(dataset.folder, dataset.name, args.index_file).parent
     evidence["index"] = describe(dataset, index_folder, model.get_input_embeddings(), token_ids, popularity)
-    evidence["curves"] = curves_of(args.ckpt_path)
+    evidence |= {"curves": curves_of(args.ckpt_path), "phrasings": [phrasings[at].prompt for at in prompt_ids]}
     print(f"report in {write_report(results_file, evidence)}")
 
 
@@ -293,16 +260,11 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
 
     # ---- Model and rows ----
     if asks:
-        model = open_model(args.ckpt_path, record["method"], base_model=args.base_model, collab=args.collab)
+        model, dataset = open_asked(args.ckpt_path, record, args.data_path, args.dataset, args.base_model, args.collab)
     else:
         model = load(args.ckpt_path)
-    dataset = open_preferences(args.data_path, args.dataset or record["dataset"])
-    if not asks:
+        dataset = open_preferences(args.data_path, args.dataset or record["dataset"])
         check_fits(model, dataset)
-    elif record["method"] != "tallrec" and record["ratings_sha256"] != dataset.sha256():
-        raise InputError(
-            f"{args.ckpt_path}: knows the users and items of other ratings than those of {dataset.folder}"
-        )
     name = name_of(model, record["method"]) if asks else record["method"]
     results_file = results_file_of(args, dataset.name, name)
     part = sample(dataset.parts["test"], max(0, args.sample_num))
@@ -338,7 +300,9 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
     rows = {f"{name}, phrasing {number}" if len(found) > 1 else name: each for number, each in found.items()}
     print_table(rows)
     print(f"\nresults in {results_file}")
-    evidence = of_preferences(dataset.name, name, part, scores[prompt_ids[0]]) | {"curves": curves_of(args.ckpt_path)}
+    log_odds = model.log_odds(scores[prompt_ids[0]].astype(np.float64))  # exact: what ranks alike ranks alike still
+    evidence = of_preferences(dataset.name, name, part, log_odds) | {"curves": curves_of(args.ckpt_path)}
+    evidence["phrasings"] = [record["prompts"][at]["prompt"] for at in prompt_ids if asks]
     print(f"report in {write_report(results_file, evidence)}")
 
 

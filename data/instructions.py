@@ -55,7 +55,7 @@ class Instructions(torch.utils.data.Dataset):
         self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
         self.only_response, self.seed, self.epoch = only_response, seed, 0
         self._plain = lru_cache(2**18)(plain_text(tokenizer, max_text_len))
-        times = np.array([(phrasings_per_sample or {}).get(task, 1) for task in samples["task"]])
+        times = np.array([(phrasings_per_sample or {}).get(task, 1) for task in samples["task"]], dtype=np.int64)
         self._row = np.repeat(np.arange(len(samples)), times)  # of its sample, and which copy of it one is
         self._copy = np.arange(len(self._row)) - np.repeat(np.cumsum(times) - times, times)
         self._fitting: dict[tuple[str, frozenset[str]], list[int]] = {}

@@ -161,7 +161,7 @@ def prepare(
             )
         figures = {
             "loss": F.binary_cross_entropy_with_logits(
-                torch.tensor(scores) - model.config.offset, torch.tensor(labels).float()
+                model.log_odds(torch.tensor(scores)), torch.tensor(labels).float()
             ).item(),
             "auc": auc(labels, scores),
             "uauc": uauc(users, labels, scores)["uauc"],
@@ -320,9 +320,14 @@ def questions_of(
     phrasings = [Phrasing(**each) for each in record["prompts"]]
     codes = None
     if record["method"] == "binllm":
-        ids = (torch.arange(count, device=model.device) for count in (dataset.num_users, dataset.num_items))
-        bits = [of(some) for of, some in zip((model.collab.user_codes, model.collab.item_codes), ids, strict=True)]
-        codes = tuple({n: code_text(code, record["code_format"]) for n, code in enumerate(each)} for each in bits)
+        texts = []
+        for name, codes_of in (("uid", model.collab.user_codes), ("iid", model.collab.item_codes)):
+            ids = torch.from_numpy(np.unique(column(rows, name)).astype(np.int64))
+            bits = codes_of(ids.to(model.device))
+            texts.append(
+                {n: code_text(code, record["code_format"]) for n, code in zip(ids.tolist(), bits, strict=True)}
+            )
+        codes = tuple(texts)
     return Questions(
         rows,
         {int(item): str(about["title"]) for item, about in dataset.items.items()},

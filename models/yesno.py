@@ -6,6 +6,7 @@ too; its collaborative knowledge comes in as words.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -185,9 +186,12 @@ class YesNoModel(PreTrainedModel):
         loss = None
         if labels is not None:
             count = len(labels) if num_items_in_batch is None else num_items_in_batch
-            level = logits - self.config.offset
-            loss = F.binary_cross_entropy_with_logits(level, labels.float(), reduction="sum") / count
+            loss = F.binary_cross_entropy_with_logits(self.log_odds(logits), labels.float(), reduction="sum") / count
         return CollaborativeOutput(loss=loss, logits=logits)
+
+    def log_odds(self, logits: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+        """Of logits those that the loss sees; the sigmoid of these is the probability of Yes."""
+        return logits - self.config.offset
 
     @property
     def trains_in_parts(self) -> bool:

@@ -6,7 +6,7 @@ from errors import InputError
 from reporting import pictures, preference, search
 from reporting.bootstrap import Figures, differences
 from reporting.evidence import Run
-from reporting.page import Section, Table, with_interval
+from reporting.page import Section, Table, number, with_interval
 
 KINDS = {"search": search, "preference": preference}
 
@@ -94,7 +94,9 @@ def _curves(runs: dict[str, Run]) -> list[Section]:
     if first.kind == "preference":
         given = {name: preference.roc(run.evidence["labels"], run.evidence["scores"]) for name, run in runs.items()}
         axes = ("share of what was not liked", "share of what was liked", "chance")
-        return [Section("ROC curve", pictures=[pictures.lines("roc", "ROC curves of all ratings.", given, *axes)])]
+        areas = "; ".join(f"{name}: AUC {number(run.results['test']['auc'])}" for name, run in runs.items())
+        picture = pictures.lines("roc", f"ROC curves of all ratings. {areas}.", given, *axes)
+        return [Section("ROC curve", pictures=[picture])]
     names = [f"hit@{k}" for k in range(1, min(run.results["num_beams"] for run in runs.values()) + 1)]
     given = {name: search.hits_by_k(search.figures(run, names)[run.method]) for name, run in runs.items()}
     alt = "; ".join(f"{name} {line.y[-1]:.4f} at k = {len(names)}" for name, line in given.items())

@@ -25,7 +25,10 @@ LISTS = {
     },
     "preference": {"users": "i", "items": "i", "labels": "i", "warm": "i", "scores": "f"},
 }  # fmt: skip
-OTHERS = {"search": {"dataset", "method", "curves", "index"}, "preference": {"dataset", "method", "curves"}}
+OTHERS = {
+    "search": {"dataset", "method", "curves", "phrasings", "index"},
+    "preference": {"dataset", "method", "curves", "phrasings"},
+}
 RESULTS = {
     "search": ("mean_results", "baselines", "num_beams", "test_prompt_ids", "all_prompt_results", "arguments"),
     "preference": ("test", "warm", "cold", "arguments"),
@@ -90,14 +93,14 @@ def _places(lists: list[list[str]], targets: Sequence[str]) -> list[int]:
 
 
 def of_preferences(dataset: str, method: str, part: Dataset, scores: np.ndarray) -> dict:
-    """Evidence of rows of a preference dataset; `scores` float32 [rows] are logits, kept to the last bit."""
+    """Evidence of rows of a preference dataset; `scores` [rows] are log-odds, kept to the last bit."""
     columns = {"users": "uid", "items": "iid", "labels": "label", "warm": "not_cold"}
     return {
         "kind": "preference",
         "dataset": dataset,
         "method": method,
         **{name: column(part, of).tolist() for name, of in columns.items()},
-        "scores": [float(f"{score:.9g}") for score in scores.tolist()],
+        "scores": scores.tolist(),
     }
 
 
@@ -143,12 +146,15 @@ def open_run(file: Path) -> Run:
         raise InputError(f"{path}: no such file; run test.py again, which writes it beside {file.name}")
     evidence = read_json(path, "what test.py found for every user")
     if (kind := str(evidence.get("kind"))) not in LISTS or not OTHERS[kind] <= evidence.keys():
-        raise InputError(f"{path}: was not written by test.py; run it again")
+        raise InputError(f"{path}: was not written by this version of test.py; run it again")
     if missing := next((key for key in RESULTS[kind] if key not in results), None):
         raise InputError(f"{file}: has no {missing}; it should be results of test.py")
     arrays = {name: _array(evidence.get(name), sort, path, name) for name, sort in LISTS[kind].items()}
     if len({array.shape[-1] for array in arrays.values()}) > 1:
         raise InputError(f"{path}: its lists differ in length; run test.py again")
+    texts, asked = evidence["phrasings"], results.get("test_prompt_ids", [])
+    if not isinstance(texts, list) or [type(text) for text in texts] != [str] * len(asked):
+        raise InputError(f"{path}: phrasings is not what test.py writes; run it again")
     return Run(file, results, evidence | arrays)
 
 

@@ -140,7 +140,7 @@ def codes(name: str, alt: str, levels: list[list[int]]) -> Picture:
 def item_map(name: str, alt: str, points: np.ndarray, group: np.ndarray, names: list[str]) -> Picture:
     """Items [items, 2] on a plane, in a colour for each group [items]; those of none, -1, are grey."""
     with _sheet(height=6) as (figure, (panel,)):
-        panel.scatter(*points[group < 0].T, s=7, color="#c4c4c4", linewidths=0, label="others")
+        panel.scatter(*points[group < 0].T, s=7, color="#a8a8a8", linewidths=0, label="others")
         for at, label in enumerate(names):
             panel.scatter(*points[group == at].T, s=12, color=GROUPS[at], linewidths=0, label=_shown(label))
         panel.set(xlabel="first principal component", ylabel="second", xticks=[], yticks=[])

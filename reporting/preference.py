@@ -8,6 +8,7 @@ from reporting import pictures
 from reporting.bootstrap import LEVEL, Figures, Statistic
 from reporting.evidence import Run
 from reporting.page import Section, Table, number, with_interval
+from reporting.phrasings import phrasings
 from reporting.pictures import Line
 from reporting.training import training
 
@@ -133,16 +134,10 @@ def _metrics(run: Run) -> Section:
 
 
 def _phrasings(run: Run) -> list[Section]:
-    numbers = run.results.get("test_prompt_ids", [])
-    if len(numbers) < 2:
-        return []
-    rows = [
-        [f"phrasing {at}", *(number(found[part][key]) for part in PARTS for key in ("auc", "uauc"))]
-        for at, found in zip(numbers, run.results["all_prompt_results"], strict=True)
-    ]
-    columns = ["", *(f"{kind} {said}" for said in PARTS.values() for kind in ("AUC", "UAUC"))]
-    text = [f"All other figures of this page are those of phrasing {numbers[0]}."]
-    return [Section("Phrasings", text, [Table("Metrics of each phrasing", columns, rows)])]
+    keys = [(part, kind) for part in PARTS for kind in ("auc", "uauc")]
+    figures = [[found[part][kind] for part, kind in keys] for found in run.results.get("all_prompt_results", [])]
+    columns = [f"{kind.upper()} {PARTS[part]}" for part, kind in keys]
+    return phrasings(run, columns, figures, "All other figures of this page are those of the first.")
 
 
 def roc(labels: np.ndarray, scores: np.ndarray) -> Line:
@@ -178,7 +173,7 @@ def _roc(run: Run) -> Section:
 def calibration(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean probability, share liked, ratings) of up to BINS groups of about one size, by probability.
 
-    Scores are logits; ratings of one score stay together.
+    Scores are log-odds; ratings of one score stay together.
     """
     probability = 1 / (1 + np.exp(-np.clip(scores, -60, 60)))
     edges = np.unique(np.quantile(probability, np.arange(1, BINS) / BINS, method="inverted_cdf"))

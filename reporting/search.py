@@ -7,7 +7,8 @@ from metrics import parse_metrics
 from reporting import pictures
 from reporting.bootstrap import LEVEL, Figures, differences, means
 from reporting.evidence import BASELINES, Run
-from reporting.page import NONE, Section, Table, number, with_interval
+from reporting.page import NONE, Section, Table, with_interval
+from reporting.phrasings import phrasings
 from reporting.pictures import Line
 from reporting.training import training
 
@@ -156,16 +157,9 @@ def _by_users(run: Run, key: str, title: str, unit: str, name: str) -> Section:
 
 
 def _phrasings(run: Run) -> list[Section]:
-    numbers, found = run.results["test_prompt_ids"], run.results["all_prompt_results"]
-    if len(numbers) < 2:
-        return []
     names = list(run.results["mean_results"])
-    rows = [
-        [f"phrasing {at}", *(number(each[name]) for name in names)] for at, each in zip(numbers, found, strict=True)
-    ]
-    for said, key in (("mean", "mean_results"), ("lowest", "min_results"), ("highest", "max_results")):
-        rows.append([said, *(number(run.results[key][name]) for name in names)])
-    return [Section("Phrasings", tables=[Table("Metrics of each phrasing", ["", *names], rows)])]
+    figures = [[found[name] for name in names] for found in run.results["all_prompt_results"]]
+    return phrasings(run, names, figures, "All other figures of this page are means over these.")
 
 
 def _index(run: Run) -> list[Section]:
@@ -182,10 +176,14 @@ def _index(run: Run) -> list[Section]:
 
     names = [group["code"] for group in groups]
     points, of_points = np.array(place["points"]), np.array(place["group"])
-    alt = f"{len(points):,} items on a plane, coloured by first code; the largest groups are listed in the table."
+    items = sum(levels[0]["items"])
+    shown = f"{len(points):,} of {items:,} items, drawn at random," if len(points) < items else f"{items:,} items"
+    alt = f"{shown} on a plane, coloured by first code; the largest groups are listed in the table."
     rows = [[group["code"], f"{group['items']:,}", "; ".join(group["titles"])] for group in groups]
     share = " and ".join(f"{each:.0%}" for each in place["share"])
     text = [f"The first two principal components of {place['of']}; they have {share} of its variance."]
+    if len(points) < items:
+        text.append(f"The map shows {len(points):,} of {items:,} items, drawn at random.")
     table = Table("The largest first codes", ["first code", "items", "its most popular"], rows, texts=(2,))
     picture = pictures.item_map("items", alt, points, of_points, names)
     return [codes, Section("Index: the items", text, [table], [picture])]

@@ -1,6 +1,7 @@
 """What the tests share: a toy dataset, tiny random models of several architectures, the real data where it is."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from browser import browser, open_page  # noqa: F401
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BloomConfig,
@@ -32,9 +34,19 @@ from transformers import (
 )
 
 from models.scratch import train_tokenizer
+from reporting.evidence import folder_of
 
 SHARED = Path(__file__).parents[2] / "shared"
 QUICK = ("--per_device_batch_size", 8, "--learning_rate", 1e-3, "--logging_steps", 50, "--use_cpu")
+TITLE = 'Toy <b>"bold"</b> & $x_1$ <script src="http://x"></script>'
+METHOD_FLAGS = {
+    "tallrec": (),
+    "collm": ("--collab", "mf"),
+    "binllm": ("--collab", "hash"),
+    "cora": ("--collab", "mf", "--lora_target_modules", "q_proj,k_proj,v_proj,o_proj", "--lora_r", 4),
+    "softprompt": (),
+    "personprompt": ("--soft_tokens", 2),
+}
 SPARSE = ("--save_and_eval_strategy", "steps", "--save_steps", 150)
 LONGEST = ("test_run_sh", "test_preference_scripts", "test_zero", "test_tasks", "test_decoding", "test_collaborative")
 torch.set_num_threads(1)
@@ -257,3 +269,103 @@ def write_preferences(root: Path, users: int = 40, items: int = 30, name: str = 
     titles = {str(item): {"title": f"Thing {item}"} for item in range(1, items + 1)}
     (folder / "item.json").write_text(json.dumps(titles))
     return folder
+
+
+@pytest.fixture(scope="session")
+def studio(workshop, tmp_path_factory):
+    """Preference data, collaborative models mf, sasrec, din, hash, and a first stage in tallrec."""
+    import finetune
+    import pretrain
+
+    root = tmp_path_factory.mktemp("studio")
+    write_preferences(root)
+    for kind, lr in (("mf", 0.05), ("sasrec", 0.01), ("din", 0.01), ("hash", 0.05)):
+        where = ("--output_dir", root / kind, "--results_file", root / f"{kind}.json", "--data_path", root)
+        size = ("--embedding_size", 16, "--epochs", 80, "--learning_rate", lr, "--weight_decay", 1e-4)
+        run_main(pretrain.main, "--model", kind, "--dataset", "liked", *where, *size)
+    run_main(finetune.main, *tune(root, "tallrec", root / "tallrec", "--base_model", workshop / "base"))
+    return root
+
+
+def tune(root, method, output, *more):
+    flags = [root / flag if flag in ("mf", "hash", "sasrec") else flag for flag in METHOD_FLAGS[method]]
+    given = ("--dataset", "liked", "--data_path", root, "--output_dir", output, "--method", method)
+    return *given, *QUICK, "--epochs", 1, "--max_his_len", 4, "--per_device_eval_batch_size", 64, *flags, *more
+
+
+def measure(script, root, ckpt, *more):
+    import test as test_script
+
+    results = root / "results.json"
+    code, out, error = script(
+        test_script.main, "--ckpt_path", ckpt, "--data_path", root, "--results_file", results, *more
+    )
+    assert code == 0, error
+    return json.loads(results.read_text()), out
+
+
+def second(root, method, output, *more):
+    return tune(root, method, output, "--init_from", root / "tallrec", *more)
+
+
+def predictions(script, root, ckpt, *more):
+    lines = root / "predictions.jsonl"
+    results, _ = measure(script, root, ckpt, "--predictions_file", lines, *more)
+    return results, [json.loads(line) for line in lines.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def searched(workshop, tuned, tmp_path_factory):
+    """searched(*flags): the results file of a test of the toy's model, whose items have dangerous titles."""
+    import test as test_script
+
+    root = tmp_path_factory.mktemp("searched")
+    shutil.copytree(workshop / "datasets", root / "datasets")
+    items = {str(i): {"title": f"{TITLE} {i}"} for i in range(9)}
+    (root / "datasets/toy/toy.item.json").write_text(json.dumps(items))
+
+    def run(name, *more):
+        file = root / "results" / f"{name}.json"
+        where = ("--ckpt_path", tuned, "--data_path", root / "datasets", "--results_file", file)
+        few = ("--num_beams", 5, "--metrics", "hit@1,hit@5,ndcg@5", "--exclude_seen")
+        run_main(test_script.main, *where, *few, *more)
+        return file
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def search_run(searched):
+    return searched("lcrec", "--test_prompt_ids", "all")
+
+
+@pytest.fixture(scope="session")
+def preference_runs(tmp_path_factory):
+    """Two collaborative models' results files on one dataset."""
+    import pretrain
+    import test as test_script
+
+    root = tmp_path_factory.mktemp("preferences")
+    write_preferences(root)
+    files = []
+    for kind, epochs in (("mf", 2), ("din", 30)):
+        size = ("--embedding_size", 8, "--epochs", epochs, "--learning_rate", 0.01, "--data_path", root)
+        where = ("--output_dir", root / kind, "--results_file", root / "pretrained.json", "--dataset", "liked")
+        run_main(pretrain.main, "--model", kind, *where, *size)
+        files.append(root / "results" / f"{kind}.json")
+        run_main(test_script.main, "--ckpt_path", root / kind, "--data_path", root, "--results_file", files[-1])
+    return files
+
+
+def copy_of(file, folder, name="r.json"):
+    """A copy of a results file, with the folder of its report."""
+    copy = folder / name
+    shutil.copy(file, copy)
+    shutil.copytree(folder_of(file), folder_of(copy))
+    return copy
+
+
+def change(file, **fields):
+    """Put other fields into the evidence of a results file."""
+    path = folder_of(file) / "evidence.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from html import unescape
 
+import numpy as np
 import pytest
 import torch
-from conftest import QUICK, run_main, write_preferences
+from conftest import measure, predictions, run_main, second, tune, write_preferences
 from safetensors.torch import load_file
 from test_recommend import torchrun
 
@@ -15,47 +17,6 @@ import test as test_script
 from facts import RECORD
 from models.collm import CoLLM
 from models.scratch import train_tokenizer
-
-METHOD_FLAGS = {
-    "tallrec": (),
-    "collm": ("--collab", "mf"),
-    "binllm": ("--collab", "hash"),
-    "cora": ("--collab", "mf", "--lora_target_modules", "q_proj,k_proj,v_proj,o_proj", "--lora_r", 4),
-    "softprompt": (),
-    "personprompt": ("--soft_tokens", 2),
-}
-
-
-@pytest.fixture(scope="session")
-def studio(workshop, tmp_path_factory):
-    """Preference data, collaborative models mf, sasrec, din, hash, and a first stage in tallrec."""
-    root = tmp_path_factory.mktemp("studio")
-    write_preferences(root)
-    for kind, lr in (("mf", 0.05), ("sasrec", 0.01), ("din", 0.01), ("hash", 0.05)):
-        where = ("--output_dir", root / kind, "--results_file", root / f"{kind}.json", "--data_path", root)
-        size = ("--embedding_size", 16, "--epochs", 80, "--learning_rate", lr, "--weight_decay", 1e-4)
-        run_main(pretrain.main, "--model", kind, "--dataset", "liked", *where, *size)
-    run_main(finetune.main, *tune(root, "tallrec", root / "tallrec", "--base_model", workshop / "base"))
-    return root
-
-
-def tune(root, method, output, *more):
-    flags = [root / flag if flag in ("mf", "hash", "sasrec") else flag for flag in METHOD_FLAGS[method]]
-    given = ("--dataset", "liked", "--data_path", root, "--output_dir", output, "--method", method)
-    return *given, *QUICK, "--epochs", 1, "--max_his_len", 4, "--per_device_eval_batch_size", 64, *flags, *more
-
-
-def measure(script, root, ckpt, *more):
-    results = root / "results.json"
-    code, out, error = script(
-        test_script.main, "--ckpt_path", ckpt, "--data_path", root, "--results_file", results, *more
-    )
-    assert code == 0, error
-    return json.loads(results.read_text()), out
-
-
-def second(root, method, output, *more):
-    return tune(root, method, output, "--init_from", root / "tallrec", *more)
 
 
 @pytest.mark.parametrize("method", ["collm", "binllm", "cora", "softprompt", "personprompt"])
@@ -96,6 +57,9 @@ def test_the_model_learns_what_its_collaborative_model_knows(script, studio, tmp
     code, _, error = script(finetune.main, *second(studio, method, tmp_path / "out", *more, *prompts, *layers))
     assert code == 0, error
     with_it, _ = measure(script, studio, tmp_path / "out")
+    evidence = json.loads((studio / "results" / "evidence.json").read_text())
+    said = torch.tensor(evidence["scores"]).sigmoid()  # not of raw logits, which are all far above 0
+    assert said.mean().item() == pytest.approx(np.mean(evidence["labels"]), abs=0.15)
     without, _ = measure(script, studio, studio / "tallrec")
     assert json.loads((studio / f"{collab}.json").read_text())["warm"]["auc"] > 0.95
     assert without["warm"]["auc"] < 0.75 and with_it["warm"]["auc"] > 0.9
@@ -135,12 +99,6 @@ def test_ways_to_train(script, workshop, studio, tmp_path, method, more, trained
     assert results["test"]["samples"] == 100
 
 
-def predictions(script, root, ckpt, *more):
-    lines = root / "predictions.jsonl"
-    results, _ = measure(script, root, ckpt, "--predictions_file", lines, *more)
-    return results, [json.loads(line) for line in lines.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("method", ["collm", "binllm", "cora"])
 def test_cold_pairs_can_be_asked_by_text_alone(script, studio, tmp_path, method):
     steps = ("--max_steps", 30, "--save_strategy", "no", "--learning_rate", 0.01)
@@ -166,7 +124,14 @@ def test_predictions_repeat_the_results_for_every_phrasing(script, studio):
     for number, expected in enumerate(results["all_prompt_results"]):
         of_it = [row for row in rows if row["prompt"] == number]
         assert auc([row["label"] for row in of_it], [row["score"] for row in of_it]) == expected["test"]["auc"]
-    assert len({each["test"]["auc"] for each in results["all_prompt_results"]}) > 1
+    areas = [each["test"]["auc"] for each in results["all_prompt_results"]]
+    assert len(set(areas)) > 1
+    page = unescape((studio / "results/report.html").read_text())
+    spread = {"phrasing 3": areas[3], "mean": sum(areas) / 4, "lowest": min(areas), "highest": max(areas)}
+    for name, area in spread.items():
+        assert f'<th scope="row">{name}</th><td>{area:.4f}</td>' in page
+    for asked in json.loads((studio / "tallrec" / RECORD).read_text())["prompts"]:
+        assert f'<td class="text">{" ".join(asked["prompt"].split())[:200]}' in page
 
 
 def test_two_processes_give_the_results_of_one(script, studio, tmp_path):

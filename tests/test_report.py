@@ -3,17 +3,16 @@
 import json
 import math
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import run_main, write_preferences
+from conftest import TITLE, change, copy_of
 from sklearn.metrics import roc_auc_score
 
-import pretrain
 import report
 import test as test_script
+from facts import RECORD
 from reporting import preference, search
 from reporting.bootstrap import Figures, differences, means
 from reporting.evidence import curves_of, folder_of, open_run
@@ -21,7 +20,6 @@ from reporting.items import plane
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "img"}
-TITLE = 'Toy <b>"bold"</b> & $x_1$ <script src="http://x"></script>'
 
 
 # ---- Intervals ----
@@ -178,30 +176,7 @@ def check_page(path, names):
     return page
 
 
-@pytest.fixture(scope="module")
-def searched(workshop, tuned, tmp_path_factory):
-    """searched(*flags): the results file of a test of the toy's model, whose items have dangerous titles."""
-    root = tmp_path_factory.mktemp("searched")
-    shutil.copytree(workshop / "datasets", root / "datasets")
-    items = {str(i): {"title": f"{TITLE} {i}"} for i in range(9)}
-    (root / "datasets/toy/toy.item.json").write_text(json.dumps(items))
-
-    def run(name, *more):
-        file = root / "results" / f"{name}.json"
-        where = ("--ckpt_path", tuned, "--data_path", root / "datasets", "--results_file", file)
-        few = ("--num_beams", 5, "--metrics", "hit@1,hit@5,ndcg@5", "--exclude_seen")
-        run_main(test_script.main, *where, *few, *more)
-        return file
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def search_run(searched):
-    return searched("lcrec", "--test_prompt_ids", "all")
-
-
-def test_the_page_of_a_search(search_run):
+def test_the_page_of_a_search(search_run, tuned):
     names = ["hr-at-k", "by-history", "by-popularity", "training", "codes", "items"]
     page = check_page(folder_of(search_run) / "report.html", names)
     sections = ["Metrics", "HR@k against k", "Length of history", "Popularity of the target", "Phrasings", "Training"]
@@ -209,9 +184,12 @@ def test_the_page_of_a_search(search_run):
     results = json.loads(search_run.read_text())
     for name, figures in {**results["baselines"], "lcrec": results["mean_results"]}.items():
         assert [cell.split()[0] for cell in page.row(name)] == [f"{value:.4f}" for value in figures.values()]
+    asked = json.loads((tuned / RECORD).read_text())["prompts"]["seqrec_history"]
     for at, figures in zip(results["test_prompt_ids"], results["all_prompt_results"], strict=True):
         assert page.row(f"phrasing {at}") == [f"{value:.4f}" for value in figures.values()]
-    assert page.row("highest")[0] == f"{results['max_results']['hit@1']:.4f}"
+        assert [f"phrasing {at}", " ".join(asked[at]["prompt"].split())] in page.rows
+    for row, key in (("mean", "mean_results"), ("lowest", "min_results"), ("highest", "max_results")):
+        assert page.row(row) == [f"{value:.4f}" for value in results[key].values()]
     assert page.row("lcrec - popularity")[0].endswith("*")
     assert TITLE[:30] in page.row("<a_0>")[1] and "the model's own embeddings" in page.text.replace("&#39;", "'")
     hits = Page(folder_of(search_run) / "report.html").images[0]["alt"]
@@ -223,22 +201,20 @@ def test_the_map_takes_text_embeddings_where_there_are_any(searched, search_run)
     np.save(folder / "toy.emb-mini-td.npy", np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32))
     file = searched("embedded", "--sample_num", 3)
     (folder / "toy.emb-mini-td.npy").unlink()
-    assert "toy.emb-mini-td.npy" in (folder_of(file) / "report.html").read_text()
+    page = Page(folder_of(file) / "report.html")
+    assert "toy.emb-mini-td.npy" in page.text and "drawn at random" not in page.text
+    assert "Phrasings" in page.headings and "mean" not in [cells[0] for cells in page.rows]
 
 
-@pytest.fixture(scope="module")
-def preference_runs(tmp_path_factory):
-    """Two collaborative models' results files on one dataset."""
-    root = tmp_path_factory.mktemp("preferences")
-    write_preferences(root)
-    files = []
-    for kind, epochs in (("mf", 2), ("din", 30)):
-        size = ("--embedding_size", 8, "--epochs", epochs, "--learning_rate", 0.01, "--data_path", root)
-        where = ("--output_dir", root / kind, "--results_file", root / "pretrained.json", "--dataset", "liked")
-        run_main(pretrain.main, "--model", kind, *where, *size)
-        files.append(root / "results" / f"{kind}.json")
-        run_main(test_script.main, "--ckpt_path", root / kind, "--data_path", root, "--results_file", files[-1])
-    return files
+def test_the_map_says_of_how_many_items_it_shows_some(search_run, tmp_path, script):
+    file = copy_of(search_run, tmp_path)
+    index = json.loads((folder_of(file) / "evidence.json").read_text())["index"]
+    index["map"] |= {name: index["map"][name][:5] for name in ("points", "group")}
+    change(file, index=index)
+    assert script(report.main, file)[0] == 0
+    page = Page(folder_of(file) / "report.html")
+    assert "The map shows 5 of 9 items, drawn at random." in page.text
+    assert page.images[-1]["alt"].startswith("5 of 9 items, drawn at random")
 
 
 def test_the_page_of_preferences(preference_runs):
@@ -266,13 +242,6 @@ def test_a_part_without_ratings_has_dashes(preference_runs, tmp_path, script):
     assert Page(folder_of(file) / "report.html").row("cold") == ["–", "–", "0", "0", "0"]
     code, out, _ = script(report.main, file, copy_of(file, tmp_path, "twin.json"))
     assert code == 0 and "nan" not in out
-
-
-def copy_of(file, folder, name="r.json"):
-    copy = folder / name
-    shutil.copy(file, copy)
-    shutil.copytree(folder_of(file), folder_of(copy))
-    return copy
 
 
 # ---- Runs side by side ----
@@ -325,8 +294,10 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
     for content, message in (
         (whole[: len(whole) // 2], "not valid JSON"),
         ("[1]", "holds a list"),
-        ('{"kind": []}', "was not written by test.py"),
-        ('{"kind": "search"}', "was not written by test.py"),
+        ('{"kind": []}', "was not written by this version of test.py"),
+        ('{"kind": "search"}', "was not written by this version of test.py"),
+        (json.dumps(json.loads(whole) | {"phrasings": ["a"]}), "phrasings is not what test.py writes"),
+        (json.dumps(json.loads(whole) | {"phrasings": ["a", "b", "c", 4]}), "phrasings is not what test.py writes"),
         (json.dumps(json.loads(whole) | {"ranks": [["a"]]}), "ranks is not what test.py writes"),
         (json.dumps(json.loads(whole) | {"ranks": [[1, 2], [1]]}), "ranks is not what test.py writes"),
         (json.dumps(json.loads(whole) | {"popularity": [1]}), "lists differ in length"),
@@ -346,11 +317,6 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
     broken = json.loads(search_run.read_text()) | {"mean_results": {"hit@1": "many"}}
     other.write_text(json.dumps(broken))
     assert "is not what test.py writes" in refuse(other)
-
-
-def change(file, **fields):
-    path = folder_of(file) / "evidence.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_results_are_there_when_the_report_fails(workshop, tuned, tmp_path, refused):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -101,5 +102,9 @@ class CollaborativeModel(PreTrainedModel):
     ) -> CollaborativeOutput:
         """Users, items int64 [samples], histories int64 [samples, history_length], labels float [samples], 0 or 1."""
         logits = self.score(users, items, histories)
-        loss = None if labels is None else F.binary_cross_entropy_with_logits(logits * self.logit_scale, labels)
+        loss = None if labels is None else F.binary_cross_entropy_with_logits(self.log_odds(logits), labels)
         return CollaborativeOutput(loss=loss, logits=logits)
+
+    def log_odds(self, logits: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+        """Of logits those that the loss sees; the sigmoid of these is the probability that the user likes the item."""
+        return logits * self.logit_scale
