@@ -6,7 +6,7 @@ python demo.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../sh
 The page is to be had on this machine alone (loopback), and asks nothing of any other.
 """
 
-import quiet  # noqa: F401
+import quiet
 
 import argparse
 import os
@@ -16,9 +16,6 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import datasets
-import transformers
 
 from errors import InputError, exits_cleanly, one_line
 from index.report import names_of
@@ -55,9 +52,7 @@ def parse_args() -> argparse.Namespace:
 @exits_cleanly
 def main() -> None:
     args = parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet.hush()
     if args.num_beams < 1:
         raise InputError(f"--num_beams {args.num_beams}: should be 1 at least")
     if not 0 < args.timeout <= 86_400:

@@ -8,7 +8,7 @@ python finetune.py --config config/collm-mf.yaml --init_from ckpt/tallrec --coll
     --output_dir ckpt/collm-mf
 """
 
-import quiet  # noqa: F401
+import quiet
 
 import os
 import shlex
@@ -17,8 +17,6 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import datasets
-import transformers
 from transformers import EarlyStoppingCallback, set_seed
 
 from arguments import (
@@ -62,9 +60,7 @@ def main() -> None:
     if training_args.per_device_eval_batch_size < 1 or not 0 <= training_args.seed < 2**32:
         raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
     started = time.monotonic()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet.hush()
     main_process = training_args.process_index == 0
     log = print if main_process else lambda *_: None
     set_seed(training_args.seed)

@@ -7,3 +7,13 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= loggin
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels for 4-bit arithmetic on a CPU
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # as peft still calls it
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # as DeepSpeed still calls it
+
+
+def hush() -> None:
+    """No warnings of transformers, and no progress bars but the scripts' own."""
+    import datasets  # which take seconds to import, and not every script has them
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -8,7 +8,7 @@ python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/d
 python test.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../shared/data --cold_text_only
 """
 
-import quiet  # noqa: F401
+import quiet
 
 import argparse
 import json
@@ -17,10 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-import transformers
 from torch import distributed
 
 from asking import ask
@@ -114,9 +112,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure; with the other processes where `test_ddp.py` has set them up."""
     args = parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet.hush()
     if args.sample_num != -1 and args.sample_num < 1:
         raise InputError(f"--sample_num {args.sample_num}: should be 1 at least, or -1 for all")
     if args.test_batch_size < 1:

@@ -6,7 +6,7 @@ python -m bench.decode --data_path ../shared/data --device cuda --dtype bfloat16
     --generate_batches 4,8,16,32,64 --search_batches 16,32,64,128,256
 """
 
-import quiet  # noqa: F401
+import quiet
 
 import argparse
 import os
@@ -19,10 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, set_seed
 
@@ -65,9 +63,7 @@ def parse_args() -> argparse.Namespace:
 @exits_cleanly
 def main() -> None:
     args = parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet.hush()
     device = torch.device(args.device)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:

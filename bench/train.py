@@ -5,13 +5,14 @@ python -m bench.train --data_path ../shared/data --ml_100k data     # data/ml-10
 python -m bench.train --data_path ../shared/data --ml_100k data --bf16 --updates 60 --batch_size 32
 """
 
+import quiet
+
 import argparse
 import multiprocessing
 import statistics
 import tempfile
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
 
@@ -89,9 +90,7 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     """One side's training on the same samples: the items and labelled tokens (targets) of a second, and memory, MB,
     above that of weights, gradients and optimizer state."""
     how = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "supervise": "next"} | SIDES[side]
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet.hush()
     dataset = open_dataset(data_path, name, ["index"])
     tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model)
     extend_vocabulary(model, tokenizer, dataset.index)

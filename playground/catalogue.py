@@ -3,6 +3,8 @@
 import unicodedata
 from collections.abc import Mapping
 
+from reporting.page import cut
+
 MOST_LETTERS = 100  # of a query that are read; nobody types more on purpose
 SHOWN_LETTERS = 160  # of a title
 
@@ -38,5 +40,4 @@ class Catalogue:
 
     def title(self, item: str) -> str:
         """The item's title, a long one cut."""
-        title = self.titles[item]
-        return title if len(title) <= SHOWN_LETTERS else title[: SHOWN_LETTERS - 1] + "…"
+        return cut(self.titles[item], SHOWN_LETTERS)

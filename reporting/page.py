@@ -66,6 +66,11 @@ def number(value: float | None) -> str:
     return NONE if value is None or value != value else f"{value:.4f}"
 
 
+def cut(text: str, letters: int) -> str:
+    """The text, or where it is longer than so many letters its beginning and an ellipsis."""
+    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+
+
 def with_interval(value: float | None, low: float, high: float) -> str:
     """ "0.1919 [0.1676, 0.2174]"."""
     return number(value) if value is None or low != low else f"{value:.4f} [{low:.4f}, {high:.4f}]"

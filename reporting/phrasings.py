@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from reporting.evidence import Run
-from reporting.page import Section, Table, number
+from reporting.page import Section, Table, cut, number
 
 LONGEST = 400  # letters of a text
 
@@ -17,7 +17,7 @@ def phrasings(run: Run, columns: list[str], figures: list[Sequence[float | None]
     if not texts:
         return []
     names = [f"phrasing {at}" for at in run.results["test_prompt_ids"]]
-    said = [[name, _cut(text)] for name, text in zip(names, texts, strict=True)]
+    said = [[name, cut(" ".join(text.split()), LONGEST)] for name, text in zip(names, texts, strict=True)]
     asked = Table("Text of each phrasing", ["", "text"], said, texts=(1,))
     if len(texts) == 1:
         return [Section("Phrasings", tables=[asked])]
@@ -27,8 +27,3 @@ def phrasings(run: Run, columns: list[str], figures: list[Sequence[float | None]
         rows.append([name, *map(number, spread)])
     measured = Table("Metrics of each phrasing", ["", *columns], rows)
     return [Section("Phrasings", [others], [measured, asked])]
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

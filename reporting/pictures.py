@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reporting.page import Picture
+from reporting.page import Picture, cut
 
 COLOURS = {"popularity": "#8c8c8c", "co-occurrence": "#d97706"}  # the same in all pictures
 MODEL = "#2563eb"
@@ -62,7 +62,7 @@ def _colours(names: Iterable[str]) -> list[str]:
 def _shown(name: str) -> str:
     """A name as a picture has room for it."""
     name = f" {name}" if name.startswith("_") else name  # matplotlib leaves such names out of a legend
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    return cut(name, LONGEST)
 
 
 def lines(

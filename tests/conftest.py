@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -182,6 +183,14 @@ def refused(script):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def heeded():
+    """What a test starts heeds SIGINT, also where the tests are a background job, which does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

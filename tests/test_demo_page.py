@@ -159,14 +159,6 @@ def test_no_answer_in_time_is_said(open_page, tuned, data):
         page.close()  # before what it listens to
 
 
-@pytest.fixture
-def heeded():
-    """What a test starts heeds SIGINT, also where the tests are a background job, which does not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_while_visitors_look_at_it(browser, heeded, tuned, data, end):
     with served("--ckpt_path", tuned, "--data_path", data) as (address, process):

@@ -446,14 +446,13 @@ def test_flags_are_checked(refused, case):
     assert message in refused(prepare.main, *given_flags)
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
+def test_an_interrupted_run_leaves_nothing(heeded, tmp_path):
     rows = [(f"user {n}", f"item {n % 7}", 5, WHEN + n) for n in range(200_000)]
     where = write_amazon2018(tmp_path / "raw", rows, {f"item {n}": f"Thing {n}" for n in range(7)})
     reviews = tmp_path / "raw" / "D.json"
     reviews.write_bytes(reviews.read_bytes() * 10)  # seconds of work: the signal surely comes before its end
     command = [sys.executable, "-m", "data.prepare", *map(str, flags(tmp_path, "amazon2018", where))]
-    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # which a background job does not
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeds) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob(".prepare-*/*")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
