@@ -225,7 +225,7 @@ def test_bad_input(refused, workshop, tuned, studio, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / RECORD).write_text(json.dumps({"method": "lcrec", "dataset": "toy"}))
     assert "was tuned by another version" in refuse("--ckpt_path", tmp_path / "old", *data)
-    assert "no such dataset folder" in refuse("--ckpt_path", studio / "tallrec", *data)
+    assert "no such dataset folder" in refuse("--ckpt_path", studio / "tallrec", "--data_path", tmp_path)
     assert "--num_beams 0" in refuse("--ckpt_path", tuned, *data, "--num_beams", 0)
     assert "--timeout 0" in refuse("--ckpt_path", tuned, *data, "--timeout", 0)
     assert "--port 70000" in refuse("--ckpt_path", tuned, *data, "--port", 70000)
