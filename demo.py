@@ -6,7 +6,7 @@ python demo.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../sh
 The page is to be had on this machine alone (loopback), and asks nothing of any other.
 """
 
-import quiet
+from reclingua.utils import logging as quiet
 
 import argparse
 import os
@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 from index.report import names_of
-from models.collaborative import MODELS as COLLABORATIVE
-from opening import read_record
+from reclingua.models.collaborative import MODELS as COLLABORATIVE
+from reclingua.inference.loading import read_record
 
 HOST = "127.0.0.1"
 PORTS = range(7860, 7960)
@@ -73,9 +73,9 @@ def main() -> None:
 def show(args: argparse.Namespace, records: dict[Path, dict]) -> None:
     """The page of models by the records in their folders, until somebody ends it."""
     # ---- Models, each with its data ----
-    from playground.page import LOOK, build  # Gradio takes seconds to import
-    from playground.preference import YesOrNo
-    from playground.search import NextItem
+    from reclingua.demo.app import LOOK, build  # Gradio takes seconds to import
+    from reclingua.demo.yes_no import YesOrNo
+    from reclingua.demo.next_item import NextItem
 
     models = {}
     for name, folder in zip(names_of([path.resolve() for path in args.ckpt_path]), args.ckpt_path, strict=True):

@@ -8,7 +8,7 @@ python finetune.py --config config/collm-mf.yaml --init_from ckpt/tallrec --coll
     --output_dir ckpt/collm-mf
 """
 
-import quiet
+from reclingua.utils import logging as quiet
 
 import os
 import shlex
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, set_seed
 
-from arguments import (
+from reclingua.training.arguments import (
     DataArguments,
     LoraArguments,
     MethodArguments,
@@ -29,15 +29,15 @@ from arguments import (
     parse,
     refuse_flags,
 )
-from checkpoints import newest_checkpoint, says_when_full
-from data.batches import Batches
-from data.dataset import write_json
-from errors import InputError, exits_cleanly
-from facts import run_facts
-from methods import lcrec, yesno
-from sharding import check_shareable, loaded_whole, stay_apart
-from throughput import in_words
-from trainer import Preempted, RecTrainer
+from reclingua.training.checkpoints import newest_checkpoint, says_when_full
+from reclingua.datasets.samplers import Batches
+from reclingua.datasets.interactions import write_json
+from reclingua.utils.errors import InputError, exits_cleanly
+from reclingua.utils.metadata import run_facts
+from reclingua.methods import lcrec, yes_no as yesno
+from reclingua.training.zero import check_shareable, loaded_whole, stay_apart
+from reclingua.training.throughput import in_words
+from reclingua.training.trainer import Preempted, RecTrainer
 
 SHARED = {"method", "train_data_sample_num"}  # of LC-Rec's flags, what every method takes
 

@@ -7,17 +7,17 @@ One run: results/D/lcrec/report.html, and its pictures beside it as PNG. Several
 results/D/lcrec.compared.html beside the first. A page needs no network and no other file.
 """
 
-import quiet  # noqa: F401
+from reclingua.utils import logging as quiet  # noqa: F401
 
 import argparse
 from pathlib import Path
 
-from data.dataset import output_file, write_json
-from errors import InputError, exits_cleanly, one_line
+from reclingua.datasets.interactions import output_file, write_json
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 from index.report import names_of
-from reporting.compare import KINDS, check_alike, sections, tables
-from reporting.evidence import Run, folder_of, open_run
-from reporting.page import Table, write_page, write_pictures
+from reclingua.reporting.compare import KINDS, check_alike, sections, tables
+from reclingua.reporting.details import Run, folder_of, open_run
+from reclingua.reporting.html import Table, write_page, write_pictures
 
 
 def write_report(results_file: Path, evidence: dict | None = None, output: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/d
 python test.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../shared/data --cold_text_only
 """
 
-import quiet
+from reclingua.utils import logging as quiet
 
 import argparse
 import json
@@ -21,27 +21,27 @@ import numpy as np
 import torch
 from torch import distributed
 
-from asking import ask
-from baselines import baselines_of
-from data.dataset import RecDataset, output_file, path_of, whole_file, write_json
-from data.preference import column, open_preferences, sample
-from data.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_of
-from data.users import read_users
-from decoding.beam import SCORES, Recommendation
-from errors import InputError, exits_cleanly, one_line
-from facts import run_facts
-from methods import lcrec
-from methods.yesno import METHODS as YESNO
-from methods.yesno import name_of, questions_of
-from metrics import parse_metrics, ranking_metrics
-from models.collaborative import load
-from models.language import index_token_ids, load_tokenizer
-from opening import instructions_of, open_asked, open_indexed, phrasings_of, read_record
-from recommend import recommend, trie_of
+from reclingua.inference.scorer import ask
+from reclingua.baselines.co_occurrence import baselines_of
+from reclingua.datasets.interactions import RecDataset, output_file, path_of, whole_file, write_json
+from reclingua.datasets.ratings import column, open_preferences, sample
+from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_of
+from reclingua.datasets.user_texts import read_users
+from reclingua.decoding.beam_search import SCORES, Recommendation
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.metadata import run_facts
+from reclingua.methods import lcrec
+from reclingua.methods.yes_no import METHODS as YESNO
+from reclingua.methods.yes_no import name_of, questions_of
+from reclingua.metrics import parse_metrics, ranking_metrics
+from reclingua.models.collaborative import load
+from reclingua.models.language import index_token_ids, load_tokenizer
+from reclingua.inference.loading import instructions_of, open_asked, open_indexed, phrasings_of, read_record
+from reclingua.inference.recommender import recommend, trie_of
 from report import write_report
-from reporting.evidence import curves_of, of_preferences, of_search
-from reporting.items import describe
-from scoring import check_fits, inputs_of, measure, print_table, score
+from reclingua.reporting.details import curves_of, of_preferences, of_search
+from reclingua.reporting.codebook import describe
+from reclingua.inference.collaborative import check_fits, inputs_of, measure, print_table, score
 
 
 def task_of(name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 import test
-from errors import InputError, exits_cleanly
+from reclingua.utils.errors import InputError, exits_cleanly
 
 
 @exits_cleanly

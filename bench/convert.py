@@ -4,7 +4,7 @@ python -m bench.convert                   # makes 2 GB of base, and as much of t
 python -m bench.convert --gb 0.2 --work /dev/shm
 """
 
-import quiet  # noqa: F401
+from reclingua.utils import logging as quiet  # noqa: F401
 
 import argparse
 import filecmp
@@ -26,7 +26,7 @@ from bench.common import Peak, write_results
 from convert import make_delta, merge_delta
 from convert.folders import is_tied
 from convert.shards import INDEX, Spec, Writer, plan, read_weights
-from errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 WIDTH, INNER, WORDS = 2048, 5632, 32_000  # TinyLlama's
 SHARDS = 4

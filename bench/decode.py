@@ -6,7 +6,7 @@ python -m bench.decode --data_path ../shared/data --device cuda --dtype bfloat16
     --generate_batches 4,8,16,32,64 --search_batches 16,32,64,128,256
 """
 
-import quiet
+from reclingua.utils import logging as quiet
 
 import argparse
 import os
@@ -24,20 +24,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, set_seed
 
-from arguments import DataArguments, LoraArguments, MethodArguments, ModelArguments
+from reclingua.training.arguments import DataArguments, LoraArguments, MethodArguments, ModelArguments
 from bench.common import Peak, synchronise, without_twins, write_results
-from data.collate import encode_prompt, prompt_batch
-from data.dataset import open_dataset, write_json
-from data.instructions import Instructions
-from data.prompts import FIELDS, PROMPT_FILE, read_prompts
-from data.tasks import held_out_samples
-from decoding.beam import beam_search
-from decoding.forward import BeamBlock, BeamRows
-from decoding.trie import TENSORS, Trie
-from errors import exits_cleanly, one_line
-from facts import RECORD
-from methods.lcrec import record_of
-from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from reclingua.datasets.collators import encode_prompt, prompt_batch
+from reclingua.datasets.interactions import open_dataset, write_json
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, read_prompts
+from reclingua.datasets.tasks import held_out_samples
+from reclingua.decoding.beam_search import beam_search
+from reclingua.decoding.kv_cache import BeamBlock, BeamRows
+from reclingua.decoding.trie import TENSORS, Trie
+from reclingua.utils.errors import exits_cleanly, one_line
+from reclingua.utils.metadata import RECORD
+from reclingua.methods.lcrec import record_of
+from reclingua.models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

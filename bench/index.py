@@ -23,8 +23,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench.common import write_results
-from data.dataset import open_dataset, read_embeddings
-from errors import InputError, exits_cleanly, one_line
+from reclingua.datasets.interactions import open_dataset, read_embeddings
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 from index.codes import default_sizes, perplexity, random_codes, tokens_of
 from index.collisions import colliding, move_to_free, spread
 from index.generate import codes_by

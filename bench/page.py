@@ -6,7 +6,7 @@ python -m bench.page --ckpt_path ckpt/ml-1m/collm-din --data_path ../shared/data
 Other flags go to demo.py. Needs requirements-dev.txt and chromium; with --report the pictures go to pictures/.
 """
 
-import quiet  # noqa: F401
+from reclingua.utils import logging as quiet  # noqa: F401
 
 import argparse
 import os
@@ -23,7 +23,7 @@ import torch
 
 from bench.common import last_figures, process_mb, write_results
 from demo import SAID
-from errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 PICTURES = Path(__file__).parents[1] / "pictures"
 ANSWER = ".asked, .problem"

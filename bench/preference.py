@@ -7,7 +7,7 @@ python -m bench.preference --parts methods --test_flags "--sample_num 800" --tun
     --epochs 1 --per_device_batch_size 8 --max_his_len 5 --save_and_eval_strategy no --patience 0"      # a CPU: hours
 """
 
-import quiet  # noqa: F401
+from reclingua.utils import logging as quiet  # noqa: F401
 
 import argparse
 import statistics
@@ -21,18 +21,18 @@ import torch
 import transformers
 from datasets import Dataset
 
-from asking import ask
+from reclingua.inference.scorer import ask
 from bench.common import last_figures, synchronise, write_results
-from data.collate import pad
-from data.dataset import read_json
-from data.preference import PreferenceDataset, open_preferences
-from data.prompts import QUESTION_FIELDS, QUESTION_FILE, read_prompts
-from data.questions import QuestionCollator, Questions
-from errors import InputError, exits_cleanly, one_line
-from models.collaborative.mf import MF, MFConfig
-from models.cora import CoRA, CoRAConfig
-from models.language import add_lora, load_model, load_tokenizer
-from models.yesno import YesNoConfig, YesNoModel
+from reclingua.datasets.collators import pad
+from reclingua.datasets.interactions import read_json
+from reclingua.datasets.ratings import PreferenceDataset, open_preferences
+from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, read_prompts
+from reclingua.datasets.yes_no import QuestionCollator, Questions
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.models.collaborative.mf import MF, MFConfig
+from reclingua.models.cora import CoRA, CoRAConfig
+from reclingua.models.language import add_lora, load_model, load_tokenizer
+from reclingua.models.yes_no import YesNoConfig, YesNoModel
 
 PARTS = ("scoring", "step", "methods")
 HISTORY = 10  # titles, the papers'

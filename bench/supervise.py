@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from bench.common import write_results
-from data.tasks import SUPERVISE
-from errors import InputError, exits_cleanly, one_line
+from reclingua.datasets.tasks import SUPERVISE
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("hit@10", "ndcg@10")

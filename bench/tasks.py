@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from bench.common import Peak, last_figures, without_twins, write_results
-from data.dataset import open_dataset
-from data.instructions import Instructions
-from data.prompts import FIELDS, PROMPT_FILE, read_prompts
-from data.tasks import train_samples
-from errors import InputError, exits_cleanly, one_line
-from models.language import code_tokens, index_token_ids, load_tokenizer
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, read_prompts
+from reclingua.datasets.tasks import train_samples
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.models.language import code_tokens, index_token_ids, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("hit@10", "ndcg@10")

@@ -5,7 +5,7 @@ python -m bench.train --data_path ../shared/data --ml_100k data     # data/ml-10
 python -m bench.train --data_path ../shared/data --ml_100k data --bf16 --updates 60 --batch_size 32
 """
 
-import quiet
+from reclingua.utils import logging as quiet
 
 import argparse
 import multiprocessing
@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 import transformers
 
-from arguments import TuningArguments
+from reclingua.training.arguments import TuningArguments
 from bench.common import Peak, without_twins, write_results
-from data.batches import Batches
-from data.collate import IGNORE, Collator
-from data.dataset import open_dataset
-from data.instructions import Instructions
-from data.prompts import PROMPT_FILE, read_prompts
-from data.tasks import seqrec_of, train_samples
-from errors import InputError, exits_cleanly, one_line
-from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
-from throughput import Throughput
-from trainer import RecTrainer, Stopwatch
+from reclingua.datasets.samplers import Batches
+from reclingua.datasets.collators import IGNORE, Collator
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.datasets.tasks import seqrec_of, train_samples
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from reclingua.training.throughput import Throughput
+from reclingua.training.trainer import RecTrainer, Stopwatch
 
 MAX_HIS_LEN = 20  # LC-Rec's
 # Each side has what the one before it has, except that packing stands instead of batches by length.

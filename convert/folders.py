@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from data.dataset import output_folder, read_json
-from errors import InputError
-from facts import RECORD
+from reclingua.datasets.interactions import output_folder, read_json
+from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import RECORD
 
 # Tokenizer, config and record are such files. No pickle is, and nothing below the folder goes along.
 TRAVELS = (".json", ".jinja", ".txt", ".model")

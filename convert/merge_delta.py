@@ -8,7 +8,7 @@ added, too, in the delta's dtype (theirs: float16), to which the base is rounded
 Weights are read and written a piece at a time; `pytorch_model.bin` files are read as well as safetensors.
 """
 
-import quiet  # noqa: F401
+from reclingua.utils import logging as quiet  # noqa: F401
 
 import argparse
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from convert.deltas import CORRECTIONS, DELTA, Entry, entries, read_delta
 from convert.folders import copy_rest, model_folder, name_of, whole_folder
 from convert.publish import add_flags, checked, push, write_card
 from convert.shards import CODES, Stored, Writer, plan_like, read_safetensors, side_by_side
-from errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 
 @exits_cleanly

@@ -10,9 +10,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from convert.folders import read_record
-from data.dataset import read_json
-from errors import InputError
-from facts import RECORD
+from reclingua.datasets.interactions import read_json
+from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import RECORD
 
 CARD, RESULTS = "README.md", "results of test.py"
 KINDS = {

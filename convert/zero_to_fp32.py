@@ -7,7 +7,7 @@ The weights are those of the optimizer, float32, whatever dtype training compute
 parts together; its files are pickles, so convert only what you, or somebody you trust, have trained.
 """
 
-import quiet  # noqa: F401
+from reclingua.utils import logging as quiet  # noqa: F401
 
 import argparse
 import contextlib
@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arguments import DTYPES
+from reclingua.training.arguments import DTYPES
 from convert.folders import copy_rest, model_folder, whole_folder
 from convert.shards import Spec, Writer, plan
-from errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 
 @exits_cleanly

@@ -19,13 +19,13 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from chat import Answer, Endpoint, LocalChat, Question, Sampling
-from data.answers import Journal, Request, clean, fault, plain
-from data.dataset import RecDataset, open_dataset, output_file, read_json, write_json
-from data.prompts import Fields, Phrasing, read_prompts
-from data.users import PARTS, Intention, UserTexts, occasion, write_users
-from errors import InputError, exits_cleanly, one_line
-from facts import run_facts
+from data.chat import Answer, Endpoint, LocalChat, Question, Sampling
+from data.chat_answers import Journal, Request, clean, fault, plain
+from reclingua.datasets.interactions import RecDataset, open_dataset, output_file, read_json, write_json
+from reclingua.datasets.prompts import Fields, Phrasing, read_prompts
+from reclingua.datasets.user_texts import PARTS, Intention, UserTexts, occasion, write_users
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.metadata import run_facts
 
 PROMPT_FILE = Path(__file__).with_name("intentions.yaml")
 LOCAL_MODEL = "ckpt/base/SmolLM2-135M-Instruct"

@@ -31,12 +31,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
-from data.core import give_ids, keep_core, keep_first, keep_window, number_ratings, one_row, size
-from data.dataset import output_folder, whole_file
-from data.preference import COLUMNS, PARTS
-from data.rawfiles import NO_ROOM
-from data.sources import SOURCES
-from errors import InputError, exits_cleanly, one_line
+from data.filtering import give_ids, keep_core, keep_first, keep_window, number_ratings, one_row, size
+from reclingua.datasets.interactions import output_folder, whole_file
+from reclingua.datasets.ratings import COLUMNS, PARTS
+from data.raw_files import NO_ROOM
+from data.readers import SOURCES
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 WITH_IDS = "rated JOIN users ON u = users.number JOIN items_kept ON i = items_kept.number"
 

@@ -5,7 +5,7 @@ from random import Random
 
 import numpy as np
 
-from errors import InputError
+from reclingua.utils.errors import InputError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

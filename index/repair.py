@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from data.dataset import read_codes, write_json
-from errors import InputError, exits_cleanly, one_line
+from reclingua.datasets.interactions import read_codes, write_json
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 
 def tell_apart(index: Mapping[str, list[str]]) -> dict[str, list[str]]:

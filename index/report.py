@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import output_folder, read_codes, read_json, whole_file, write_json
-from errors import InputError, exits_cleanly, one_line
-from facts import run_facts
+from reclingua.datasets.interactions import output_folder, read_codes, read_json, whole_file, write_json
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.metadata import run_facts
 from index.codes import perplexity
 
 # Where item texts have categories, in order of preference, and what stands between several (None: there is but one).

@@ -34,8 +34,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from models.scratch import train_tokenizer
-from reporting.evidence import folder_of
+from convert.scratch import train_tokenizer
+from reclingua.reporting.details import folder_of
 
 SHARED = Path(__file__).parents[2] / "shared"
 QUICK = ("--per_device_batch_size", 8, "--learning_rate", 1e-3, "--logging_steps", 50, "--use_cpu")
@@ -216,7 +216,7 @@ def workshop(tmp_path_factory):
     write_toy(root / "datasets", users=60)
     size = ("--vocab_size", 320, "--hidden_size", 64, "--layers", 2, "--attention_dropout", 0)
     where = ("--dataset", "toy", "--data_path", root / "datasets", "--output_dir", root / "base")
-    from models import scratch
+    from convert import scratch
 
     run_main(scratch.main, *where, *size)
     return root
@@ -250,7 +250,7 @@ def ml_100k(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """The folder of SmolLM2-135M-Instruct, from its package."""
-    from models import smollm2
+    from convert import smollm2
 
     folder = tmp_path_factory.mktemp("smollm2")
     run_main(smollm2.main, "--output_dir", folder)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.answers import Journal, Request, clean, fault
-from errors import InputError
+from data.chat_answers import Journal, Request, clean, fault
+from reclingua.utils.errors import InputError
 
 CLEAN = {
     '"A light."': "A light.",

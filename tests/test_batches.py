@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_samples import build
 
-from data.batches import ORDERS, Batches
-from data.collate import Collator
-from errors import InputError
+from reclingua.datasets.samplers import ORDERS, Batches
+from reclingua.datasets.collators import Collator
+from reclingua.utils.errors import InputError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=4, max_size=80)
 

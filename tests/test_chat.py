@@ -8,11 +8,11 @@ from conftest import make_model, make_tokenizer
 from serving import Handler, serving, wise
 from transformers import AutoTokenizer
 
-import chat
-from chat import Endpoint, LocalChat, Question, Sampling
+from data import chat
+from data.chat import Endpoint, LocalChat, Question, Sampling
 from data import intentions
-from data.dataset import open_dataset
-from errors import InputError
+from reclingua.datasets.interactions import open_dataset
+from reclingua.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_recommend import ROOT
 
 import finetune
-from checkpoints import UNFINISHED, forget, newest_checkpoint
+from reclingua.training.checkpoints import UNFINISHED, forget, newest_checkpoint
 
 HOW = ("--supervise", "history", "--max_his_len", 4, "--epochs", 6, "--logging_steps", 5)
 HOW += ("--save_and_eval_strategy", "steps", "--save_steps", 6, "--valid_users", 8, "--resume_from_checkpoint", "auto")

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 import pretrain
 import test as test_script
-from data.preference import column, open_preferences
-from facts import RECORD
-from models.collaborative import MODELS, load
-from models.collaborative.base import CollaborativeModel
-from scoring import inputs_of, measure, score
+from reclingua.datasets.ratings import column, open_preferences
+from reclingua.utils.metadata import RECORD
+from reclingua.models.collaborative import MODELS, load
+from reclingua.models.collaborative.base import CollaborativeModel
+from reclingua.inference.collaborative import inputs_of, measure, score
 
 QUICK = {"epochs": 60, "patience": 60, "seed": 1}
 

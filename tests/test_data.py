@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from data.dataset import open_dataset as open_folder
-from data.dataset import output_folder, read_embeddings, whole_file, write_json
-from errors import InputError
+from reclingua.datasets.interactions import open_dataset as open_folder
+from reclingua.datasets.interactions import output_folder, read_embeddings, whole_file, write_json
+from reclingua.utils.errors import InputError
 
 
 def open_toy(toy, *needs, **kwargs):

@@ -8,13 +8,13 @@ import torch
 from conftest import make_model
 
 from bench.decode import generate_side
-from data.collate import encode_prompt, prompt_batch
-from data.prompts import PROMPT_FILE, read_prompts
-from decoding.beam import beam_search
-from decoding.forward import BeamBlock, BeamRows, beam_forward
-from decoding.trie import Trie
-from errors import InputError
-from models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from reclingua.datasets.collators import encode_prompt, prompt_batch
+from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.decoding.beam_search import beam_search
+from reclingua.decoding.kv_cache import BeamBlock, BeamRows, beam_forward
+from reclingua.decoding.trie import Trie
+from reclingua.utils.errors import InputError
+from reclingua.models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
 
 VOCABULARY = 60
 ITEMS = {f"i{n}": [10 + n // 9, 20 + n // 3 % 3, 30 + n % 3] for n in range(27)}

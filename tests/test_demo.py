@@ -15,14 +15,14 @@ from conftest import predictions, second, write_toy
 import demo
 import finetune
 import test as test_script
-from errors import InputError
-from facts import RECORD
-from opening import read_record
-from playground.catalogue import SHOWN_LETTERS, Catalogue
-from playground.page import LOOK, Visit, build, part, picked
-from playground.preference import YesOrNo
-from playground.search import NextItem
-from playground.worker import Worker
+from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import RECORD
+from reclingua.inference.loading import read_record
+from reclingua.demo.catalogue import SHOWN_LETTERS, Catalogue
+from reclingua.demo.app import LOOK, Visit, build, part, picked
+from reclingua.demo.yes_no import YesOrNo
+from reclingua.demo.next_item import NextItem
+from reclingua.demo.worker import Worker
 
 HOSTILE = '<img src=x onerror="alert(1)"> ${alert(2)} {{alert}} `'
 

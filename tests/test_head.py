@@ -14,8 +14,8 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from data.collate import IGNORE
-from models.head import LabelHead
+from reclingua.datasets.collators import IGNORE
+from reclingua.models.chunked_loss import LabelHead
 
 SIZE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dataset import open_dataset
-from errors import InputError
+from reclingua.datasets.interactions import open_dataset
+from reclingua.utils.errors import InputError
 from index import embed, generate, repair, train
 from index.codes import random_codes
 from index.collisions import colliding, move_to_free, spread

@@ -12,11 +12,11 @@ from threading import Thread
 import pytest
 from serving import body, closes, completion, prompts_of, serving, status, wise
 
-import chat
-from chat import Endpoint, Sampling
+from data import chat
+from data.chat import Endpoint, Sampling
 from data import intentions
-from data.dataset import open_dataset
-from data.users import read_users
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.user_texts import read_users
 
 KEY = "sk-secret-0123456789"
 

@@ -5,8 +5,8 @@ import torch
 from conftest import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from errors import InputError
-from models.language import code_tokens, extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from reclingua.utils.errors import InputError
+from reclingua.models.language import code_tokens, extend_vocabulary, index_token_ids, load_model, load_tokenizer
 
 INDEX = {str(i): [f"<a_{i // 3}>", f"<b_{i % 3}>"] for i in range(9)}
 TEXTS = {str(i): f"history number {'user' if i < 3 else 'Response'} {i}" for i in range(9)}

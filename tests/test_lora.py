@@ -11,11 +11,11 @@ from torch.nn import functional
 
 import finetune
 import test as test_script
-from data.collate import IGNORE
-from data.dataset import open_dataset
-from methods import lcrec
-from models.head import LabelHead
-from models.language import code_tokens, extend_vocabulary, load_lora, load_model, with_lora
+from reclingua.datasets.collators import IGNORE
+from reclingua.datasets.interactions import open_dataset
+from reclingua.methods import lcrec
+from reclingua.models.chunked_loss import LabelHead
+from reclingua.models.language import code_tokens, extend_vocabulary, load_lora, load_model, with_lora
 
 LEARN = ("--lora", "--lora_r", 32, "--lora_alpha", 64, "--learning_rate", 3e-3, "--epochs", 2)
 LEARN += ("--supervise", "history", "--his_sep", "")

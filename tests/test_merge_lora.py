@@ -12,8 +12,8 @@ import finetune
 import pretrain
 import test as test_script
 from convert import merge_lora
-from methods import lcrec, yesno
-from models.language import load_lora, load_model
+from reclingua.methods import lcrec, yes_no as yesno
+from reclingua.models.language import load_lora, load_model
 
 FEW = ("--max_steps", 4, "--save_and_eval_strategy", "no")
 

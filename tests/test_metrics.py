@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from baselines import CoOccurrence, Popularity
-from data.dataset import open_dataset
-from errors import InputError
-from metrics import load, parse_metrics, ranking_metrics
-from metrics.roc import auc, auc_of_groups, uauc
+from reclingua.baselines.co_occurrence import CoOccurrence, Popularity
+from reclingua.datasets.interactions import open_dataset
+from reclingua.utils.errors import InputError
+from reclingua.metrics import load, parse_metrics, ranking_metrics
+from reclingua.metrics.roc import auc, auc_of_groups, uauc
 
 
 def test_hit_and_ndcg_agree_with_the_reference(shared):

@@ -12,8 +12,8 @@ import pytest
 from conftest import run_main, write_preferences
 
 from data import prepare
-from data.preference import COLUMNS, column, last_liked, open_preferences
-from errors import InputError
+from reclingua.datasets.ratings import COLUMNS, column, last_liked, open_preferences
+from reclingua.utils.errors import InputError
 
 
 @pytest.fixture

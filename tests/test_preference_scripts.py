@@ -14,9 +14,9 @@ from test_recommend import torchrun
 import finetune
 import pretrain
 import test as test_script
-from facts import RECORD
-from models.collm import CoLLM
-from models.scratch import train_tokenizer
+from reclingua.utils.metadata import RECORD
+from reclingua.models.collm import CoLLM
+from convert.scratch import train_tokenizer
 
 
 @pytest.mark.parametrize("method", ["collm", "binllm", "cora", "softprompt", "personprompt"])
@@ -118,7 +118,7 @@ def test_cold_pairs_can_be_asked_by_text_alone(script, studio, tmp_path, method)
 
 def test_predictions_repeat_the_results_for_every_phrasing(script, studio):
     results, rows = predictions(script, studio, studio / "tallrec", "--test_prompt_ids", "all")
-    from metrics.roc import auc
+    from reclingua.metrics.roc import auc
 
     assert results["test_prompt_ids"] == [0, 1, 2, 3] and len(rows) == 4 * 240
     for number, expected in enumerate(results["all_prompt_results"]):

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import prepare
-from data.clean import clean, natural_title
-from data.core import keep_core
-from data.dataset import open_dataset
-from data.preference import open_preferences
+from data.cleaning import clean, natural_title
+from data.filtering import keep_core
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.ratings import open_preferences
 
 # ---- RecBole files ----
 

@@ -7,11 +7,11 @@ from conftest import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.preference import last_liked, open_preferences
-from data.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
-from data.questions import LIKED, QuestionCollator, Questions, answer_after, code_text
-from errors import InputError
-from models.scratch import train_tokenizer
+from reclingua.datasets.ratings import last_liked, open_preferences
+from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
+from reclingua.datasets.yes_no import LIKED, QuestionCollator, Questions, answer_after, code_text
+from reclingua.utils.errors import InputError
+from convert.scratch import train_tokenizer
 
 SOFT = Phrasing('Liked {history} by {user}. New: "{title}" {item}. Answer:')
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import recommend as module
-from data.dataset import open_dataset
-from data.instructions import Instructions
-from data.prompts import PROMPT_FILE, read_prompts
-from data.tasks import held_out_samples
-from errors import InputError
-from models.language import index_token_ids, load_model, load_tokenizer
+from reclingua.inference import recommender as module
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.datasets.tasks import held_out_samples
+from reclingua.utils.errors import InputError
+from reclingua.models.language import index_token_ids, load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

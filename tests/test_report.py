@@ -12,11 +12,11 @@ from sklearn.metrics import roc_auc_score
 
 import report
 import test as test_script
-from facts import RECORD
-from reporting import preference, search
-from reporting.bootstrap import Figures, differences, means
-from reporting.evidence import curves_of, folder_of, open_run
-from reporting.items import plane
+from reclingua.utils.metadata import RECORD
+from reclingua.reporting import preference, search
+from reclingua.reporting.bootstrap import Figures, differences, means
+from reclingua.reporting.details import curves_of, folder_of, open_run
+from reclingua.reporting.codebook import plane
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "img"}

@@ -9,7 +9,7 @@ from conftest import TITLE, change, copy_of, run_main
 from PIL import Image
 
 import report
-from reporting.evidence import folder_of
+from reclingua.reporting.details import folder_of
 
 PHONE = {"width": 390, "height": 844}
 DANGEROUS = "script, main b, img:not([src^='data:image/png'])"

@@ -7,13 +7,13 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.collate import IGNORE, Collator, encode_prompt, prompt_batch
-from data.dataset import open_dataset
-from data.instructions import Instructions
-from data.prompts import PROMPT_FILE, read_prompts
-from data.tasks import held_out_samples, seqrec_of, stretch, train_samples
-from errors import InputError
-from models.language import code_tokens, index_token_ids
+from reclingua.datasets.collators import IGNORE, Collator, encode_prompt, prompt_batch
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.datasets.tasks import held_out_samples, seqrec_of, stretch, train_samples
+from reclingua.utils.errors import InputError
+from reclingua.models.language import code_tokens, index_token_ids
 
 
 def build(toy, supervise, bos=False, part="train", his_sep=", ", **kwargs):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import finetune
 import test as test_script
-from arguments import (
+from reclingua.training.arguments import (
     DataArguments,
     LoraArguments,
     MethodArguments,
@@ -22,9 +22,9 @@ from arguments import (
     parse,
     refuse_flags,
 )
-from errors import InputError
-from facts import RECORD
-from models import scratch
+from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import RECORD
+from convert import scratch
 
 CONFIGS = Path(__file__).parents[1] / "config"
 

@@ -12,13 +12,13 @@ from test_samples import learned
 
 import finetune
 import test as test_script
-from data.dataset import open_dataset
-from data.instructions import Instructions
-from data.prompts import FIELDS, Phrasing, read_prompts
-from data.tasks import TASKS, held_out_samples, train_samples
-from data.users import Intention, UserTexts, occasion, read_users, write_users
-from errors import InputError
-from models.language import code_tokens, index_token_ids
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.prompts import FIELDS, Phrasing, read_prompts
+from reclingua.datasets.tasks import TASKS, held_out_samples, train_samples
+from reclingua.datasets.user_texts import Intention, UserTexts, occasion, read_users, write_users
+from reclingua.utils.errors import InputError
+from reclingua.models.language import code_tokens, index_token_ids
 
 ALL = ",".join(TASKS)
 

@@ -7,12 +7,12 @@ import sentencepiece
 from conftest import make_model, make_tokenizer, write_toy
 from tokenizers.processors import TemplateProcessing
 
-from data.collate import encode_prompt
-from data.dataset import open_dataset
-from data.instructions import Instructions
-from data.prompts import Phrasing
-from data.tasks import held_out_samples
-from models.language import code_tokens, extend_vocabulary, index_token_ids, load_tokenizer
+from reclingua.datasets.collators import encode_prompt
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.prompts import Phrasing
+from reclingua.datasets.tasks import held_out_samples
+from reclingua.models.language import code_tokens, extend_vocabulary, index_token_ids, load_tokenizer
 
 WORDS = ["A user had these items, oldest first: which comes next?", "### Instruction: ### Response: Toy number 7 4 2"]
 KINDS = ("byte-level", "byte-level, BOS", "byte-level, EOS", "byte-level, more words")

@@ -12,13 +12,13 @@ from test_recommend import torchrun
 from test_samples import build
 
 import finetune
-from arguments import TuningArguments
-from data.batches import Batches
-from data.collate import IGNORE, Collator
-from models.head import LabelHead
-from models.language import keeps_packed_apart
-from throughput import Throughput, flops_of, in_words
-from trainer import NewEpoch, RecTrainer
+from reclingua.training.arguments import TuningArguments
+from reclingua.datasets.samplers import Batches
+from reclingua.datasets.collators import IGNORE, Collator
+from reclingua.models.chunked_loss import LabelHead
+from reclingua.models.language import keeps_packed_apart
+from reclingua.training.throughput import Throughput, flops_of, in_words
+from reclingua.training.trainer import NewEpoch, RecTrainer
 
 PACKS_NOT = {"bloom"}
 

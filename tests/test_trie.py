@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from decoding.trie import TENSORS, Trie
-from errors import InputError
+from reclingua.decoding.trie import TENSORS, Trie
+from reclingua.utils.errors import InputError
 
 END = 99
 indices = st.sets(st.lists(st.integers(0, 4), min_size=1, max_size=4).map(tuple), min_size=1, max_size=40)

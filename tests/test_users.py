@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.dataset import open_dataset
-from data.users import INTENTIONS, PREFERENCES, Intention, UserTexts, occasion, read_users, write_users
-from errors import InputError
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.user_texts import INTENTIONS, PREFERENCES, Intention, UserTexts, occasion, read_users, write_users
+from reclingua.utils.errors import InputError
 
 
 @pytest.fixture

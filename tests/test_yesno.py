@@ -7,21 +7,21 @@ import torch
 from conftest import OTHERS, make_model, make_tokenizer, write_preferences
 from torch import nn
 
-from asking import ask, batches_of
-from data.preference import open_preferences
-from data.prompts import Phrasing
-from data.questions import QuestionCollator, Questions
-from errors import InputError
-from models.collaborative import fingerprint
-from models.collaborative.din import DIN, DINConfig
-from models.collaborative.hash import HashedMF, HashedMFConfig
-from models.collaborative.lightgcn import LightGCN, LightGCNConfig
-from models.collaborative.mf import MF, MFConfig
-from models.collaborative.sasrec import SASRec, SASRecConfig
-from models.collm import CoLLM, CoLLMConfig
-from models.cora import CoRA, CoRAConfig
-from models.language import add_lora, linear_layers
-from models.yesno import YesNoConfig, YesNoModel
+from reclingua.inference.scorer import ask, batches_of
+from reclingua.datasets.ratings import open_preferences
+from reclingua.datasets.prompts import Phrasing
+from reclingua.datasets.yes_no import QuestionCollator, Questions
+from reclingua.utils.errors import InputError
+from reclingua.models.collaborative import fingerprint
+from reclingua.models.collaborative.din import DIN, DINConfig
+from reclingua.models.collaborative.hash import HashedMF, HashedMFConfig
+from reclingua.models.collaborative.lightgcn import LightGCN, LightGCNConfig
+from reclingua.models.collaborative.mf import MF, MFConfig
+from reclingua.models.collaborative.sasrec import SASRec, SASRecConfig
+from reclingua.models.collm import CoLLM, CoLLMConfig
+from reclingua.models.cora import CoRA, CoRAConfig
+from reclingua.models.language import add_lora, linear_layers
+from reclingua.models.yes_no import YesNoConfig, YesNoModel
 
 TEXT = [Phrasing('Liked so far: {history}. Is "{title}" liked as well? Answer:')]
 SOFT = [Phrasing('Liked so far: {history}, by {user}. Is "{title}" {item} liked as well? Answer:')]

@@ -14,8 +14,8 @@ import finetune
 import pretrain
 import test as test_script
 from convert import zero_to_fp32
-from models.language import load_model, load_tokenizer
-from sharding import check_deepspeed
+from reclingua.models.language import load_model, load_tokenizer
+from reclingua.training.zero import check_deepspeed
 
 CONFIGS = Path(__file__).parents[1] / "config"
 STEPS = ("--supervise", "history", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 6)

@@ -15,7 +15,7 @@ from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import finetune
-from trainer import SavesWhenTold
+from reclingua.training.trainer import SavesWhenTold
 
 finetune.leave = lambda trainer: None  # the next run needs the process group
 on_step_end = SavesWhenTold.on_step_end

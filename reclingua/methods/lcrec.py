@@ -1,0 +1,310 @@
+"""LC-Rec (arXiv 2311.09049): items become words of a language model, which learns to say the next one."""
+
+import random
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from datasets import concatenate_datasets
+from torch import distributed
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import is_flash_attn_2_available
+
+from reclingua.training.arguments import (
+    DataArguments,
+    LoraArguments,
+    MethodArguments,
+    ModelArguments,
+    TuningArguments,
+    refuse_flags,
+)
+from reclingua.training.checkpoints import checkpoint_to_resume
+from reclingua.datasets.collators import Collator
+from reclingua.datasets.interactions import RecDataset, open_dataset
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, Phrasing, read_prompts
+from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_of, train_samples
+from reclingua.datasets.user_texts import read_users
+from reclingua.utils.errors import InputError
+from reclingua.methods import Prepared
+from reclingua.metrics import parse_metrics, ranking_metrics
+from reclingua.models.language import (
+    extend_vocabulary,
+    fingerprint,
+    index_token_ids,
+    keeps_packed_apart,
+    load_lora,
+    load_model,
+    load_tokenizer,
+    with_lora,
+)
+from reclingua.inference.recommender import recommend, trie_of
+
+EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
+OF_TRAINING = (
+    "train_prompt_sample_num", "train_data_sample_num", "only_train_response", "packing", "embedding_dropout"
+)  # fmt: skip
+LOW_RANK = (32, "all-linear")  # alpha and target layers where the flags say none
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    lora_args: LoraArguments,
+    training_args: TuningArguments,
+    log: Callable[[str], None],
+) -> Prepared:
+    """Samples, model and evaluation by search, from the flags; InputError for those that cannot be."""
+    check_flags(model_args, data_args, method_args, lora_args, training_args)
+    seqrec = seqrec_of(method_args.supervise)
+    phrasings, counts = per_task(method_args)
+
+    # ---- Data ----
+    needs = ["index", "items"] if set(TEXT_TASKS) & set(phrasings) else ["index"]
+    dataset = open_dataset(data_args.data_path, data_args.dataset, needs, data_args.index_file)
+    texts = read_users(dataset, data_args.user_file) if set(USER_TASKS) & set(phrasings) else None
+    prompts = read_prompts(
+        data_args.prompt_file or PROMPT_FILE, {task: FIELDS[task] for task in dict.fromkeys([seqrec, *phrasings])}
+    )
+    if data_args.max_his_len == -1:
+        data_args.max_his_len = max(map(len, dataset.histories.values()))
+    parts = [
+        train_samples(dataset, task, data_args.max_his_len, texts, counts[task], training_args.seed)
+        for task in phrasings
+    ]
+    samples = concatenate_datasets(parts)
+    valid = held_out_samples(dataset, "valid", seqrec, data_args.max_his_len)
+    log(
+        f"{dataset.name}: {len(dataset.histories):,} users, {len(dataset.item_ids):,} items, "
+        f"{len(samples):,} training samples, {len(valid):,} valid"
+    )
+    if len(parts) > 1:
+        log("  " + ", ".join(f"{task} {len(part):,}" for task, part in zip(phrasings, parts, strict=True)))
+    if dataset.too_short:
+        log(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out of valid and test")
+
+    # ---- Model ----
+    record = record_of(dataset, model_args, data_args, method_args, lora_args, prompts)
+    record |= {"seed": training_args.seed, "users_sha256": texts.sha256() if texts else None}
+    checkpoint = checkpoint_to_resume(training_args, record)
+    tokenizer = load_tokenizer(model_args.base_model)
+    model = load_base(record, device=training_args.device)
+    record["base_sha256"] = fingerprint(model)
+    about = {item: dataset.text(item) for item in dataset.index} if dataset.items else None
+    if training_args.use_liger_kernel and not liger_knows(model.config.model_type):
+        raise InputError(f"--use_liger_kernel: Liger has no kernels for {model.config.model_type!r}; leave it out")
+    new_tokens = extend_vocabulary(model, tokenizer, dataset.index, about, training_args.seed)
+    model.config.use_cache = False  # training needs none; the search asks for it
+    token_ids = index_token_ids(tokenizer, dataset.index)
+    index_tokens = sorted({token for ids in token_ids.values() for token in ids})
+    log(f"{model_args.base_model}: {model.num_parameters():,} parameters, {new_tokens:,} new tokens")
+    if lora_args.lora:
+        model = with_lora(model, index_tokens, **record["lora"])
+        log(f"  trained are {model.num_parameters(only_trainable=True):,}: LoRA weights and the rows of code tokens")
+        if training_args.ddp_find_unused_parameters is None:
+            training_args.ddp_find_unused_parameters = False  # what is frozen is none of DDP's, the rest is used
+    if method_args.embedding_dropout:
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, _, output: functional.dropout(output, method_args.embedding_dropout, module.training)
+        )
+
+    # ---- Samples -> tokens ----
+    instructions = {
+        part: Instructions(
+            rows,
+            dataset,
+            tokenizer,
+            prompts,
+            index_tokens,
+            max_his_len=data_args.max_his_len,
+            his_sep=data_args.his_sep,
+            max_text_len=data_args.max_text_len,
+            add_prefix=data_args.add_prefix,
+            only_response=method_args.only_train_response,
+            phrasings_per_sample=phrasings if part == "train" else None,
+            seed=training_args.seed,
+        )
+        for part, rows in (("train", samples), ("valid", valid))
+    }
+
+    lengths = {part: rows.lengths(longest=True) for part, rows in instructions.items()}
+    check_room(model, max(max(found) for found in lengths.values()))
+
+    # ---- Packing ----
+    packing = method_args.packing
+    if packing and not keeps_packed_apart(model):
+        raise InputError(f"{model_args.base_model}: its attention does not keep packed samples apart; omit --packing")
+    flash = training_args.device.type == "cuda" and training_args.bf16 and is_flash_attn_2_available()
+    flash = packing and flash and model._supports_flash_attn
+    attention = model.config._attn_implementation
+
+    # ---- Evaluation: search for the valid item of some users ----
+    chosen = range(len(valid))
+    if 0 < method_args.valid_users < len(valid):
+        chosen = sorted(random.Random(0).sample(chosen, method_args.valid_users))
+    trie = trie_of(token_ids, tokenizer, seqrec)
+    seen, targets = zip(*(dataset.split(user, "valid") for user in dataset.test_users), strict=True)
+
+    def rank() -> dict[str, float]:
+        if flash:  # reads no mask such as the search gives to its beams
+            model.set_attn_implementation(attention)
+        lists = recommend(
+            model,
+            instructions["valid"],
+            valid.select(chosen),
+            prompts[seqrec][0],
+            trie,
+            num_beams=10,
+            batch_size=training_args.per_device_eval_batch_size,
+            excluded=[seen[i] for i in chosen] if method_args.exclude_seen else None,
+            split=distributed.is_initialized(),
+            show_progress=False,
+        )
+        if flash:
+            model.set_attn_implementation("flash_attention_2")
+        return ranking_metrics(
+            [[r.item for r in found] for found in lists], [targets[i] for i in chosen], EVAL_METRICS
+        )
+
+    return Prepared(
+        model=model,
+        tokenizer=tokenizer,
+        train=instructions["train"],
+        valid=instructions["valid"],
+        collator=Collator(tokenizer, packing, one_row=flash),
+        lengths=lengths["train"],
+        measure=rank,
+        record=record,
+        max_logits_mb=training_args.max_logits_mb,
+        checkpoint=checkpoint,
+        packing=packing,
+        flash=flash,
+    )
+
+
+def liger_knows(model_type: str) -> bool:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # there only with a GPU
+
+    return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def check_flags(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    lora_args: LoraArguments,
+    training_args: TuningArguments,
+) -> None:
+    """InputError for flags that contradict each other."""
+    if not 0 <= method_args.embedding_dropout < 1:
+        raise InputError(f"--embedding_dropout {method_args.embedding_dropout}: should be from 0 to below 1")
+    if data_args.max_text_len < 1:
+        raise InputError(f"--max_text_len {data_args.max_text_len}: should be 1 at least")
+    if not lora_args.lora:
+        if model_args.load_in_4bit or model_args.load_in_8bit or model_args.base_dtype:
+            raise InputError(
+                "--load_in_4bit, --load_in_8bit and --base_dtype are for base models that stay frozen: give --lora"
+            )
+        refuse_flags("lcrec without --lora", lora_args, [f.name for f in fields(lora_args) if f.name != "lora"])
+    if model_args.load_in_4bit and model_args.load_in_8bit:
+        raise InputError("--load_in_4bit and --load_in_8bit: one of them")
+    best = training_args.metric_for_best_model
+    if training_args.load_best_model_at_end and best not in ("loss", *(f"{name}@{k}" for name, k in EVAL_METRICS)):
+        raise InputError(f"--metric_for_best_model {best}: should be hit@10, ndcg@10 or loss")
+
+
+def per_task(args: MethodArguments) -> tuple[dict[str, int], dict[str, int]]:
+    """Task -> phrasings per sample, and task -> number of samples (0: all); InputError for lists that don't match."""
+    tasks = [task.strip().lower() for task in args.tasks.split(",")]
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise InputError(f"--tasks {unknown[0]!r}: there are {', '.join(TASKS)}")
+    if twin := [task for task in tasks if tasks.count(task) > 1]:
+        raise InputError(f"--tasks {args.tasks}: has {twin[0]} twice")
+    tasks = [seqrec_of(args.supervise) if task == "seqrec" else task for task in tasks]
+    numbers = []
+    for flag, least in (("train_prompt_sample_num", 1), ("train_data_sample_num", 0)):
+        given = getattr(args, flag).split(",")
+        given = given * len(tasks) if len(given) == 1 else given
+        if len(given) != len(tasks) or not all(number.isdecimal() and int(number) >= least for number in given):
+            raise InputError(
+                f"--{flag} {getattr(args, flag)}: should be one whole number for each of --tasks {args.tasks}, "
+                f"or one for all, {least} at least"
+            )
+        numbers.append(dict(zip(tasks, map(int, given), strict=True)))
+    return numbers[0], numbers[1]
+
+
+def record_of(
+    dataset: RecDataset,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    lora_args: LoraArguments,
+    prompts: dict[str, list[Phrasing]],
+) -> dict:
+    """What a test must know to ask the model as it was trained, and to refuse another index."""
+    return {
+        "method": method_args.method,
+        "base_model": str(Path(model_args.base_model).absolute())
+        if Path(model_args.base_model).is_dir()
+        else model_args.base_model,
+        "base_dtype": model_args.base_dtype or "float32",
+        "load_in_4bit": bool(model_args.load_in_4bit),
+        "load_in_8bit": model_args.load_in_8bit,
+        "lora": lora_args.low_rank(*LOW_RANK) if lora_args.lora else None,
+        "dataset": dataset.name,
+        "supervise": method_args.supervise,
+        "tasks": list(per_task(method_args)[0]),
+        **{flag: getattr(method_args, flag) for flag in OF_TRAINING},
+        "max_his_len": data_args.max_his_len,
+        "his_sep": data_args.his_sep,
+        "add_prefix": data_args.add_prefix,
+        "max_text_len": data_args.max_text_len,
+        "prompts": {task: [asdict(phrasing) for phrasing in phrasings] for task, phrasings in prompts.items()},
+        "index_sha256": dataset.sha256("index"),
+        "histories_sha256": dataset.sha256("histories"),
+        "items_sha256": dataset.sha256("items"),
+    }
+
+
+def load_base(record: dict, device: torch.device) -> PreTrainedModel:
+    """The base model as the record tells; weights in 4 or 8 bits are on `device` already."""
+    dtype = getattr(torch, record["base_dtype"])
+    return load_model(record["base_model"], dtype, record["load_in_4bit"], record["load_in_8bit"], device)
+
+
+def open_model(
+    folder: Path, record: dict, device: torch.device, base_model: str | None = None
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """A tuned model on `device`, for evaluation, and its tokenizer.
+
+    Args:
+        base_model: of an adapter folder, where it is now, if it has moved.
+
+    Raises:
+        InputError: there is none, or the base model is not the one that was tuned.
+    """
+    tokenizer = load_tokenizer(folder)
+    if not record["lora"]:
+        return load_model(folder).eval().to(device), tokenizer
+    try:
+        model = load_base(record | ({"base_model": base_model} if base_model else {}), device)
+    except InputError as error:
+        raise InputError(f"{error}; say where the base model of {folder} is now by --base_model") from None
+    if fingerprint(model) != record["base_sha256"]:
+        raise InputError(f"{base_model or record['base_model']}: is not the base model that {folder} was tuned on")
+    model = load_lora(model, tokenizer, folder).eval()
+    return model if record["load_in_4bit"] or record["load_in_8bit"] else model.to(device), tokenizer
+
+
+def check_room(model: PreTrainedModel, tokens: int) -> None:
+    """InputError if a sample has more tokens than the model reads."""
+    limit = getattr(model.config, "max_position_embeddings", 0)
+    if limit and tokens > limit:
+        raise InputError(
+            f"the model reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len or --max_text_len"
+        )

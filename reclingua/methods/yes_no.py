@@ -1,0 +1,345 @@
+"""TALLRec, CoLLM, BinLLM, CoRA, soft and personalised prompts: will this user like this item, Yes or No?"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import distributed
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from reclingua.training.arguments import (
+    DataArguments,
+    LoraArguments,
+    MethodArguments,
+    ModelArguments,
+    TuningArguments,
+    YesNoArguments,
+    refuse_flags,
+)
+from reclingua.inference.scorer import ask
+from reclingua.training.checkpoints import checkpoint_to_resume
+from reclingua.datasets.interactions import read_json
+from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences, sample
+from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
+from reclingua.datasets.yes_no import QuestionCollator, Questions, code_text
+from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import RECORD
+from reclingua.methods import Prepared
+from reclingua.metrics.roc import auc, uauc
+from reclingua.models.collaborative import fingerprint, load
+from reclingua.models.collaborative.base import CollaborativeModel
+from reclingua.models.collaborative.hash import HashedMF
+from reclingua.models.collaborative.mf import MF, MFConfig
+from reclingua.models.collm import CoLLM
+from reclingua.models.cora import CoRA
+from reclingua.models.language import add_lora, load_tokenizer
+from reclingua.models.yes_no import YesNoConfig, YesNoModel, open_language
+from reclingua.inference.collaborative import check_fits, inputs_of
+
+# Method -> its model, and the phrasings it asks with (data/questions.yaml).
+METHODS: dict[str, tuple[type[YesNoModel], str]] = {
+    "tallrec": (YesNoModel, "text"),
+    "collm": (CoLLM, "soft"),
+    "binllm": (YesNoModel, "codes"),
+    "cora": (CoRA, "text"),
+    "softprompt": (CoLLM, "soft"),
+    "personprompt": (CoLLM, "soft"),
+}
+TUNES_LORA = ("tallrec", "binllm")  # what these train is LoRA weights, and nothing else
+READS_COLLAB = ("collm", "binllm", "cora")
+LEVEL_ROWS = 32  # of train, by which the level of the logits before training is known
+SCALE_ROWS = 4096  # of train, by which the scale of collaborative vectors is known
+LOW_RANK = (16, "q_proj,v_proj")  # alpha and target layers where the flags say none
+PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts begin with
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    lora_args: LoraArguments,
+    args: YesNoArguments,
+    training_args: TuningArguments,
+    log: Callable[[str], None],
+) -> Prepared:
+    """Questions, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
+    method = method_args.method
+    check_flags(method, model_args, data_args, method_args, lora_args, args, training_args)
+    training_args.metric_for_best_model, training_args.greater_is_better = args.select_by, True
+
+    # ---- Data ----
+    dataset = open_preferences(data_args.data_path, data_args.dataset)
+    _, task = METHODS[method]
+    prompts = read_prompts(
+        data_args.prompt_file or QUESTION_FILE, {name: QUESTION_FIELDS[name] for name in {"text", task}}
+    )
+    train, valid = dataset.parts["train"], dataset.parts["valid"]
+    count = int(method_args.train_data_sample_num)
+    if 0 < count < len(train):
+        train = train.shuffle(seed=training_args.seed).select(range(count))
+    valid = sample(valid, args.valid_samples)
+    for part, rows in (("train", train), ("valid", valid)):
+        if len(set(column(rows, "label").tolist())) < 2:
+            raise InputError(f"{dataset.folder}: the {len(rows)} rows taken of {part} are all of one label; take more")
+    liked = column(train, "label").mean()
+    log(
+        f"{dataset.name}: {len(train):,} of {len(dataset.parts['train']):,} training rows, "
+        f"{len(valid):,} of {len(dataset.parts['valid']):,} valid"
+    )
+
+    # ---- Model ----
+    model = build(method, model_args, lora_args, args, dataset)
+    tokenizer = load_tokenizer(args.init_from or model_args.base_model)
+    record = {
+        "method": method,
+        "dataset": dataset.name,
+        "ratings_sha256": dataset.sha256(),
+        "base_model": model.config.base_model,
+        "base_dtype": model.config.base_dtype,
+        "load_in_4bit": model.config.load_in_4bit,
+        "collab_sha256": model.config.collab_sha256,
+        "trained": model.config.trained,
+        "train_data_sample_num": count,
+        "max_his_len": data_args.max_his_len,
+        "his_sep": data_args.his_sep,
+        "prompts": [asdict(phrasing) for phrasing in prompts[task]],
+        "text_prompts": [asdict(phrasing) for phrasing in prompts["text"]],
+        "seed": training_args.seed,
+        **asdict(lora_args),
+        **{flag: value for flag, value in asdict(args).items() if flag not in ("patience", "save_full")},
+    }
+    checkpoint = checkpoint_to_resume(training_args, record)
+    if "collab" in model.config.trained and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = True  # what scores in a collaborative model makes no vector
+
+    # ---- Rows -> tokens ----
+    questions = {
+        part: questions_of(rows, dataset, tokenizer, model, record, phrasing, seed=training_args.seed)
+        for part, rows, phrasing in (("train", train, None), ("valid", valid, 0))
+    }
+    lengths = {part: rows.lengths(longest=True) for part, rows in questions.items()}
+    model.config.answer = questions["train"].answer.yes
+    answers = tokenizer.convert_ids_to_tokens(list(questions["train"].answer))
+    log(f"the score is the logit of {answers[0]!r} (token {model.config.answer}); no is {answers[1]!r}")
+    model.to(training_args.device)
+    shuffled = np.random.default_rng(0).permutation(len(train))
+    if "bridge" in model.config.trained and method != "softprompt":  # whose embeddings are all alike
+        inputs = inputs_of(train.select(shuffled[:SCALE_ROWS]), model.collab)
+        model.learn_scale(inputs["users"], inputs["items"], inputs.get("histories"))
+    some = questions_of(train.select(shuffled[:LEVEL_ROWS]), dataset, tokenizer, model, record)
+    level = ask(model, some, LEVEL_ROWS, show_progress=False).mean()
+    model.config.offset = float(level - np.log(liked / (1 - liked)))
+    sizes = {
+        part: sum(w.numel() for name, w in model.named_parameters() if model.part_of(name) == part)
+        for part in model.config.trained
+    }
+    log(
+        f"{model.config.base_model}: {model.language.num_parameters():,} parameters; trained are "
+        + ", ".join(f"{size:,} of {part}" for part, size in sizes.items())
+    )
+    for part, rows in questions.items():
+        if rows.cut:  # never at the question
+            log(f"  {rows.cut:,} prompts of {part} exceeded {rows.limit:,} tokens: their oldest titles are left out")
+
+    # ---- Evaluation: ask about the rows of valid ----
+    users, labels = (column(valid, name) for name in ("uid", "label"))
+
+    def measure() -> dict[str, float]:
+        device = training_args.device.type
+        half = torch.bfloat16 if training_args.bf16 else torch.float16
+        with torch.autocast(device, half, enabled=training_args.bf16 or training_args.fp16):
+            scores = ask(
+                model,
+                questions["valid"],
+                training_args.per_device_eval_batch_size,
+                split=distributed.is_initialized(),
+                show_progress=False,
+            )
+        figures = {
+            "loss": F.binary_cross_entropy_with_logits(
+                model.log_odds(torch.tensor(scores)), torch.tensor(labels).float()
+            ).item(),
+            "auc": auc(labels, scores),
+            "uauc": uauc(users, labels, scores)["uauc"],
+        }
+        figures = {name: value for name, value in figures.items() if not np.isnan(value)}
+        if args.select_by not in figures:
+            raise InputError(
+                f"{dataset.folder / 'valid.parquet'}: its rows have no {args.select_by}; see --valid_samples"
+            )
+        return figures
+
+    return Prepared(
+        model=model,
+        tokenizer=tokenizer,
+        train=questions["train"],
+        valid=questions["valid"],
+        collator=QuestionCollator(tokenizer),
+        lengths=lengths["train"],
+        measure=measure,
+        record=record,
+        max_logits_mb=None,
+        checkpoint=checkpoint,
+    )
+
+
+def check_flags(
+    method: str,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    lora_args: LoraArguments,
+    args: YesNoArguments,
+    training_args: TuningArguments,
+) -> None:
+    """InputError for flags that contradict each other or the method."""
+    if not method_args.train_data_sample_num.isdecimal():
+        raise InputError(f"--train_data_sample_num {method_args.train_data_sample_num}: should be one whole number")
+    if method in READS_COLLAB and not args.collab:
+        raise InputError(f"--collab is required with --method {method}: a folder made by python pretrain.py")
+    refuse_flags(method, data_args, ["index_file", "user_file", "max_text_len", "add_prefix"])
+    refuse_flags(method, model_args, ["load_in_8bit"])
+    heard = {"collab": method in READS_COLLAB, "soft_tokens": METHODS[method][0] is CoLLM}
+    heard |= {"code_format": method == "binllm"}
+    refuse_flags(method, args, [flag for flag, listens in heard.items() if not listens])
+    if args.init_from and args.one_stage:
+        raise InputError("--one_stage trains both stages at once: leave --init_from out")
+    if args.one_stage and (method in TUNES_LORA or lora_args.lora is False):
+        raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
+    if (args.train_collab or args.collab_from_scratch) and method not in ("collm", "cora"):
+        raise InputError(f"--train_collab and --collab_from_scratch are for collm and cora, not for {method}")
+    if args.soft_tokens < 1:
+        raise InputError(f"--soft_tokens {args.soft_tokens}: should be 1 at least")
+    if min(args.valid_samples, args.patience) < 0:
+        raise InputError("--valid_samples and --patience should be 0 at least")
+    if training_args.metric_for_best_model not in (TuningArguments.metric_for_best_model, args.select_by):
+        raise InputError(f"--metric_for_best_model means nothing with --method {method}: give --select_by auc or uauc")
+    if args.patience and not training_args.load_best_model_at_end:
+        raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
+    if lora_args.lora is False and method in TUNES_LORA and model_args.load_in_4bit:
+        raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
+    if args.save_full and model_args.load_in_4bit:
+        raise InputError("--save_full is for weights in full, not with --load_in_4bit")
+
+
+def build(
+    method: str,
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    args: YesNoArguments,
+    dataset: PreferenceDataset,
+) -> YesNoModel:
+    """The model that is to be trained: on its first stage where there is one, with its collaborative model."""
+    kind, _ = METHODS[method]
+    lora = (method in TUNES_LORA or args.one_stage) if lora_args.lora is None else lora_args.lora
+    how = {"load_in_4bit": model_args.load_in_4bit, "base_dtype": model_args.base_dtype}
+    low_rank = lora_args.low_rank(*LOW_RANK)
+    if args.init_from:
+        first = read_json(Path(args.init_from) / RECORD, "the record of a first stage, from --method tallrec")
+        if first.get("method") != "tallrec":
+            raise InputError(f"--init_from {args.init_from}: was made by {first.get('method')!r}; give one of tallrec")
+        earlier = YesNoModel.from_pretrained(args.init_from, base_model=model_args.base_model, **how)
+        config, language = earlier.config, earlier.language
+        if "language" in config.saved:  # with the weights of the folder, not of the base model
+            for name, weight in language.named_parameters():
+                weight.data = weight.data if "lora_" in name else weight.data.to(getattr(torch, config.base_dtype))
+    else:
+        config = YesNoConfig(base_model=model_args.base_model, **{key: v for key, v in how.items() if v is not None})
+        language = open_language(config)
+    if lora and not config.lora:
+        config.lora = low_rank
+        add_lora(language, **config.lora)
+    elif lora and kind is not CoRA and low_rank != config.lora and low_rank != LoraArguments().low_rank(*LOW_RANK):
+        raise InputError(
+            f"--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of {args.init_from} are "
+            "trained on as they are; leave these flags out"
+        )
+    trained = {"lora"} if lora else {"language"} if method in TUNES_LORA else set()
+    collab = None
+    if method in READS_COLLAB:
+        collab = load(args.collab)
+        check_fits(collab, dataset)
+        if method == "binllm" and not isinstance(collab, HashedMF):
+            raise InputError(
+                f"{args.collab}: is a model of type {collab.config.model_type!r}; binllm reads one of hash"
+            )
+        config.collab, config.collab_sha256 = args.collab, fingerprint(collab)
+        if args.collab_from_scratch:
+            collab = like_new(collab)
+    elif method in ("softprompt", "personprompt"):
+        rows = {"num_users": dataset.num_users, "num_items": dataset.num_items}
+        rows = {name: 2 for name in rows} if method == "softprompt" else rows
+        collab = MF(MFConfig(**rows, embedding_size=PROMPT_WIDTH, initializer_range=0.1))
+        trained |= {"collab"}
+    if method not in TUNES_LORA:
+        trained |= {"bridge"} | ({"collab"} if args.train_collab or args.collab_from_scratch else set())
+    saved = trained | {"language"} & set(config.saved or ()) | ({"lora"} if config.lora else set())
+    own = {}
+    if kind is CoLLM:
+        own = {"soft_tokens": args.soft_tokens, "one_for_all": method == "softprompt"}
+    elif kind is CoRA:
+        own = {"r" if key == "rank" else key: value for key, value in low_rank.items()}
+    whole = config.to_dict() | own | {"collab_config": collab and collab.config.to_dict()}
+    del whole["model_type"]
+    return kind(kind.config_class(**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, collab)
+
+
+def open_model(folder: Path, method: str, **where) -> YesNoModel:
+    """A tuned model, for evaluation; see `YesNoModel.from_pretrained`."""
+    return METHODS[method][0].from_pretrained(folder, **where)
+
+
+def name_of(model: YesNoModel, method: str) -> str:
+    """What its results are called: collm-mf, cora-sasrec, binllm, ..."""
+    return f"{method}-{model.collab.config.model_type}" if method in ("collm", "cora") else method
+
+
+def like_new(model: CollaborativeModel) -> CollaborativeModel:
+    """A model of the same kind and size, with new weights; what is no weight, such as a graph, is kept."""
+    new = type(model)(model.config)
+    for name, buffer in model.named_buffers():
+        new.get_buffer(name).copy_(buffer)
+    return new.eval()
+
+
+def questions_of(
+    rows: Dataset,
+    dataset: PreferenceDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    model: YesNoModel,
+    record: dict,
+    phrasing: int | None = 0,
+    cold_text_only: bool = False,
+    seed: int = 0,
+) -> Questions:
+    """The rows as questions in the way that `record` tells, with one of its phrasings; None: drawn for each epoch."""
+    phrasings = [Phrasing(**each) for each in record["prompts"]]
+    codes = None
+    if record["method"] == "binllm":
+        texts = []
+        for name, codes_of in (("uid", model.collab.user_codes), ("iid", model.collab.item_codes)):
+            ids = torch.from_numpy(np.unique(column(rows, name)).astype(np.int64))
+            bits = codes_of(ids.to(model.device))
+            texts.append(
+                {n: code_text(code, record["code_format"]) for n, code in zip(ids.tolist(), bits, strict=True)}
+            )
+        codes = tuple(texts)
+    return Questions(
+        rows,
+        {int(item): str(about["title"]) for item, about in dataset.items.items()},
+        tokenizer,
+        phrasings if phrasing is None else [phrasings[phrasing]],
+        record["max_his_len"],
+        record["his_sep"],
+        limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
+        soft_tokens=getattr(model.config, "soft_tokens", 1),
+        read_length=model.collab.history_length if model.collab is not None else 0,
+        codes=codes,
+        cold_phrasing=Phrasing(**record["text_prompts"][0]) if cold_text_only else None,
+        draw=phrasing is None,
+        seed=seed,
+    )

@@ -1,0 +1,44 @@
+"""Metrics as local `evaluate` modules, loaded from this folder without a network."""
+
+from pathlib import Path
+
+import evaluate
+
+from reclingua.utils.errors import InputError
+
+FOLDER = Path(__file__).parent
+RANKING = ("hit", "ndcg")
+
+
+def parse_metrics(names: str) -> list[tuple[str, int]]:
+    """ "hit@1,ndcg@10" -> [("hit", 1), ("ndcg", 10)]; InputError for anything else."""
+    parsed = []
+    for name in names.split(","):
+        metric, _, k = name.strip().lower().partition("@")
+        if metric not in RANKING or not k.isdecimal() or int(k) < 1:
+            raise InputError(
+                f"--metrics {name.strip()!r}: should be hit@k or ndcg@k with k from 1, separated by commas"
+            )
+        parsed.append((metric, int(k)))
+    return parsed
+
+
+def load(name: str) -> evaluate.Metric:
+    """The metric in folder metrics/`name`: hit, ndcg, auc or uauc."""
+    return evaluate.load(str(FOLDER / name))
+
+
+def ranking_metrics(
+    predictions: list[list[str]], references: list[str], names: list[tuple[str, int]]
+) -> dict[str, float]:
+    """`evaluate`'s results of all named metrics: {"hit@10": 0.1, ...}.
+
+    Args:
+        predictions: for each sample its ranked items, best first.
+        references: for each sample the one item that is right.
+    """
+    results = {}
+    for metric in sorted({metric for metric, _ in names}):
+        cutoffs = [k for name, k in names if name == metric]
+        results |= load(metric).compute(predictions=predictions, references=references, k=cutoffs)
+    return {f"{metric}@{k}": float(results[f"{metric}@{k}"]) for metric, k in names}

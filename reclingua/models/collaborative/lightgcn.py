@@ -1,0 +1,70 @@
+"""LightGCN (arXiv 2002.02126): embeddings averaged over neighbours in the graph of who liked what."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from reclingua.models.collaborative.base import CollaborativeConfig, CollaborativeModel
+
+
+class LightGCNConfig(CollaborativeConfig):
+    """
+    Args:
+        num_layers: rounds of averaging.
+        num_edges: liked pairs of train, the edges of the graph.
+    """
+
+    model_type = "lightgcn"
+
+    num_layers: int = 2
+    num_edges: int = 0
+
+
+class LightGCN(CollaborativeModel):
+    """Users and items are nodes of one graph, users first; the graph is part of what is saved."""
+
+    config_class = LightGCNConfig
+
+    def __init__(self, config: LightGCNConfig):
+        super().__init__(config)
+        self.user_embedding = nn.Embedding(config.num_users, config.embedding_size, padding_idx=0)
+        self.item_embedding = nn.Embedding(config.num_items, config.embedding_size, padding_idx=0)
+        self._graph = None
+        self.register_buffer("edges", torch.zeros(2, config.num_edges, dtype=torch.long))
+        self.post_init()
+
+    def learn_graph(self, users: torch.Tensor, items: torch.Tensor) -> None:
+        """Take the liked pairs of train, int64 [pairs] each, as the graph; a pair that comes twice is one edge."""
+        edges = torch.unique(torch.stack([users, items]), dim=1)
+        self.config.num_edges = edges.shape[1]
+        self.edges, self._graph = edges.to(self.edges.device), None
+
+    def graph(self) -> torch.Tensor:
+        """The normalised adjacency of users and items, sparse [nodes, nodes]; made once on each device."""
+        if self._graph is None or self._graph.device != self.edges.device:
+            nodes = self.config.num_users + self.config.num_items
+            users, items = self.edges[0], self.edges[1] + self.config.num_users
+            edges = torch.stack([torch.cat([users, items]), torch.cat([items, users])])
+            degree = torch.bincount(edges[0], minlength=nodes).float()
+            weights = (degree[edges[0]] * degree[edges[1]]).rsqrt()
+            self._graph = torch.sparse_coo_tensor(edges, weights, (nodes, nodes), check_invariants=True).coalesce()
+        return self._graph
+
+    def propagate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of all users and all items: the mean over the layers (section 3.1.2)."""
+        layer = total = torch.cat([self.user_embedding.weight, self.item_embedding.weight])
+        for _ in range(self.config.num_layers):
+            layer = torch.sparse.mm(self.graph(), layer)
+            total = total + layer
+        mean = total / (self.config.num_layers + 1)
+        return mean[: self.config.num_users], mean[self.config.num_users :]
+
+    def user_vectors(self, users, histories=None, items=None) -> torch.Tensor:
+        return F.embedding(users, self.propagate()[0])
+
+    def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
+        return F.embedding(items, self.propagate()[1], padding_idx=0)
+
+    def score(self, users, items, histories=None) -> torch.Tensor:
+        of_users, of_items = self.propagate()
+        return torch.linalg.vecdot(F.embedding(users, of_users), F.embedding(items, of_items))

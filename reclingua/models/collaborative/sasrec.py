@@ -1,0 +1,84 @@
+"""SASRec (arXiv 1808.09781): a causal transformer reads a user's liked items; its last output is the user's vector."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from reclingua.models.collaborative.base import CollaborativeConfig, CollaborativeModel
+
+
+class SASRecConfig(CollaborativeConfig):
+    """
+    Args:
+        max_length: liked items that are read, the last ones.
+        num_layers, num_heads: shape of the transformer.
+        dropout: on embeddings, attention weights and both outputs of a block.
+    """
+
+    model_type = "sasrec"
+
+    max_length: int = 25
+    num_layers: int = 2
+    num_heads: int = 4
+    dropout: float = 0.5
+
+
+class Block(nn.Module):
+    """Self-attention and a two-layer network, each normalised before and added to what it read."""
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__()
+        width = config.embedding_size
+        self.heads, self.drop = config.num_heads, nn.Dropout(config.dropout)
+        self.attention_norm, self.network_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
+        self.network = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, queries: int) -> torch.Tensor:
+        """x [samples, places, width], mask bool [samples, 1, queries, places] -> the last `queries` places."""
+        normed = self.attention_norm(x)
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
+        key, value = self.key_value(normed).chunk(2, -1)
+        attended = F.scaled_dot_product_attention(
+            split(self.query(normed[:, -queries:])), split(key), split(value), mask, self.drop.p * self.training
+        )
+        x = x[:, -queries:] + self.drop(self.out(attended.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.network(self.network_norm(x)))
+
+
+class SASRec(CollaborativeModel):
+    """Reads `max_length` liked items; users without any get the vector of an empty history."""
+
+    config_class = SASRecConfig
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__(config)
+        self.item_embedding = nn.Embedding(config.num_items, config.embedding_size, padding_idx=0)
+        self.position = nn.Embedding(config.max_length, config.embedding_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.embedding_size)
+        self.post_init()
+
+    @property
+    def history_length(self) -> int:
+        return self.config.max_length
+
+    def user_vectors(self, users, histories: torch.Tensor, items=None) -> torch.Tensor:
+        length = histories.shape[1]
+        there = histories > 0
+        x = self.item_embedding(histories) + self.position.weight[-length:]
+        x = F.dropout(x, self.config.dropout, self.training)
+        # A place sees the liked items up to itself, and itself even where it is padding: no row is all masked.
+        own = torch.eye(length, dtype=torch.bool, device=x.device)
+        mask = (there[:, None, :] & torch.ones_like(own).tril() | own)[:, None]
+        for block in self.blocks[:-1]:
+            x = block(x, mask, length)
+        x = self.blocks[-1](x, mask[:, :, -1:], 1)  # of the last block only the last place is asked for
+        return self.norm(x[:, 0])
+
+    def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
+        return self.item_embedding(items)

@@ -1,0 +1,303 @@
+"""The one Trainer subclass: our batches and our loss, our metrics at evaluation, checkpoints that survive any end."""
+
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+
+from reclingua.training.checkpoints import UNFINISHED, forget, publish, says_when_full
+from reclingua.datasets.samplers import Batches
+from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import RECORD
+from reclingua.models.chunked_loss import LabelHead
+from reclingua.training.zero import stay_apart, weights_to_save, whole
+from reclingua.training.throughput import Throughput
+
+
+class NewEpoch(TrainerCallback):
+    """Tells samples and batches which epoch it is, also after a resume in the middle of one."""
+
+    def __init__(self, *listeners: Callable[[int], None]):
+        self.listeners = listeners
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        for set_epoch in self.listeners:
+            set_epoch(int(state.epoch or 0))
+
+
+class NoStepTooMany(TrainerCallback):
+    """Where training goes on from its last step in the middle of an epoch: the Trainer would do one more."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:
+            self.batches.end()
+
+
+class Stopwatch(TrainerCallback):
+    """Runs while there is training."""
+
+    def __init__(self, throughput: Throughput):
+        self.throughput = throughput
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.throughput.start()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.throughput.stop()
+
+
+class LogLines(TrainerCallback):
+    """The training log in words, one line at a time, under the progress bar of a terminal or without one."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        where = f"  step {state.global_step:>6,} of {state.max_steps:,}, epoch {state.epoch or 0:.1f}   "
+        if "loss" in logs:
+            tqdm.write(f"{where}loss {float(logs['loss']):.4f}   learning rate {float(logs['learning_rate']):.1e}")
+        else:
+            found = {name[5:]: value for name, value in logs.items() if name.startswith("eval_")}
+            shown = [f"valid {name} {v:.4f}" for name, v in found.items() if "@" in name or name.endswith("auc")]
+            if shown:
+                tqdm.write(where + "   ".join(shown))
+
+
+class StopsWithoutLoss(TrainerCallback):
+    """Ends a run whose loss is no number any more: what it would train from there on is worth nothing."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        for name in ("loss", "train_loss", "eval_loss"):
+            if not math.isfinite(value := float((logs or {}).get(name, 0))):
+                raise InputError(
+                    f"the {name.replace('_', ' ')} is {value} by step {state.global_step}: lower --learning_rate, "
+                    "warm up longer (--warmup_steps), or take --bf16 instead of --fp16; earlier checkpoints are kept"
+                )
+
+
+class Preempted(Exception):
+    """Training was told to end, and a checkpoint of where it was is written."""
+
+
+class SavesWhenTold(TrainerCallback):
+    """Once `told`, as by the SIGTERM that a preempted job gets: ends the step, saves, and leaves by `Preempted`."""
+
+    def __init__(self):
+        self.told = self.stopping = False
+        self.group = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.world_size > 1:  # what they agree by; not on a GPU, whose steps are not to wait for it
+            self.group = distributed.new_group(backend="gloo")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if not float(state.epoch).is_integer():  # else evaluation comes first, as it does without a signal
+            self._stop_if_told(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        self._stop_if_told(control)
+
+    def _stop_if_told(self, control) -> None:
+        self.stopping = self.told
+        if self.group is not None:  # all processes have to save the same step
+            told = torch.tensor(int(self.told))
+            distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self.group)
+            self.stopping = bool(told)
+        control.should_save |= self.stopping
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.stopping:
+            raise Preempted
+
+
+def outlives_sigterm(worker: int) -> None:
+    """For processes that read samples: SIGTERM is often sent to all, and without them no step could be ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class QuietProgress(ProgressCallback):
+    """The Trainer's progress bar without its dump of the log and without a second bar, which moves the cursor."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        pass
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        pass
+
+
+class RecTrainer(transformers.Trainer):
+    """A Trainer for recommendation.
+
+    Args:
+        batches: which samples go together; its own share for each process.
+        max_logits_mb: memory that the loss of the labels may use for logits at a time; None: the model has a loss of
+            its own, from labels float [samples].
+        measure: metrics of the model on valid, e.g. {"hit@10": 0.1, "ndcg@10": 0.05} by search; None skips it.
+        record: what `test.py` must know to ask the model as it was trained; saved with every checkpoint.
+    """
+
+    def __init__(
+        self,
+        *args,
+        batches: Batches,
+        max_logits_mb: int | None,
+        measure: Callable[[], dict[str, float]] | None,
+        record: dict,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.batches, self.measure, self.record = batches, measure, record
+        self.checkpoints_go_to: str | None = None
+        self.kept: int | None = None  # checkpoints beside the best
+        self.label_head, self.labels_are_tokens = None, max_logits_mb is not None
+        if self.labels_are_tokens:
+            try:
+                self.label_head = LabelHead(self.model, max_logits_mb)
+                self.compute_loss_func = self._mean_over_targets
+            except ValueError as error:  # then the model's own loss it is
+                if self.is_world_process_zero():
+                    print(f"{error}: its output head is applied at every position, label or not")
+        self.throughput = Throughput(self.model, self.args.device)
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(QuietProgress)
+        self.add_callback(LogLines)
+        self.add_callback(StopsWithoutLoss)
+        self.preemption = SavesWhenTold()
+        self.add_callback(self.preemption)
+        self.add_callback(NewEpoch(self.train_dataset.set_epoch, batches.set_epoch))
+        self.add_callback(NoStepTooMany(batches))
+        self.add_callback(Stopwatch(self.throughput))
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """Raises:
+        Preempted: SIGTERM came, and the newest checkpoint is of the step at which it did.
+        """
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self.preemption, "told", True))
+        self.kept, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer would delete in place
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = self.kept
+            signal.signal(signal.SIGTERM, before)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not prepared by accelerate, which would share out the batches among the processes once more."""
+        return self._loader(self.train_dataset, batch_sampler=self.batches)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """The samples as they come. The base class would write out every one to sort them by length."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.accelerator.prepare(self._loader(dataset, batch_size=self.args.eval_batch_size))
+
+    def _loader(self, dataset: Dataset, **batches) -> DataLoader:
+        return DataLoader(
+            dataset,
+            **batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=outlives_sigterm,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of the labels, without logits anywhere else; its mean is over all targets of an update, those of
+        other processes and accumulated batches included."""
+        inputs.pop("skip_logits", None)  # meant for a loss that Liger would put into the model
+        lengths = inputs.pop("lengths")
+        if model.training:
+            self.throughput.add(inputs["labels"], lengths, inputs["input_ids"].numel())
+        if self.label_head is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.label_head.where(inputs["labels"]):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _mean_over_targets(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        loss, self.label_head.loss = self.label_head.loss, None  # or its gradients would outlive the update
+        # ZeRO-3 gathers a module's weights for the backward pass when the gradient reaches what the module returned.
+        return (loss + 0 * outputs.logits.sum()) / num_items_in_batch
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Loss on valid, and what `measure` finds there."""
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """Within `evaluate`, so that early stopping and the choice of the best see all metrics."""
+        if self.labels_are_tokens:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        else:  # what is measured tells the loss, too
+            output = EvalLoopOutput(None, None, {}, len(dataloader.dataset))
+        with whole(self.deepspeed):
+            found = self.measure() if self.measure else {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Under another name until every process has written its part: a checkpoint is complete or invisible."""
+        output_dir = Path(self.args.output_dir)
+        unfinished, name = output_dir / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.throughput.paused(), says_when_full(output_dir, unfinished):
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            self.accelerator.wait_for_everyone()
+            self.checkpoints_go_to = str(unfinished)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.checkpoints_go_to = None
+            if self.state.best_global_step == self.state.global_step and self.state.best_model_checkpoint:
+                self.state.best_model_checkpoint = str(output_dir / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
+                publish(unfinished / name, output_dir / name)
+                forget(output_dir, self.kept, name, Path(self.state.best_model_checkpoint or name).name)
+            self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial) -> str:
+        return self.checkpoints_go_to or super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """With DeepSpeed, the weights of all processes: as a model, or as training states, which they are part of."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        output_dir = output_dir or self.args.output_dir
+        apart = stay_apart(self.deepspeed, self.model)
+        self._save(output_dir, {} if apart else weights_to_save(self.deepspeed, self.model))
+        if apart and not _internal_call:  # a checkpoint has the training states anyway
+            self.deepspeed.save_checkpoint(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _load_best_model(self) -> None:
+        """And with `--save_total_limit 1` keep that one alone."""
+        with self.throughput.paused():
+            super()._load_best_model()
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save and self.kept == 1:
+                best = Path(self.state.best_model_checkpoint).name
+                forget(Path(self.args.output_dir), 1, best, best)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return  # every process comes here, one writes
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the record says the same in the open
+        (folder / RECORD).write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
