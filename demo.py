@@ -6,7 +6,7 @@ python demo.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../sh
 The page is to be had on this machine alone (loopback), and asks nothing of any other.
 """
 
-from reclingua.utils import logging as quiet
+from reclingua.utils.logging import silence_third_party
 
 import argparse
 import os
@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from index.report import names_of
-from reclingua.models.collaborative import MODELS as COLLABORATIVE
 from reclingua.inference.loading import read_record
+from reclingua.models.collaborative import MODELS as COLLABORATIVE
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.text import names_of
 
 HOST = "127.0.0.1"
 PORTS = range(7860, 7960)
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 @exits_cleanly
 def main() -> None:
     args = parse_args()
-    quiet.hush()
+    silence_third_party()
     if args.num_beams < 1:
         raise InputError(f"--num_beams {args.num_beams}: should be 1 at least")
     if not 0 < args.timeout <= 86_400:
@@ -74,8 +74,8 @@ def show(args: argparse.Namespace, records: dict[Path, dict]) -> None:
     """The page of models by the records in their folders, until somebody ends it."""
     # ---- Models, each with its data ----
     from reclingua.demo.app import LOOK, build  # Gradio takes seconds to import
-    from reclingua.demo.yes_no import YesOrNo
     from reclingua.demo.next_item import NextItem
+    from reclingua.demo.yes_no import YesOrNo
 
     models = {}
     for name, folder in zip(names_of([path.resolve() for path in args.ckpt_path]), args.ckpt_path, strict=True):

@@ -8,7 +8,7 @@ python finetune.py --config config/collm-mf.yaml --init_from ckpt/tallrec --coll
     --output_dir ckpt/collm-mf
 """
 
-from reclingua.utils import logging as quiet
+from reclingua.utils.logging import silence_third_party
 
 import os
 import shlex
@@ -19,6 +19,9 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, set_seed
 
+from reclingua.datasets.samplers import Batches
+from reclingua.methods import lcrec
+from reclingua.methods import yes_no as yesno
 from reclingua.training.arguments import (
     DataArguments,
     LoraArguments,
@@ -29,15 +32,14 @@ from reclingua.training.arguments import (
     parse,
     refuse_flags,
 )
+from reclingua.training.callbacks import Preempted
 from reclingua.training.checkpoints import newest_checkpoint, says_when_full
-from reclingua.datasets.samplers import Batches
-from reclingua.datasets.interactions import write_json
-from reclingua.utils.errors import InputError, exits_cleanly
-from reclingua.utils.metadata import run_facts
-from reclingua.methods import lcrec, yes_no as yesno
-from reclingua.training.zero import check_shareable, loaded_whole, stay_apart
 from reclingua.training.throughput import in_words
-from reclingua.training.trainer import Preempted, RecTrainer
+from reclingua.training.trainer import RecTrainer
+from reclingua.training.zero import check_shareable, loaded_whole, stay_apart
+from reclingua.utils.errors import InputError, exits_cleanly
+from reclingua.utils.files import write_json
+from reclingua.utils.metadata import run_facts
 
 SHARED = {"method", "train_data_sample_num"}  # of LC-Rec's flags, what every method takes
 
@@ -60,7 +62,7 @@ def main() -> None:
     if training_args.per_device_eval_batch_size < 1 or not 0 <= training_args.seed < 2**32:
         raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
     started = time.monotonic()
-    quiet.hush()
+    silence_third_party()
     main_process = training_args.process_index == 0
     log = print if main_process else lambda *_: None
     set_seed(training_args.seed)

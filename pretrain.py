@@ -5,7 +5,7 @@ python pretrain.py --model sasrec --dataset ml-1m --data_path ../shared/data --s
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import copy
@@ -25,15 +25,15 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from reclingua.datasets.interactions import output_file, output_folder, write_json
 from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.metadata import RECORD, run_facts
+from reclingua.inference.collaborative import inputs_of, measure, print_table, score
 from reclingua.metrics.roc import auc, uauc
 from reclingua.models.collaborative import MODELS
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.sasrec import SASRecConfig
-from reclingua.inference.collaborative import inputs_of, measure, print_table, score
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_file, output_folder, write_json
+from reclingua.utils.metadata import RECORD, run_facts
 
 METRICS = ("auc", "uauc")
 LOG_SECONDS = 20  # between two lines about a training, where no terminal shows its progress

@@ -51,7 +51,7 @@ esac
 # ---- The environment: .venv, made once and again when the pins change ----
 setup() {
   local python want
-  want=$(cat requirements.txt requirements-assets.txt | sha256sum)
+  want=$(cat requirements.txt requirements-assets.txt pyproject.toml | sha256sum)
   [[ -f .venv/requirements.sha256 && $(cat .venv/requirements.sha256) == "$want" ]] && return
   python=$(command -v python3.11 || command -v python3 || true)
   [[ -n $python ]] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "Python 3.11 or newer is needed"
@@ -59,6 +59,7 @@ setup() {
   "$python" -m venv .venv || die "$python cannot make a virtual environment (on Debian: apt install python3-venv)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-assets.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
   echo "$want" >.venv/requirements.sha256
 }
 setup
@@ -73,6 +74,8 @@ RUN=$METHOD${COLLAB:+-$COLLAB}     # what a preset, a tuned model and its result
 RESULTS=results/$DATASET/$RUN.json
 PREPARE=""                        # whether the data are made here: MovieLens-100k comes with the packages
 [[ -n $DATA_PATH || $DATASET != ml-100k ]] || PREPARE=1
+TUNING=(finetune.py reclingua/{datasets,methods,models,training})  # the code behind a tuned model,
+TESTING=(test.py reclingua/{baselines,decoding,inference,metrics})  # and behind a measurement
 SECONDS=0
 
 # stage NAME OUTPUT INPUT... -- COMMAND...: run COMMAND unless OUTPUT is there and was made by it from the same inputs.
@@ -90,7 +93,7 @@ stage() {
   done
   shift
   mkdir -p "$WORK/.stages" || die "$WORK: cannot be written"
-  key=$({ echo "$@"; find -L "${inputs[@]}" -type f -exec sha256sum {} + | sort; } | sha256sum | cut -d' ' -f1)
+  key=$({ echo "$@"; find -L "${inputs[@]}" -type f ! -name "*.pyc" -exec sha256sum {} + | sort; } | sha256sum | cut -d' ' -f1)
   if [[ -z $FORCE && -e $output && -f $stamp && $(cat "$stamp") == "$key" ]]; then
     heading "$name: done before, skipped"
     return
@@ -198,11 +201,11 @@ make_base_model() {
   [[ -z $BASE_MODEL ]] || return 0
   if [[ $DEVICE == gpu || $METHOD != lcrec ]]; then
     BASE_MODEL=ckpt/base/SmolLM2-135M-Instruct
-    stage base "$BASE_MODEL" models/smollm2.py -- python -m models.smollm2 --output_dir "$BASE_MODEL"
+    stage base "$BASE_MODEL" convert/smollm2.py -- python -m convert.smollm2 --output_dir "$BASE_MODEL"
   else
     BASE_MODEL=$CKPT/base
-    stage base "$BASE_MODEL" "$INTER" models/scratch.py data/prompts.yaml -- \
-      python -m models.scratch --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$BASE_MODEL" --seed "$SEED"
+    stage base "$BASE_MODEL" "$INTER" convert/scratch.py config/prompts/lcrec.yaml -- \
+      python -m convert.scratch --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$BASE_MODEL" --seed "$SEED"
   fi
 }
 
@@ -210,7 +213,7 @@ make_base_model() {
 generate_items() {
   # ---- 1. Raw ratings -> histories and item texts ----
   if [[ -n $PREPARE ]]; then
-    stage prepare "$WORK/$DATASET.inter.json" data/{prepare,sources,rawfiles,clean,core}.py -- \
+    stage prepare "$WORK/$DATASET.inter.json" data/{prepare,readers,raw_files,cleaning,filtering}.py -- \
       python -m data.prepare --source recbole --dataset "$DATASET"
   fi
   INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.json
@@ -240,14 +243,12 @@ generate_items() {
   # ---- 5. Tune ----
   BASE_FILES=()
   [[ ! -d $BASE_MODEL ]] || BASE_FILES=("$BASE_MODEL")
-  stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" data/prompts.yaml data/tasks.py data/batches.py \
-    data/collate.py finetune.py methods/lcrec.py models/language.py models/head.py trainer.py "${BASE_FILES[@]}" -- \
+  stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" config/prompts/lcrec.yaml "${TUNING[@]}" "${BASE_FILES[@]}" -- \
     tune --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
     --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
 
   # ---- 6. Test: every user's last item, against popularity and co-occurrence ----
-  stage test "$RESULTS" "$INTER" "$INDEX" "$CKPT/lcrec/run.json" test.py recommend.py \
-    decoding/beam.py decoding/forward.py decoding/trie.py -- \
+  stage test "$RESULTS" "$INTER" "$INDEX" "$CKPT/lcrec/run.json" "${TESTING[@]}" -- \
     python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
     --num_beams 20 --exclude_seen --results_file "$RESULTS" --predictions_file "${RESULTS%.json}.predictions.jsonl"
 }
@@ -258,7 +259,7 @@ ask_yes_or_no() {
   [[ $METHOD != binllm ]] || kind=hash
   make_base_model
   if [[ -n $PREPARE ]]; then
-    stage prepare-preference "$WORK/train.parquet" data/{prepare,sources,rawfiles,clean,core}.py -- \
+    stage prepare-preference "$WORK/train.parquet" data/{prepare,readers,raw_files,cleaning,filtering}.py -- \
       python -m data.prepare --task preference --source recbole --dataset "$DATASET" --months 6 1 1
   fi
   for part in train.parquet valid.parquet test.parquet item.json; do
@@ -274,26 +275,26 @@ ask_yes_or_no() {
   fi
   [[ ! -d $BASE_MODEL ]] || base=("$BASE_MODEL")
   local rows=("$folder/train.parquet" "$folder/valid.parquet" "$folder/item.json")
-  local code=(data/questions.py data/questions.yaml finetune.py methods/yesno.py models/yesno.py models/language.py)
+  local code=(config/prompts/yes_no.yaml "${TUNING[@]}")
 
   stage tallrec "$first" "${rows[@]}" config/tallrec.yaml "${code[@]}" "${base[@]}" -- \
     tune --config config/tallrec.yaml --base_model "$BASE_MODEL" --dataset "$DATASET" \
     --data_path "$SOURCE" --output_dir "$first" --resume_from_checkpoint auto --seed "$SEED" "${tune[@]}"
-  stage test-tallrec "results/$DATASET/tallrec.json" "$folder/test.parquet" "$first/run.json" test.py asking.py -- \
+  stage test-tallrec "results/$DATASET/tallrec.json" "$folder/test.parquet" "$first/run.json" "${TESTING[@]}" -- \
     python test.py --ckpt_path "$first" --dataset "$DATASET" --data_path "$SOURCE" \
     --results_file "results/$DATASET/tallrec.json" "${test[@]}"
   [[ $METHOD != tallrec ]] || return 0
 
   if [[ -n $kind ]]; then
     collab=$CKPT/$kind
-    stage "collab-$kind" "$collab" "${rows[@]}" pretrain.py "models/collaborative/$kind.py" -- \
+    stage "collab-$kind" "$collab" "${rows[@]}" pretrain.py "reclingua/models/collaborative/$kind.py" -- \
       python pretrain.py --model "$kind" --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$collab" --seed "$SEED"
     start=(--collab "$collab")
   fi
-  stage "$RUN" "$CKPT/$RUN" "${rows[@]}" "$CONFIG" "${code[@]}" models/collm.py models/cora.py "$first/run.json" -- \
+  stage "$RUN" "$CKPT/$RUN" "${rows[@]}" "$CONFIG" "${code[@]}" "$first/run.json" -- \
     tune --config "$CONFIG" --init_from "$first" "${start[@]}" --dataset "$DATASET" --data_path "$SOURCE" \
     --output_dir "$CKPT/$RUN" --resume_from_checkpoint auto --seed "$SEED" "${tune[@]}"
-  stage "test-$RUN" "$RESULTS" "$folder/test.parquet" "$CKPT/$RUN/run.json" test.py asking.py -- \
+  stage "test-$RUN" "$RESULTS" "$folder/test.parquet" "$CKPT/$RUN/run.json" "${TESTING[@]}" -- \
     python test.py --ckpt_path "$CKPT/$RUN" --dataset "$DATASET" --data_path "$SOURCE" --results_file "$RESULTS" \
     --predictions_file "${RESULTS%.json}.predictions.jsonl" "${test[@]}"
 }

@@ -8,7 +8,7 @@ python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/d
 python test.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../shared/data --cold_text_only
 """
 
-from reclingua.utils import logging as quiet
+from reclingua.utils.logging import silence_third_party
 
 import argparse
 import json
@@ -21,27 +21,36 @@ import numpy as np
 import torch
 from torch import distributed
 
-from reclingua.inference.scorer import ask
-from reclingua.baselines.co_occurrence import baselines_of
-from reclingua.datasets.interactions import RecDataset, output_file, path_of, whole_file, write_json
+from reclingua.baselines import baselines_of
+from reclingua.datasets.interactions import RecDataset, path_of
 from reclingua.datasets.ratings import column, open_preferences, sample
 from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_of
 from reclingua.datasets.user_texts import read_users
 from reclingua.decoding.beam_search import SCORES, Recommendation
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.metadata import run_facts
-from reclingua.methods import lcrec
-from reclingua.methods.yes_no import METHODS as YESNO
-from reclingua.methods.yes_no import name_of, questions_of
+from reclingua.inference import loading
+from reclingua.inference.collaborative import check_fits, inputs_of, measure, print_table, score
+from reclingua.inference.loading import (
+    instructions_of,
+    open_asked,
+    open_indexed,
+    phrasings_of,
+    questions_of,
+    read_record,
+)
+from reclingua.inference.recommender import recommend, trie_of
+from reclingua.inference.scorer import ask
 from reclingua.metrics import parse_metrics, ranking_metrics
 from reclingua.models.collaborative import load
-from reclingua.models.language import index_token_ids, load_tokenizer
-from reclingua.inference.loading import instructions_of, open_asked, open_indexed, phrasings_of, read_record
-from reclingua.inference.recommender import recommend, trie_of
-from report import write_report
-from reclingua.reporting.details import curves_of, of_preferences, of_search
+from reclingua.models.language import load_tokenizer
+from reclingua.models.registry import METHODS as YESNO
+from reclingua.models.registry import name_of
+from reclingua.models.vocabulary import index_token_ids
 from reclingua.reporting.codebook import describe
-from reclingua.inference.collaborative import check_fits, inputs_of, measure, print_table, score
+from reclingua.reporting.details import curves_of, of_preferences, of_search
+from reclingua.reporting.single_run import write_report
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_file, whole_file, write_json
+from reclingua.utils.metadata import run_facts
 
 
 def task_of(name: str) -> str:
@@ -112,7 +121,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure; with the other processes where `test_ddp.py` has set them up."""
     args = parse_args()
-    quiet.hush()
+    silence_third_party()
     if args.sample_num != -1 and args.sample_num < 1:
         raise InputError(f"--sample_num {args.sample_num}: should be 1 at least, or -1 for all")
     if args.test_batch_size < 1:
@@ -166,11 +175,11 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
 
     # ---- Model ----
     device = torch.device(f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = lcrec.open_model(args.ckpt_path, record, device, args.base_model)
+    model, tokenizer = loading.open_model(args.ckpt_path, record, device, args.base_model)
     token_ids = index_token_ids(tokenizer, dataset.index)
     trie = trie_of(token_ids, tokenizer, task)
     instructions = instructions_of(record, samples, dataset, tokenizer, {task: phrasings}, token_ids)
-    lcrec.check_room(model, instructions.lengths(longest=True).max())
+    loading.check_room(model, instructions.lengths(longest=True).max())
 
     # ---- Search, one phrasing after another ----
     found = {}

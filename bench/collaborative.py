@@ -21,14 +21,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bench.common import write_results
+from pretrain import DEFAULTS, Settings, build, flushed_denormals, train
 from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences
-from reclingua.utils.errors import exits_cleanly, one_line
+from reclingua.inference.collaborative import inputs_of, measure, score
 from reclingua.metrics import load
 from reclingua.metrics.roc import uauc
 from reclingua.models.collaborative import MODELS
 from reclingua.models.collaborative.base import CollaborativeConfig
-from pretrain import DEFAULTS, Settings, build, flushed_denormals, train
-from reclingua.inference.collaborative import inputs_of, measure, score
+from reclingua.utils.errors import exits_cleanly, one_line
 
 PUBLISHED = {  # AUC, UAUC on ml-1m: CoLLM, table 2; the hashed model is held against MF
     "mf": (0.6482, 0.6361),

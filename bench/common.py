@@ -11,7 +11,7 @@ import numpy
 import torch
 import transformers
 
-from reclingua.datasets.interactions import output_folder, read_json, write_json
+from reclingua.utils.files import output_folder, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

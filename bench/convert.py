@@ -4,7 +4,7 @@ python -m bench.convert                   # makes 2 GB of base, and as much of t
 python -m bench.convert --gb 0.2 --work /dev/shm
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import filecmp

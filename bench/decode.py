@@ -1,12 +1,12 @@
 """Time the constrained search beside `generate()` and beside a search that re-orders its cache; the lists must agree.
 
-python -m models.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
+python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
 python -m bench.decode --data_path ../shared/data
 python -m bench.decode --data_path ../shared/data --device cuda --dtype bfloat16 --users 256 --peak_tflops 989 \
     --generate_batches 4,8,16,32,64 --search_batches 16,32,64,128,256
 """
 
-from reclingua.utils import logging as quiet
+from reclingua.utils.logging import silence_third_party
 
 import argparse
 import os
@@ -24,20 +24,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, set_seed
 
-from reclingua.training.arguments import DataArguments, LoraArguments, MethodArguments, ModelArguments
 from bench.common import Peak, synchronise, without_twins, write_results
 from reclingua.datasets.collators import encode_prompt, prompt_batch
-from reclingua.datasets.interactions import open_dataset, write_json
 from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.interactions import open_dataset
 from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, read_prompts
 from reclingua.datasets.tasks import held_out_samples
 from reclingua.decoding.beam_search import beam_search
 from reclingua.decoding.kv_cache import BeamBlock, BeamRows
 from reclingua.decoding.trie import TENSORS, Trie
-from reclingua.utils.errors import exits_cleanly, one_line
-from reclingua.utils.metadata import RECORD
 from reclingua.methods.lcrec import record_of
-from reclingua.models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from reclingua.models.language import load_model, load_tokenizer
+from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
+from reclingua.training.arguments import DataArguments, LoraArguments, MethodArguments, ModelArguments
+from reclingua.utils.errors import exits_cleanly, one_line
+from reclingua.utils.files import write_json
+from reclingua.utils.metadata import RECORD
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 @exits_cleanly
 def main() -> None:
     args = parse_args()
-    quiet.hush()
+    silence_third_party()
     device = torch.device(args.device)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -23,14 +23,15 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench.common import write_results
-from reclingua.datasets.interactions import open_dataset, read_embeddings
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from index.codes import default_sizes, perplexity, random_codes, tokens_of
+from index.codes import default_sizes, random_codes, tokens_of
 from index.collisions import colliding, move_to_free, spread
 from index.generate import codes_by
 from index.kmeans import balanced_codes
-from index.report import measure, read_categories
+from index.report import read_categories
 from index.rqvae import RQVAE
+from reclingua.datasets.interactions import open_dataset, read_embeddings
+from reclingua.metrics.index import measure, perplexity
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 ROOT = Path(__file__).parents[1]
 WAYS = {  # name -> flags of index.train; None: no training

@@ -6,7 +6,7 @@ python -m bench.page --ckpt_path ckpt/ml-1m/collm-din --data_path ../shared/data
 Other flags go to demo.py. Needs requirements-dev.txt and chromium; with --report the pictures go to pictures/.
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import os
@@ -25,7 +25,7 @@ from bench.common import last_figures, process_mb, write_results
 from demo import SAID
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
-PICTURES = Path(__file__).parents[1] / "pictures"
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
 ANSWER = ".asked, .problem"
 WINDOW = {"width": 1200, "height": 860}
 

@@ -1,13 +1,13 @@
 """Methods that answer Yes or No: scoring beside the naive way, a CoRA step beside a LoRA step, and what each is worth.
 
-python -m models.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
+python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
 python -m bench.preference --data_path ../shared/data --parts scoring step
 python -m bench.preference --parts methods --tune_flags "--bf16" --test_flags "--bf16"     # a GPU, all of train
 python -m bench.preference --parts methods --test_flags "--sample_num 800" --tune_flags "--train_data_sample_num 800 \
     --epochs 1 --per_device_batch_size 8 --max_his_len 5 --save_and_eval_strategy no --patience 0"      # a CPU: hours
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import statistics
@@ -21,18 +21,19 @@ import torch
 import transformers
 from datasets import Dataset
 
-from reclingua.inference.scorer import ask
 from bench.common import last_figures, synchronise, write_results
 from reclingua.datasets.collators import pad
-from reclingua.datasets.interactions import read_json
-from reclingua.datasets.ratings import PreferenceDataset, open_preferences
 from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, read_prompts
+from reclingua.datasets.ratings import PreferenceDataset, open_preferences
 from reclingua.datasets.yes_no import QuestionCollator, Questions
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.inference.scorer import ask
 from reclingua.models.collaborative.mf import MF, MFConfig
 from reclingua.models.cora import CoRA, CoRAConfig
-from reclingua.models.language import add_lora, load_model, load_tokenizer
+from reclingua.models.language import load_model, load_tokenizer
+from reclingua.models.lora import add_lora
 from reclingua.models.yes_no import YesNoConfig, YesNoModel
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import read_json
 
 PARTS = ("scoring", "step", "methods")
 HISTORY = 10  # titles, the papers'

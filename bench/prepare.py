@@ -4,7 +4,7 @@ python -m bench.prepare --millions 1 5 10                     # makes the files,
 python -m bench.prepare --millions 1 5 10 50 --work ~/big
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import json
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from bench.common import RESULTS, process_mb, write_results
-from reclingua.datasets.interactions import output_folder, read_json, whole_file
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_folder, read_json, whole_file
 
 CHUNK = 250_000  # lines of a gzip member
 WINDOW = "--months 24 6 6 --liked_above 4 --min_interactions 5"

@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 from bench.common import Peak, last_figures, without_twins, write_results
-from reclingua.datasets.interactions import open_dataset
 from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.interactions import open_dataset
 from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, read_prompts
 from reclingua.datasets.tasks import train_samples
+from reclingua.models.language import load_tokenizer
+from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.models.language import code_tokens, index_token_ids, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("hit@10", "ndcg@10")

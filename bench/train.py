@@ -1,11 +1,11 @@
 """Time training beside LC-Rec's way (random batches, pad to longest, full logits, plain Trainer), step by step.
 
-python -m models.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
+python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
 python -m bench.train --data_path ../shared/data --ml_100k data     # data/ml-100k with an index, as run.sh leaves it
 python -m bench.train --data_path ../shared/data --ml_100k data --bf16 --updates 60 --batch_size 32
 """
 
-from reclingua.utils import logging as quiet
+from reclingua.utils.logging import silence_third_party
 
 import argparse
 import multiprocessing
@@ -16,18 +16,20 @@ from pathlib import Path
 import torch
 import transformers
 
-from reclingua.training.arguments import TuningArguments
 from bench.common import Peak, without_twins, write_results
-from reclingua.datasets.samplers import Batches
 from reclingua.datasets.collators import IGNORE, Collator
-from reclingua.datasets.interactions import open_dataset
 from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.interactions import open_dataset
 from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.datasets.samplers import Batches
 from reclingua.datasets.tasks import seqrec_of, train_samples
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.models.language import extend_vocabulary, index_token_ids, load_model, load_tokenizer
+from reclingua.models.language import load_model, load_tokenizer
+from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
+from reclingua.training.arguments import TuningArguments
+from reclingua.training.callbacks import Stopwatch
 from reclingua.training.throughput import Throughput
-from reclingua.training.trainer import RecTrainer, Stopwatch
+from reclingua.training.trainer import RecTrainer
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 MAX_HIS_LEN = 20  # LC-Rec's
 # Each side has what the one before it has, except that packing stands instead of batches by length.
@@ -90,7 +92,7 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     """One side's training on the same samples: the items and labelled tokens (targets) of a second, and memory, MB,
     above that of weights, gradients and optimizer state."""
     how = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "supervise": "next"} | SIDES[side]
-    quiet.hush()
+    silence_third_party()
     dataset = open_dataset(data_path, name, ["index"])
     tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model)
     extend_vocabulary(model, tokenizer, dataset.index)

@@ -12,8 +12,8 @@ import torch
 
 from convert.folders import is_tied
 from convert.shards import CODES, Stored, read_weights
-from reclingua.datasets.interactions import read_json
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json
 
 DELTA, FORMAT = "delta.json", 1
 CORRECTIONS = "corrections"  # what the names of files with them begin with

@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from reclingua.datasets.interactions import output_folder, read_json
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import output_folder, read_json
 from reclingua.utils.metadata import RECORD
 
 # Tokenizer, config and record are such files. No pickle is, and nothing below the folder goes along.

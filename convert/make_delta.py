@@ -8,7 +8,7 @@ whole. Anyone can add it to the base, LC-Rec's way, and has the target up to rou
 target to the last bit: wherever addition would not, the exact value stands in a file beside the delta.
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 from collections.abc import Iterable
@@ -23,8 +23,8 @@ from convert.deltas import BITS, CORRECTIONS, DELTA, FORMAT, Entry, entries
 from convert.folders import copy_rest, model_folder, name_of, whole_folder
 from convert.publish import add_flags, checked, push, write_card
 from convert.shards import PIECE, Piece, Spec, Stored, Writer, plan_like, side_by_side
-from reclingua.datasets.interactions import write_json
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import write_json
 
 
 @exits_cleanly

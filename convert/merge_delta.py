@@ -8,7 +8,7 @@ added, too, in the delta's dtype (theirs: float16), to which the base is rounded
 Weights are read and written a piece at a time; `pytorch_model.bin` files are read as well as safetensors.
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 from collections.abc import Mapping

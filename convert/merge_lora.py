@@ -12,7 +12,7 @@ with the rounded weights, so that the merged model answers a little differently 
 The model is in memory, in float32.
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 from pathlib import Path
@@ -22,14 +22,14 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from reclingua.training.arguments import DTYPES
 from convert.folders import copy_rest, model_folder, name_of, read_record, whole_folder, write_record
 from convert.publish import add_flags, checked, push, write_card
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.methods.yes_no import METHODS as YESNO
-from reclingua.methods.yes_no import open_model
-from reclingua.models.language import fingerprint, load_lora, load_model, load_tokenizer
+from reclingua.models.language import DTYPES, fingerprint, load_model, load_tokenizer
+from reclingua.models.lora import load_lora
+from reclingua.models.registry import METHODS as YESNO
+from reclingua.models.registry import open_model
 from reclingua.models.yes_no import YesNoModel
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 OF_RECORD = {"base_model", "base_dtype", "base_sha256", "load_in_4bit", "load_in_8bit"}
 # What a test, or who tunes on, reads in the record of a folder without an adapter.

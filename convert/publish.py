@@ -10,8 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from convert.folders import read_record
-from reclingua.datasets.interactions import read_json
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json
 from reclingua.utils.metadata import RECORD
 
 CARD, RESULTS = "README.md", "results of test.py"

@@ -3,10 +3,10 @@
 The base model where there is no GPU: code tokens carry a generative recommender's knowledge, so on a small dataset a
 model of this size, trained on every item of every history, beats what a slow machine can tune of a larger one.
 
-python -m models.scratch --dataset ml-100k --output_dir ckpt/base/scratch-ml-100k
+python -m convert.scratch --dataset ml-100k --output_dir ckpt/base/scratch-ml-100k
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 from pathlib import Path
@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from reclingua.datasets.interactions import open_dataset, output_folder
+from reclingua.datasets.interactions import open_dataset
 from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, read_prompts
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_folder
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 

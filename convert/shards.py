@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from xxhash import xxh3_128
 
-from reclingua.datasets.interactions import read_json, write_json
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json, write_json
 
 PIECE = 2**19  # elements: few enough to stay in a processor's cache from one step to the next
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -1,7 +1,7 @@
 """Make the default base model: SmolLM2-135M-Instruct, from its package's GGUF file to a Hugging Face folder.
 
-python -m models.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
-python -m models.smollm2 --output_dir ckpt/base/SmolLM2-4layers --layers 4
+python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
+python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-4layers --layers 4
 """
 
 import argparse
@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
-from reclingua.datasets.interactions import output_folder
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_folder
 
 
 def packaged_gguf() -> Path:

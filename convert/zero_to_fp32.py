@@ -7,7 +7,7 @@ The weights are those of the optimizer, float32, whatever dtype training compute
 parts together; its files are pickles, so convert only what you, or somebody you trust, have trained.
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import contextlib
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reclingua.training.arguments import DTYPES
 from convert.folders import copy_rest, model_folder, whole_folder
 from convert.shards import Spec, Writer, plan
+from reclingua.models.language import DTYPES
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
 
 

@@ -20,9 +20,9 @@ import torch
 from jinja2 import TemplateError
 from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
+from reclingua.models.language import load_model, load_tokenizer
 from reclingua.utils.errors import InputError
 from reclingua.utils.memory import while_memory_lasts
-from reclingua.models.language import load_model, load_tokenizer
 
 RETRY_TEMPERATURE = 0.7  # asking again must not give the same answer again
 FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 1.0, 60.0, 600.0  # seconds

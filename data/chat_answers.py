@@ -9,8 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from reclingua.datasets.interactions import output_file
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import output_file
 
 SHORTEST, LONGEST = 10, 500  # characters
 TITLE_RUN, CIRCLE_RUN, PROMPT_RUN = 5, 4, 8  # words

@@ -1,6 +1,6 @@
 """Write what users prefer and what they were looking for, by a chat model, as D.user.json.
 
-python -m data.intentions --dataset ml-100k                # SmolLM2 on this machine, see python -m models.smollm2
+python -m data.intentions --dataset ml-100k                # SmolLM2 on this machine, see python -m convert.smollm2
 python -m data.intentions --dataset ml-100k --users 100 --model Qwen/Qwen3-4B-Instruct-2507
 python -m data.intentions --dataset ml-100k --endpoint https://api.openai.com/v1 --model gpt-4o-mini   # OPENAI_API_KEY
 
@@ -21,13 +21,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.chat import Answer, Endpoint, LocalChat, Question, Sampling
 from data.chat_answers import Journal, Request, clean, fault, plain
-from reclingua.datasets.interactions import RecDataset, open_dataset, output_file, read_json, write_json
-from reclingua.datasets.prompts import Fields, Phrasing, read_prompts
+from reclingua.datasets.interactions import RecDataset, open_dataset
+from reclingua.datasets.prompts import PROMPTS, Fields, Phrasing, read_prompts
 from reclingua.datasets.user_texts import PARTS, Intention, UserTexts, occasion, write_users
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_file, read_json, write_json
 from reclingua.utils.metadata import run_facts
 
-PROMPT_FILE = Path(__file__).with_name("intentions.yaml")
+PROMPT_FILE = PROMPTS / "intentions.yaml"
 LOCAL_MODEL = "ckpt/base/SmolLM2-135M-Instruct"
 PREFERENCES, INTENTIONS = ("general", "lasting", "recent"), ("of_user", "of_item")
 FIELDS = {task: Fields([{"history", "recent"}]) for task in PREFERENCES}
@@ -262,7 +263,7 @@ def parse_args() -> argparse.Namespace:
 def chat_of(args: argparse.Namespace, sampling: Sampling) -> LocalChat | Endpoint:
     if not args.endpoint:
         if args.model == LOCAL_MODEL and not Path(LOCAL_MODEL).is_dir():
-            raise InputError(f"no {LOCAL_MODEL}: python -m models.smollm2 --output_dir {LOCAL_MODEL} makes it")
+            raise InputError(f"no {LOCAL_MODEL}: python -m convert.smollm2 --output_dir {LOCAL_MODEL} makes it")
         return LocalChat(args.model, sampling, args.batch_size or 16)
     key = os.environ.get(args.api_key_env or "OPENAI_API_KEY")
     if args.api_key_env and not key:

@@ -32,11 +32,11 @@ import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from data.filtering import give_ids, keep_core, keep_first, keep_window, number_ratings, one_row, size
-from reclingua.datasets.interactions import output_folder, whole_file
-from reclingua.datasets.ratings import COLUMNS, PARTS
 from data.raw_files import NO_ROOM
 from data.readers import SOURCES
+from reclingua.datasets.ratings import COLUMNS, PARTS
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_folder, whole_file
 
 WITH_IDS = "rated JOIN users ON u = users.number JOIN items_kept ON i = items_kept.number"
 

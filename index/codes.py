@@ -41,9 +41,3 @@ def random_codes(sizes: list[int], items: int, seed: int) -> np.ndarray:
 def tokens_of(codes: np.ndarray) -> list[list[str]]:
     """int64 [items, levels] as the tokens of D.index.json."""
     return [[f"<{LETTERS[level]}_{code}>" for level, code in enumerate(row)] for row in codes.tolist()]
-
-
-def perplexity(codes: np.ndarray) -> float:
-    """Effective number of codes in use on a level, codes [items]: exp of the entropy of their shares."""
-    share = np.unique(codes, return_counts=True)[1] / len(codes)
-    return float(np.exp(-(share * np.log(share)).sum()))

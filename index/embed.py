@@ -4,7 +4,7 @@ python -m index.embed --dataset ml-100k
 python -m index.embed --dataset ml-100k --plm BAAI/bge-small-en-v1.5 --collab_weight 0.5
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import sys
@@ -15,8 +15,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 
-from reclingua.datasets.interactions import RecDataset, open_dataset, whole_file
+from reclingua.datasets.interactions import RecDataset, open_dataset
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import whole_file
 
 
 def packaged_encoder() -> str:

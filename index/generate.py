@@ -4,7 +4,7 @@ python -m index.generate --dataset ml-100k --rqvae ckpt/ml-100k/rqvae
 python -m index.generate --dataset ml-100k --random      # codes drawn at random, to compare with
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 from pathlib import Path
@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from reclingua.datasets.interactions import RecDataset, open_dataset, read_embeddings, write_json
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from index.codes import LETTERS, check_sizes, default_sizes, perplexity, random_codes, tokens_of
+from index.codes import LETTERS, check_sizes, default_sizes, random_codes, tokens_of
 from index.collisions import colliding, move_to_free, spread
 from index.kmeans import balanced_codes
 from index.rqvae import RQVAE
+from reclingua.datasets.interactions import RecDataset, open_dataset, read_embeddings
+from reclingua.metrics.index import perplexity
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import write_json
 
 
 def opened(args: argparse.Namespace, dataset: RecDataset) -> tuple[RQVAE, torch.Tensor]:

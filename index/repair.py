@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from reclingua.datasets.interactions import read_codes, write_json
+from reclingua.datasets.interactions import read_codes
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import write_json
 
 
 def tell_apart(index: Mapping[str, list[str]]) -> dict[str, list[str]]:

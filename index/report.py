@@ -12,15 +12,17 @@ than half of the items is left out, since it tells nothing. An index drawn at ra
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from reclingua.datasets.interactions import output_folder, read_codes, read_json, whole_file, write_json
+from reclingua.datasets.interactions import read_codes
+from reclingua.metrics.index import measure
 from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_folder, read_json, whole_file, write_json
 from reclingua.utils.metadata import run_facts
-from index.codes import perplexity
+from reclingua.utils.text import names_of
 
 # Where item texts have categories, in order of preference, and what stands between several (None: there is but one).
 CATEGORY_KEYS = {"categories": ",", "class": " ", "brand": None}
@@ -49,43 +51,6 @@ def _split(value: object, separator: str | None) -> set[str]:
         text = "" if value is None else str(value)
         value = text.split(separator) if separator else [text]
     return {part for each in value if (part := str(each).strip())}
-
-
-def measure(index: Mapping[str, Sequence[str]], categories: Mapping[str, set[str]] | None = None) -> dict:
-    """Figures of an index, with what its prefixes have to do with categories (item -> categories) where given."""
-    index = {item: tuple(codes) for item, codes in index.items()}
-    owners = Counter(index.values())
-    depth = max(map(len, owners))
-    levels, prefixes = [], []
-    for level in range(depth):
-        codes = np.array([tokens[level] for tokens in index.values() if len(tokens) > level])
-        levels.append({"codes_used": len(np.unique(codes)), "perplexity": perplexity(codes)})
-    for length in range(1, depth + 1):
-        begins = {item: tokens[:length] for item, tokens in index.items() if len(tokens) >= length}
-        groups = Counter(begins.values())
-        largest = [{"prefix": "".join(prefix), "items": items} for prefix, items in groups.most_common(5)]
-        found = {"length": length, "groups": len(groups), "largest": largest}
-        found["share_of_all_pairs"] = _pairs(groups) / max(1, _pairs([len(index)]))
-        if categories is not None:
-            members = Counter(category for item in index for category in categories[item])
-            both = Counter((category, begin) for item, begin in begins.items() for category in categories[item])
-            found["share_of_category_pairs"] = _pairs(both) / max(1, _pairs(members))
-            share = found["share_of_all_pairs"]
-            found["lift"] = found["share_of_category_pairs"] / share if share else None
-        prefixes.append(found)
-    return {
-        "items": len(index),
-        "indices": len(owners),
-        "colliding_items": sum(count for count in owners.values() if count > 1),
-        "levels": levels,
-        "prefixes": prefixes,
-    }
-
-
-def _pairs(groups: Mapping | list[int]) -> int:
-    """Pairs of items within groups of these sizes."""
-    sizes = groups.values() if isinstance(groups, Mapping) else groups
-    return sum(size * (size - 1) // 2 for size in sizes)
 
 
 def table(figures: dict[str, dict]) -> str:
@@ -148,16 +113,6 @@ def draw(figures: dict[str, dict], key: str | None, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     picture.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     picture.savefig(path, format="png", dpi=120)
-
-
-def names_of(paths: list[Path]) -> list[str]:
-    """File names without .index.json, with as many of their folders as it takes to tell them apart."""
-    bare = [path.with_name(path.name.removesuffix(".json").removesuffix(".index")) for path in paths]
-    for length in range(1, max(len(path.parts) for path in bare) + 1):
-        names = ["/".join(path.parts[-length:]) for path in bare]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]  # D.json and D.index.json
 
 
 @exits_cleanly

@@ -10,7 +10,7 @@ python -m index.train --method kmeans --embeddings data/D/D.emb-minilm-td.npy --
 Either way the outcome is an RQ-VAE in a folder, for k-means one without encoder and decoder.
 """
 
-from reclingua.utils import logging as quiet  # noqa: F401
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import time
@@ -22,13 +22,14 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from reclingua.datasets.interactions import output_folder, read_embeddings, write_json
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.metadata import run_facts
 from index.codes import check_sizes, default_sizes
 from index.collisions import colliding
 from index.kmeans import fill_codebooks
 from index.rqvae import RQVAE, RQVAEConfig
+from reclingua.datasets.interactions import read_embeddings
+from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.files import output_folder, write_json
+from reclingua.utils.metadata import run_facts
 
 METHODS = ("rqvae", "kmeans", "balanced-kmeans")
 OF_RQVAE = ("code_dim", "hidden_sizes", "epochs", "batch_size", "learning_rate", "weight_decay")

@@ -2,32 +2,11 @@
 
 from collections import Counter, defaultdict
 
+from reclingua.baselines.popularity import Popularity
 from reclingua.datasets.interactions import RecDataset
 
 WINDOW = 3  # how far apart two items may be to count as co-occurring
 RECENT = 5  # how many of a user's last items speak
-
-
-class Popularity:
-    """Items by their number of training interactions, the same list for everybody."""
-
-    def __init__(self, dataset: RecDataset):
-        self.counts = Counter(item for user in dataset.histories for item in dataset.train_history(user))
-        self.ranked = sorted(dataset.item_ids, key=lambda item: -self.counts[item])
-
-    def scores(self, history: list[str]) -> Counter:
-        """Item -> score, 0 for those that are not there; `history` plays no part."""
-        return self.counts
-
-    def recommend(self, history: list[str], k: int, excluded: set[str]) -> list[str]:
-        """The first `k` items not in `excluded`; `history` plays no part."""
-        best = []
-        for item in self.ranked:
-            if len(best) == k:
-                break
-            if item not in excluded:
-                best.append(item)
-        return best
 
 
 class CoOccurrence:
@@ -60,9 +39,3 @@ class CoOccurrence:
         scores = self.scores(history)
         best = sorted((item for item in scores if item not in excluded), key=lambda item: -scores[item])[:k]
         return best + self.popularity.recommend(history, k - len(best), excluded | set(best))
-
-
-def baselines_of(dataset: RecDataset) -> dict[str, Popularity | CoOccurrence]:
-    """Both, by name."""
-    co_occurrence = CoOccurrence(dataset)
-    return {"popularity": co_occurrence.popularity, "co-occurrence": co_occurrence}

@@ -19,7 +19,7 @@ COMPOSED = {"history", "titles", "preference"}  # fields that are made of severa
 
 
 class Instructions(torch.utils.data.Dataset):
-    """A `datasets.Dataset` of samples (data/tasks.py) as token ids and labels.
+    """A `datasets.Dataset` of samples (reclingua/datasets/tasks.py) as token ids and labels.
 
     Which phrasing a sample gets, which of a user's preferences it tells, and where a long history is cut, depends on
     seed, epoch and sample alone: the same in every run, different in every epoch (`set_epoch`).

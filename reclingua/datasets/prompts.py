@@ -10,9 +10,8 @@ import yaml
 
 from reclingua.utils.errors import InputError
 
-PROMPT_FILE = Path(__file__).with_name("prompts.yaml")
-
-QUESTION_FILE = Path(__file__).with_name("questions.yaml")
+PROMPTS = Path(__file__).parents[2] / "config" / "prompts"
+PROMPT_FILE, QUESTION_FILE = PROMPTS / "lcrec.yaml", PROMPTS / "yes_no.yaml"
 
 TARGET = "{target}"
 INTENTION_FIELDS = ("user_intention", "item_intention")

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from reclingua.datasets.interactions import read_json
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json
 
 PARTS = ("train", "valid", "test")
 # What a row tells. Ids start at 1; 0 is padding. his: the items the user liked so far, oldest first. not_cold: whether

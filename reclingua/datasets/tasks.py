@@ -1,7 +1,7 @@
 """Histories, items and what users say -> instruction datasets: what is to be asked and answered, as `Dataset`s.
 
 LC-Rec's six tasks (section 3.2). A sample names items by their ids and is still without words: which phrasing it gets
-is drawn anew in each epoch (data/instructions.py). Its columns, empty where a task has no use for them:
+is drawn anew in each epoch (reclingua/datasets/instructions.py). Its columns, empty where a task has no use for them:
     task; user; history (what the user had, oldest first); item (the target);
     preferences (texts on the user); intentions (what the user is looking for: in the user's words, described);
     part, parts (which stretch of a long history a sample is; see `stretch`).

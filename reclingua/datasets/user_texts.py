@@ -9,8 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from reclingua.datasets.interactions import RecDataset, path_of, read_json, write_json
+from reclingua.datasets.interactions import RecDataset, path_of
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json, write_json
 
 PREFERENCES, INTENTIONS = "user_explicit_preference", "user_vague_intention"
 PARTS = ("train", "test")

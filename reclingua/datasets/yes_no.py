@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from reclingua.datasets.collators import encode_prompt, pad, plain_text
-from reclingua.datasets.ratings import column, last_liked
 from reclingua.datasets.prompts import Phrasing
+from reclingua.datasets.ratings import column, last_liked
 from reclingua.utils.errors import InputError
 
 USER, ITEM, LIKED = 0, 1, 2  # whose soft tokens: the user's, the item's, the first liked item's; the others follow
@@ -209,7 +209,7 @@ class Questions(torch.utils.data.Dataset):
 
 
 class QuestionCollator:
-    """Questions -> a batch, padded on the right, as `models/yesno.py` takes it.
+    """Questions -> a batch, padded on the right, as `reclingua/models/yes_no.py` takes it.
 
     int64 input_ids, soft [batch, length]; last [batch], where each prompt ends; shared [batch], how many of its tokens
     are the same whatever item is asked about; users, items [batch]; liked [batch, max_his_len]; histories

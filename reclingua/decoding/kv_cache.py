@@ -7,13 +7,13 @@ import logging
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from reclingua.decoding.trie import Trie
-from reclingua.utils.errors import InputError
 from reclingua.models.language import WORTH_A_PASS, attention_window, takes
+from reclingua.utils.errors import InputError
+from reclingua.utils.memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -184,13 +184,6 @@ def _try_block(model: PreTrainedModel, room: int) -> bool:
     return (
         not (together.float() - alone).abs().max() > tolerance
     )  # broken weights pass: the search itself refuses them
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether a device's or the machine's memory did not suffice."""
-    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
-    return known or any(text in str(error) for text in texts)
 
 
 def _common_beginning(input_ids: torch.Tensor, padding: torch.Tensor) -> int:

@@ -8,11 +8,11 @@ from pathlib import Path
 import gradio as gr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from reclingua.utils.errors import InputError
 from reclingua.demo.catalogue import MOST_LETTERS, Catalogue
-from reclingua.demo.yes_no import YesOrNo
 from reclingua.demo.next_item import NextItem
 from reclingua.demo.worker import Worker
+from reclingua.demo.yes_no import YesOrNo
+from reclingua.utils.errors import InputError
 
 HERE = Path(__file__).parent
 LOOK = {

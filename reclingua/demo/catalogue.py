@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Mapping
 
-from reclingua.reporting.html import cut
+from reclingua.utils.text import cut
 
 MOST_LETTERS = 100  # of a query that are read; nobody types more on purpose
 SHOWN_LETTERS = 160  # of a title

@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from reclingua.baselines.co_occurrence import baselines_of
+from reclingua.baselines import baselines_of
 from reclingua.datasets.collators import encode_prompt
 from reclingua.datasets.interactions import RecDataset
 from reclingua.datasets.tasks import COLUMNS, sample, seqrec_of
-from reclingua.utils.errors import InputError
-from reclingua.methods import lcrec
-from reclingua.models.language import index_token_ids
-from reclingua.inference.loading import instructions_of, open_indexed, phrasings_of
 from reclingua.demo.catalogue import Catalogue
+from reclingua.inference import loading
+from reclingua.inference.loading import instructions_of, open_indexed, phrasings_of
 from reclingua.inference.recommender import recommend, trie_of
+from reclingua.models.vocabulary import index_token_ids
+from reclingua.utils.errors import InputError
 
 UNITS = {"popularity": "interactions", "co-occurrence": "co-occurrence"}  # of scores; the model's are others
 LOG_PROBABILITY = "log-probability"
@@ -70,7 +70,7 @@ class NextItem:
         phrasings, answerable = phrasings_of(folder, record, self.task)
         self.phrasing = phrasings[answerable[0]]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, tokenizer = lcrec.open_model(folder, record, self.device, base_model)
+        self.model, tokenizer = loading.open_model(folder, record, self.device, base_model)
         token_ids = index_token_ids(tokenizer, self.dataset.index)
         self.trie = trie_of(token_ids, tokenizer, self.task)
         samples = Dataset(COLUMNS.arrow_schema.empty_table())  # they come one by one, see _search
@@ -113,7 +113,7 @@ class NextItem:
     def _search(self, history: list[str], exclude_seen: bool) -> list[tuple[str, str]]:
         asked = dict(zip(COLUMNS, sample(self.task, history=history[-self.max_his_len :]), strict=True))
         prompt = encode_prompt(self.instructions.tokenizer, self.instructions.prompt(asked, self.phrasing))
-        lcrec.check_room(self.model, len(prompt) + self.trie.depth)
+        loading.check_room(self.model, len(prompt) + self.trie.depth)
         excluded = [history] if exclude_seen else None
         (found,) = recommend(
             self.model,

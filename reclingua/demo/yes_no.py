@@ -12,13 +12,13 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from reclingua.inference.scorer import ask
 from reclingua.datasets.ratings import COLUMNS, column
-from reclingua.utils.errors import InputError
-from reclingua.methods.yes_no import name_of, questions_of
-from reclingua.models.language import load_tokenizer
-from reclingua.inference.loading import open_asked
 from reclingua.demo.catalogue import Catalogue
+from reclingua.inference.loading import open_asked, questions_of
+from reclingua.inference.scorer import ask
+from reclingua.models.language import load_tokenizer
+from reclingua.models.registry import name_of
+from reclingua.utils.errors import InputError
 
 
 class Rating(NamedTuple):

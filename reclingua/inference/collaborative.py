@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 
 from reclingua.datasets.ratings import PreferenceDataset, column, last_liked
-from reclingua.utils.errors import InputError
 from reclingua.metrics.roc import auc, uauc
 from reclingua.models.collaborative.base import CollaborativeModel
+from reclingua.utils.errors import InputError
 
 
 def inputs_of(part: Dataset, model: CollaborativeModel) -> dict[str, torch.Tensor]:

@@ -3,18 +3,25 @@
 from pathlib import Path
 
 import datasets
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reclingua.datasets.interactions import RecDataset, open_dataset, read_json
 from reclingua.datasets.instructions import Instructions
-from reclingua.datasets.ratings import PreferenceDataset, open_preferences
+from reclingua.datasets.interactions import RecDataset, open_dataset
 from reclingua.datasets.prompts import Phrasing
-from reclingua.utils.errors import InputError
-from reclingua.utils.metadata import RECORD
-from reclingua.methods.yes_no import METHODS as YESNO
-from reclingua.methods.yes_no import open_model
+from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences
+from reclingua.datasets.yes_no import Questions, code_text
 from reclingua.models.collaborative import MODELS as COLLABORATIVE
+from reclingua.models.language import fingerprint, load_model, load_tokenizer
+from reclingua.models.lora import load_lora
+from reclingua.models.registry import METHODS as YESNO
+from reclingua.models.registry import open_model as open_yes_no_model
 from reclingua.models.yes_no import YesNoModel
+from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json
+from reclingua.utils.metadata import RECORD
 
 OF_RECORD = {"prompts", "tasks", "lora", "supervise", "max_text_len"}  # what a model that generates was tuned with
 
@@ -47,7 +54,7 @@ def open_indexed(
     """The dataset that a model was tuned on, with the index it has learned; InputError if it is another.
 
     Args:
-        task: what the model is to be asked, as in data/tasks.py.
+        task: what the model is to be asked, as in reclingua/datasets/tasks.py.
         name: of the dataset, if it is called otherwise by now.
     """
     if not OF_RECORD <= record.keys() or not isinstance(record["prompts"], dict):
@@ -106,8 +113,86 @@ def open_asked(
     Args:
         base_model, collab: where these models are now, if they have moved.
     """
-    model = open_model(folder, record["method"], base_model=base_model, collab=collab)
+    model = open_yes_no_model(folder, record["method"], base_model=base_model, collab=collab)
     dataset = open_preferences(data_path, name or record["dataset"])
     if record["method"] != "tallrec" and record["ratings_sha256"] != dataset.sha256():
         raise InputError(f"{folder}: knows the users and items of other ratings than those of {dataset.folder}")
     return model, dataset
+
+
+def load_base(record: dict, device: torch.device) -> PreTrainedModel:
+    """The base model as the record tells; weights in 4 or 8 bits are on `device` already."""
+    dtype = getattr(torch, record["base_dtype"])
+    return load_model(record["base_model"], dtype, record["load_in_4bit"], record["load_in_8bit"], device)
+
+
+def open_model(
+    folder: Path, record: dict, device: torch.device, base_model: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A tuned model on `device`, for evaluation, and its tokenizer.
+
+    Args:
+        base_model: of an adapter folder, where it is now, if it has moved.
+
+    Raises:
+        InputError: there is none, or the base model is not the one that was tuned.
+    """
+    tokenizer = load_tokenizer(folder)
+    if not record["lora"]:
+        return load_model(folder).eval().to(device), tokenizer
+    try:
+        model = load_base(record | ({"base_model": base_model} if base_model else {}), device)
+    except InputError as error:
+        raise InputError(f"{error}; say where the base model of {folder} is now by --base_model") from None
+    if fingerprint(model) != record["base_sha256"]:
+        raise InputError(f"{base_model or record['base_model']}: is not the base model that {folder} was tuned on")
+    model = load_lora(model, tokenizer, folder).eval()
+    return model if record["load_in_4bit"] or record["load_in_8bit"] else model.to(device), tokenizer
+
+
+def check_room(model: PreTrainedModel, tokens: int) -> None:
+    """InputError if a sample has more tokens than the model reads."""
+    limit = getattr(model.config, "max_position_embeddings", 0)
+    if limit and tokens > limit:
+        raise InputError(
+            f"the model reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len or --max_text_len"
+        )
+
+
+def questions_of(
+    rows: Dataset,
+    dataset: PreferenceDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    model: YesNoModel,
+    record: dict,
+    phrasing: int | None = 0,
+    cold_text_only: bool = False,
+    seed: int = 0,
+) -> Questions:
+    """The rows as questions in the way that `record` tells, with one of its phrasings; None: drawn for each epoch."""
+    phrasings = [Phrasing(**each) for each in record["prompts"]]
+    codes = None
+    if record["method"] == "binllm":
+        texts = []
+        for name, codes_of in (("uid", model.collab.user_codes), ("iid", model.collab.item_codes)):
+            ids = torch.from_numpy(np.unique(column(rows, name)).astype(np.int64))
+            bits = codes_of(ids.to(model.device))
+            texts.append(
+                {n: code_text(code, record["code_format"]) for n, code in zip(ids.tolist(), bits, strict=True)}
+            )
+        codes = tuple(texts)
+    return Questions(
+        rows,
+        {int(item): str(about["title"]) for item, about in dataset.items.items()},
+        tokenizer,
+        phrasings if phrasing is None else [phrasings[phrasing]],
+        record["max_his_len"],
+        record["his_sep"],
+        limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
+        soft_tokens=getattr(model.config, "soft_tokens", 1),
+        read_length=model.collab.history_length if model.collab is not None else 0,
+        codes=codes,
+        cold_phrasing=Phrasing(**record["text_prompts"][0]) if cold_text_only else None,
+        draw=phrasing is None,
+        seed=seed,
+    )

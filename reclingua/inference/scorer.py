@@ -6,9 +6,9 @@ from torch import distributed
 from tqdm import tqdm
 
 from reclingua.datasets.yes_no import QuestionCollator, Questions
+from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError
 from reclingua.utils.memory import while_memory_lasts
-from reclingua.models.yes_no import YesNoModel
 
 
 def batches_of(questions: Questions, batch_size: int, by_beginning: bool) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What a method brings to a training: `prepare` of methods/lcrec.py and methods/yesno.py makes it for finetune.py."""
+"""What a method brings to a training: `prepare` of reclingua/methods/lcrec.py and reclingua/methods/yes_no.py makes it for finetune.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

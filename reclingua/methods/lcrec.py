@@ -5,14 +5,24 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
 from datasets import concatenate_datasets
 from torch import distributed
 from torch.nn import functional
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import is_flash_attn_2_available
 
+from reclingua.datasets.collators import Collator
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.interactions import RecDataset, open_dataset
+from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, Phrasing, read_prompts
+from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_of, train_samples
+from reclingua.datasets.user_texts import read_users
+from reclingua.inference.loading import check_room, load_base
+from reclingua.inference.recommender import recommend, trie_of
+from reclingua.methods import Prepared
+from reclingua.metrics import parse_metrics, ranking_metrics
+from reclingua.models.language import fingerprint, keeps_packed_apart, load_tokenizer
+from reclingua.models.lora import with_lora
+from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
 from reclingua.training.arguments import (
     DataArguments,
     LoraArguments,
@@ -22,26 +32,7 @@ from reclingua.training.arguments import (
     refuse_flags,
 )
 from reclingua.training.checkpoints import checkpoint_to_resume
-from reclingua.datasets.collators import Collator
-from reclingua.datasets.interactions import RecDataset, open_dataset
-from reclingua.datasets.instructions import Instructions
-from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, Phrasing, read_prompts
-from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_of, train_samples
-from reclingua.datasets.user_texts import read_users
 from reclingua.utils.errors import InputError
-from reclingua.methods import Prepared
-from reclingua.metrics import parse_metrics, ranking_metrics
-from reclingua.models.language import (
-    extend_vocabulary,
-    fingerprint,
-    index_token_ids,
-    keeps_packed_apart,
-    load_lora,
-    load_model,
-    load_tokenizer,
-    with_lora,
-)
-from reclingua.inference.recommender import recommend, trie_of
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
 OF_TRAINING = (
@@ -269,42 +260,3 @@ def record_of(
         "histories_sha256": dataset.sha256("histories"),
         "items_sha256": dataset.sha256("items"),
     }
-
-
-def load_base(record: dict, device: torch.device) -> PreTrainedModel:
-    """The base model as the record tells; weights in 4 or 8 bits are on `device` already."""
-    dtype = getattr(torch, record["base_dtype"])
-    return load_model(record["base_model"], dtype, record["load_in_4bit"], record["load_in_8bit"], device)
-
-
-def open_model(
-    folder: Path, record: dict, device: torch.device, base_model: str | None = None
-) -> tuple[PreTrainedModel, Tokenizer]:
-    """A tuned model on `device`, for evaluation, and its tokenizer.
-
-    Args:
-        base_model: of an adapter folder, where it is now, if it has moved.
-
-    Raises:
-        InputError: there is none, or the base model is not the one that was tuned.
-    """
-    tokenizer = load_tokenizer(folder)
-    if not record["lora"]:
-        return load_model(folder).eval().to(device), tokenizer
-    try:
-        model = load_base(record | ({"base_model": base_model} if base_model else {}), device)
-    except InputError as error:
-        raise InputError(f"{error}; say where the base model of {folder} is now by --base_model") from None
-    if fingerprint(model) != record["base_sha256"]:
-        raise InputError(f"{base_model or record['base_model']}: is not the base model that {folder} was tuned on")
-    model = load_lora(model, tokenizer, folder).eval()
-    return model if record["load_in_4bit"] or record["load_in_8bit"] else model.to(device), tokenizer
-
-
-def check_room(model: PreTrainedModel, tokens: int) -> None:
-    """InputError if a sample has more tokens than the model reads."""
-    limit = getattr(model.config, "max_position_embeddings", 0)
-    if limit and tokens > limit:
-        raise InputError(
-            f"the model reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len or --max_text_len"
-        )

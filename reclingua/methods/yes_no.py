@@ -6,11 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import distributed
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
+from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, read_prompts
+from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences, sample
+from reclingua.datasets.yes_no import QuestionCollator
+from reclingua.inference.collaborative import check_fits, inputs_of
+from reclingua.inference.loading import questions_of
+from reclingua.inference.scorer import ask
+from reclingua.methods import Prepared
+from reclingua.metrics.roc import auc, uauc
+from reclingua.models.collaborative import fingerprint, load
+from reclingua.models.collaborative.base import CollaborativeModel
+from reclingua.models.collaborative.hash import HashedMF
+from reclingua.models.collaborative.mf import MF, MFConfig
+from reclingua.models.collm import CoLLM
+from reclingua.models.cora import CoRA
+from reclingua.models.language import load_tokenizer
+from reclingua.models.lora import add_lora
+from reclingua.models.registry import METHODS
+from reclingua.models.yes_no import YesNoConfig, YesNoModel, open_language
 from reclingua.training.arguments import (
     DataArguments,
     LoraArguments,
@@ -20,35 +36,11 @@ from reclingua.training.arguments import (
     YesNoArguments,
     refuse_flags,
 )
-from reclingua.inference.scorer import ask
 from reclingua.training.checkpoints import checkpoint_to_resume
-from reclingua.datasets.interactions import read_json
-from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences, sample
-from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
-from reclingua.datasets.yes_no import QuestionCollator, Questions, code_text
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json
 from reclingua.utils.metadata import RECORD
-from reclingua.methods import Prepared
-from reclingua.metrics.roc import auc, uauc
-from reclingua.models.collaborative import fingerprint, load
-from reclingua.models.collaborative.base import CollaborativeModel
-from reclingua.models.collaborative.hash import HashedMF
-from reclingua.models.collaborative.mf import MF, MFConfig
-from reclingua.models.collm import CoLLM
-from reclingua.models.cora import CoRA
-from reclingua.models.language import add_lora, load_tokenizer
-from reclingua.models.yes_no import YesNoConfig, YesNoModel, open_language
-from reclingua.inference.collaborative import check_fits, inputs_of
 
-# Method -> its model, and the phrasings it asks with (data/questions.yaml).
-METHODS: dict[str, tuple[type[YesNoModel], str]] = {
-    "tallrec": (YesNoModel, "text"),
-    "collm": (CoLLM, "soft"),
-    "binllm": (YesNoModel, "codes"),
-    "cora": (CoRA, "text"),
-    "softprompt": (CoLLM, "soft"),
-    "personprompt": (CoLLM, "soft"),
-}
 TUNES_LORA = ("tallrec", "binllm")  # what these train is LoRA weights, and nothing else
 READS_COLLAB = ("collm", "binllm", "cora")
 LEVEL_ROWS = 32  # of train, by which the level of the logits before training is known
@@ -288,58 +280,9 @@ def build(
     return kind(kind.config_class(**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, collab)
 
 
-def open_model(folder: Path, method: str, **where) -> YesNoModel:
-    """A tuned model, for evaluation; see `YesNoModel.from_pretrained`."""
-    return METHODS[method][0].from_pretrained(folder, **where)
-
-
-def name_of(model: YesNoModel, method: str) -> str:
-    """What its results are called: collm-mf, cora-sasrec, binllm, ..."""
-    return f"{method}-{model.collab.config.model_type}" if method in ("collm", "cora") else method
-
-
 def like_new(model: CollaborativeModel) -> CollaborativeModel:
     """A model of the same kind and size, with new weights; what is no weight, such as a graph, is kept."""
     new = type(model)(model.config)
     for name, buffer in model.named_buffers():
         new.get_buffer(name).copy_(buffer)
     return new.eval()
-
-
-def questions_of(
-    rows: Dataset,
-    dataset: PreferenceDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    model: YesNoModel,
-    record: dict,
-    phrasing: int | None = 0,
-    cold_text_only: bool = False,
-    seed: int = 0,
-) -> Questions:
-    """The rows as questions in the way that `record` tells, with one of its phrasings; None: drawn for each epoch."""
-    phrasings = [Phrasing(**each) for each in record["prompts"]]
-    codes = None
-    if record["method"] == "binllm":
-        texts = []
-        for name, codes_of in (("uid", model.collab.user_codes), ("iid", model.collab.item_codes)):
-            ids = torch.from_numpy(np.unique(column(rows, name)).astype(np.int64))
-            bits = codes_of(ids.to(model.device))
-            texts.append(
-                {n: code_text(code, record["code_format"]) for n, code in zip(ids.tolist(), bits, strict=True)}
-            )
-        codes = tuple(texts)
-    return Questions(
-        rows,
-        {int(item): str(about["title"]) for item, about in dataset.items.items()},
-        tokenizer,
-        phrasings if phrasing is None else [phrasings[phrasing]],
-        record["max_his_len"],
-        record["his_sep"],
-        limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
-        soft_tokens=getattr(model.config, "soft_tokens", 1),
-        read_length=model.collab.history_length if model.collab is not None else 0,
-        codes=codes,
-        cold_phrasing=Phrasing(**record["text_prompts"][0]) if cold_text_only else None,
-        draw=phrasing is None,
-        seed=seed,
-    )

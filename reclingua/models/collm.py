@@ -52,7 +52,7 @@ class CoLLM(YesNoModel):
         histories: torch.Tensor | None = None,
         **about,
     ) -> torch.Tensor:
-        """Embeddings of the prompt, soft tokens where `soft` [batch, length] has their numbers (data/questions.py)."""
+        """Embeddings of the prompt, soft tokens where `soft` [batch, length] has their numbers (reclingua/datasets/yes_no.py)."""
         if self.config.one_for_all:
             users, items, liked = users.clamp(max=1), items.clamp(max=1), liked.clamp(max=1)
         embedded = self.get_input_embeddings()(input_ids)

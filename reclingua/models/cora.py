@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedModel
 
-from reclingua.utils.errors import InputError
 from reclingua.models.collaborative.base import CollaborativeOutput
-from reclingua.models.language import linear_layers
+from reclingua.models.lora import linear_layers
 from reclingua.models.yes_no import YesNoConfig, YesNoModel
+from reclingua.utils.errors import InputError
 
 
 class CoRAConfig(YesNoConfig):

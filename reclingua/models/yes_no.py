@@ -14,13 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from reclingua.datasets.interactions import read_json
-from reclingua.utils.errors import InputError
+from reclingua.models.chunked_loss import patched
 from reclingua.models.collaborative import MODELS as COLLABORATIVE
 from reclingua.models.collaborative import fingerprint, load
 from reclingua.models.collaborative.base import CollaborativeModel, CollaborativeOutput
-from reclingua.models.chunked_loss import patched
-from reclingua.models.language import WORTH_A_PASS, add_lora, attention_window, load_model, takes
+from reclingua.models.language import WORTH_A_PASS, attention_window, load_model, takes
+from reclingua.models.lora import add_lora
+from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json
 
 PARTS = ("language", "lora", "bridge", "collab")
 

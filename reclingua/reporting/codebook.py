@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reclingua.datasets.interactions import RecDataset, read_embeddings
-from index.report import measure
+from reclingua.metrics.index import measure
 
 GROUPS = 10  # largest first codes that get a colour and a line with titles
 POINTS = 5_000  # on the map

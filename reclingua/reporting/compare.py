@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from reclingua.utils.errors import InputError
-from reclingua.reporting import pictures, preference, search
+from reclingua.reporting import next_item, plots, yes_no
 from reclingua.reporting.bootstrap import Figures, differences
 from reclingua.reporting.details import Run
 from reclingua.reporting.html import Section, Table, number, with_interval
+from reclingua.utils.errors import InputError
 
-KINDS = {"search": search, "preference": preference}
+KINDS = {"search": next_item, "preference": yes_no}
 
 
 def check_alike(runs: list[Run]) -> None:
@@ -37,7 +37,7 @@ def figures_of(runs: dict[str, Run]) -> dict[str, Figures]:
     """Name of a run -> what all of them measured."""
     first = next(iter(runs.values()))
     if first.kind == "preference":
-        return {name: preference.figures(run)[run.method] for name, run in runs.items()}
+        return {name: yes_no.figures(run)[run.method] for name, run in runs.items()}
     metrics = [
         m for m in first.results["mean_results"] if all(m in run.results["mean_results"] for run in runs.values())
     ]
@@ -45,7 +45,7 @@ def figures_of(runs: dict[str, Run]) -> dict[str, Figures]:
         raise InputError(
             f"{first.file}: has no metric in common with the other runs; test them with the same --metrics"
         )
-    return {name: search.figures(run, metrics)[run.method] for name, run in runs.items()}
+    return {name: next_item.figures(run, metrics)[run.method] for name, run in runs.items()}
 
 
 def tables(runs: dict[str, Run]) -> tuple[Table, Table, list[list[tuple[float, float, float, bool]]]]:
@@ -59,7 +59,7 @@ def tables(runs: dict[str, Run]) -> tuple[Table, Table, list[list[tuple[float, f
     ]
     found = [differences(of, of_base) for _, of in others]
     rows = [
-        [f"{name} - {base}", *(search.difference(*each) for each in row)]
+        [f"{name} - {base}", *(next_item.difference(*each) for each in row)]
         for (name, _), row in zip(others, found, strict=True)
     ]
     return Table("Metrics and their intervals", columns, values), Table("Differences", columns, rows), found
@@ -79,8 +79,8 @@ def sections(runs: dict[str, Run], metrics: Table, compared: Table, found: list)
         for name, row in zip(others, found, strict=True)
         if not np.isnan(row[at][0])
     ]
-    alt = "; ".join(f"{name} {search.difference(*each)}" for name, each in rows)
-    picture = pictures.forest("differences", f"Differences and their intervals. {alt}.", rows)
+    alt = "; ".join(f"{name} {next_item.difference(*each)}" for name, each in rows)
+    picture = plots.forest("differences", f"Differences and their intervals. {alt}.", rows)
     return [
         Section("Metrics", tables=[metrics]),
         Section("Differences", text, [compared], [picture]),
@@ -92,15 +92,15 @@ def sections(runs: dict[str, Run], metrics: Table, compared: Table, found: list)
 def _curves(runs: dict[str, Run]) -> list[Section]:
     first = next(iter(runs.values()))
     if first.kind == "preference":
-        given = {name: preference.roc(run.evidence["labels"], run.evidence["scores"]) for name, run in runs.items()}
+        given = {name: yes_no.roc(run.evidence["labels"], run.evidence["scores"]) for name, run in runs.items()}
         axes = ("share of what was not liked", "share of what was liked", "chance")
         areas = "; ".join(f"{name}: AUC {number(run.results['test']['auc'])}" for name, run in runs.items())
-        picture = pictures.lines("roc", f"ROC curves of all ratings. {areas}.", given, *axes)
+        picture = plots.lines("roc", f"ROC curves of all ratings. {areas}.", given, *axes)
         return [Section("ROC curve", pictures=[picture])]
     names = [f"hit@{k}" for k in range(1, min(run.results["num_beams"] for run in runs.values()) + 1)]
-    given = {name: search.hits_by_k(search.figures(run, names)[run.method]) for name, run in runs.items()}
+    given = {name: next_item.hits_by_k(next_item.figures(run, names)[run.method]) for name, run in runs.items()}
     alt = "; ".join(f"{name} {line.y[-1]:.4f} at k = {len(names)}" for name, line in given.items())
-    return [Section("HR@k against k", pictures=[pictures.lines("hr-at-k", f"{alt}.", given, "k", "HR@k")])]
+    return [Section("HR@k against k", pictures=[plots.lines("hr-at-k", f"{alt}.", given, "k", "HR@k")])]
 
 
 def _settings(runs: dict[str, Run]) -> Section:

@@ -1,6 +1,6 @@
 """The section on training that all reports have: loss and valid metrics as they were logged."""
 
-from reclingua.reporting import pictures
+from reclingua.reporting import plots
 from reclingua.reporting.details import Run
 from reclingua.reporting.html import Section
 from reclingua.reporting.plots import Line
@@ -24,4 +24,4 @@ def training(run: Run) -> Section:
         for name, line in given.items()
     )
     text = [] if valid else ["Nothing was measured on valid during training."]
-    return Section("Training", text, pictures=[pictures.curves("training", f"{ends}.", curves["over"], panels)])
+    return Section("Training", text, pictures=[plots.curves("training", f"{ends}.", curves["over"], panels)])

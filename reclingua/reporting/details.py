@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from reclingua.datasets.interactions import RecDataset, read_json
+from reclingua.datasets.interactions import RecDataset
 from reclingua.datasets.ratings import column
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json
 
 BASELINES = ("popularity", "co-occurrence")
 # Lists as long as there are users or ratings; ranks have one a phrasing.

@@ -4,9 +4,9 @@ import base64
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reclingua.datasets.interactions import whole_file
+from reclingua.utils.files import whole_file
 
-TEMPLATE = "page.html.jinja"
+TEMPLATE = "report.html.jinja"
 NONE = "–"
 
 
@@ -64,11 +64,6 @@ def write_pictures(folder: Path, sections: list[Section]) -> None:
 def number(value: float | None) -> str:
     """A figure with four digits; a dash where there is none."""
     return NONE if value is None or value != value else f"{value:.4f}"
-
-
-def cut(text: str, letters: int) -> str:
-    """The text, or where it is longer than so many letters its beginning and an ellipsis."""
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"
 
 
 def with_interval(value: float | None, low: float, high: float) -> str:

@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from reclingua.utils.errors import InputError
 from reclingua.metrics import parse_metrics
-from reclingua.reporting import pictures
+from reclingua.reporting import plots
 from reclingua.reporting.bootstrap import LEVEL, Figures, differences, means
+from reclingua.reporting.curves import training
 from reclingua.reporting.details import BASELINES, Run
 from reclingua.reporting.html import NONE, Section, Table, with_interval
-from reclingua.reporting.prompts import phrasings
 from reclingua.reporting.plots import Line
-from reclingua.reporting.curves import training
+from reclingua.reporting.prompts import phrasings
+from reclingua.utils.errors import InputError
 
 BINS = 4  # of users
 
@@ -111,7 +111,7 @@ def _by_k(run: Run) -> Section:
     ends = "; ".join(
         f"{name} {line.y[0]:.4f} at k = 1, {line.y[-1]:.4f} at k = {len(names)}" for name, line in of_run.items()
     )
-    picture = pictures.lines(
+    picture = plots.lines(
         "hr-at-k", f"HR@k against k. {ends}.", of_run, "k", "HR@k", marker="." if len(names) < 2 else ""
     )
     return Section("HR@k against k", ["The share of users whose item is among the first k."], pictures=[picture])
@@ -151,7 +151,7 @@ def _by_users(run: Run, key: str, title: str, unit: str, name: str) -> Section:
         f"{said}: " + ", ".join(f"{row} {each[at]:.4f}" for row, each in heights.items())
         for at, (said, _) in enumerate(groups)
     )
-    picture = pictures.bars(name, f"{shown} by {unit}. {told}.", given, [said for said, _ in groups], unit, shown)
+    picture = plots.bars(name, f"{shown} by {unit}. {told}.", given, [said for said, _ in groups], unit, shown)
     table = Table(f"{run.method} by {unit}", [unit, "users", *metrics], rows)
     return Section(title, tables=[table], pictures=[picture])
 
@@ -171,7 +171,7 @@ def _index(run: Run) -> list[Section]:
         for at, level in enumerate(levels, start=1)
     ]
     table = Table("Codes of each level", ["level", "codes used", "perplexity", "items of the largest"], rows)
-    picture = pictures.codes("codes", f"Items of each code. Codes used, {used}.", [level["items"] for level in levels])
+    picture = plots.codes("codes", f"Items of each code. Codes used, {used}.", [level["items"] for level in levels])
     codes = Section("Index: codes used", tables=[table], pictures=[picture])
 
     names = [group["code"] for group in groups]
@@ -185,5 +185,5 @@ def _index(run: Run) -> list[Section]:
     if len(points) < items:
         text.append(f"The map shows {len(points):,} of {items:,} items, drawn at random.")
     table = Table("The largest first codes", ["first code", "items", "its most popular"], rows, texts=(2,))
-    picture = pictures.item_map("items", alt, points, of_points, names)
+    picture = plots.item_map("items", alt, points, of_points, names)
     return [codes, Section("Index: the items", text, [table], [picture])]

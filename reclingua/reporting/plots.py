@@ -1,6 +1,6 @@
 """The pictures of a report, drawn by matplotlib from plain numbers.
 
-They are for a light page; a dark one turns them over (page.html.jinja). Texts in them are not taken for formulas.
+They are for a light page; a dark one turns them over (report.html.jinja). Texts in them are not taken for formulas.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reclingua.reporting.html import Picture, cut
+from reclingua.reporting.html import Picture
+from reclingua.utils.text import cut
 
 COLOURS = {"popularity": "#8c8c8c", "co-occurrence": "#d97706"}  # the same in all pictures
 MODEL = "#2563eb"

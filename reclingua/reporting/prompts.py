@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from reclingua.reporting.details import Run
-from reclingua.reporting.html import Section, Table, cut, number
+from reclingua.reporting.html import Section, Table, number
+from reclingua.utils.text import cut
 
 LONGEST = 400  # letters of a text
 

@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from reclingua.utils.errors import InputError
 from reclingua.metrics.roc import auc_of_groups
-from reclingua.reporting import pictures
+from reclingua.reporting import plots
 from reclingua.reporting.bootstrap import LEVEL, Figures, Statistic
+from reclingua.reporting.curves import training
 from reclingua.reporting.details import Run
 from reclingua.reporting.html import Section, Table, number, with_interval
-from reclingua.reporting.prompts import phrasings
 from reclingua.reporting.plots import Line
-from reclingua.reporting.curves import training
+from reclingua.reporting.prompts import phrasings
+from reclingua.utils.errors import InputError
 
 PARTS = {"test": "all", "warm": "warm", "cold": "cold"}
 BINS = 10  # of probabilities
@@ -127,7 +127,7 @@ def _metrics(run: Run) -> Section:
         for at, kind in enumerate(("AUC", "UAUC"))
     }
     alt = "; ".join(f"{name} {number(value)}" for name, value in zip(of_run.names, values, strict=True))
-    picture = pictures.bars("warm-and-cold", f"{alt}.", given, list(PARTS.values()), "test ratings", "AUC, UAUC")
+    picture = plots.bars("warm-and-cold", f"{alt}.", given, list(PARTS.values()), "test ratings", "AUC, UAUC")
     return Section(
         "Metrics: all, warm and cold", text, [Table("Metrics and their intervals", columns, rows)], [picture]
     )
@@ -159,7 +159,7 @@ def _roc(run: Run) -> Section:
             given[name] = roc(run.evidence["labels"][rows], run.evidence["scores"][rows])
     if not given:
         return Section("ROC curve", ["All labels are of one kind, so there is no curve."])
-    picture = pictures.lines(
+    picture = plots.lines(
         "roc",
         f"ROC curves. {'; '.join(given)}.",
         given,
@@ -187,7 +187,7 @@ def _calibration(run: Run) -> Section:
     error = float((np.abs(said - liked) * count).sum() / count.sum())
     rows = [[f"{p:.4f}", f"{share:.4f}", f"{n:,}"] for p, share, n in zip(said, liked, count, strict=True)]
     alt = f"Share liked against probability; on average they are {error:.4f} apart. The table has the points."
-    picture = pictures.lines(
+    picture = plots.lines(
         "calibration",
         alt,
         {run.method: Line(said, liked)},
@@ -209,7 +209,7 @@ def _users(run: Run) -> Section:
     quarters = np.quantile(counted, (0.25, 0.5, 0.75))
     below = f"{(counted < 0.5).mean():.0%} of {len(counted):,} users are below 0.5, no better than chance"
     text = [f"{below}; quartiles {', '.join(map(number, quarters))}."]
-    picture = pictures.histogram(
+    picture = plots.histogram(
         "users", f"AUC of each user. {text[0]}", counted, counted.mean(), "AUC of a user", "users"
     )
     return Section("AUC of the users", text, pictures=[picture])

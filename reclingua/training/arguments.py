@@ -13,14 +13,14 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import is_liger_kernel_available
 
 from reclingua.datasets.samplers import ORDERS
-from reclingua.datasets.yes_no import CODE_FORMATS
 from reclingua.datasets.tasks import SUPERVISE, TASKS
-from reclingua.utils.errors import InputError, one_line
+from reclingua.datasets.yes_no import CODE_FORMATS
+from reclingua.models.language import DTYPES
 from reclingua.training.zero import check_deepspeed
+from reclingua.utils.errors import InputError, one_line
 
 METHODS = ("lcrec", "tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
 
-DTYPES = ("float32", "bfloat16", "float16")
 
 # What the Trainer knows, but our batches and our loss do not.
 UNSUPPORTED = {
@@ -75,7 +75,7 @@ class DataArguments:
     index_file: str = HfArg(default=".index.json", help="suffix of the index file, or a path to one if it has a slash")
     user_file: str = HfArg(default=".user.json", help="suffix of the file of what users say, or a path to one")
     prompt_file: str | None = HfArg(
-        default=None, help="phrasings, instead of data/prompts.yaml (lcrec) or data/questions.yaml"
+        default=None, help="phrasings, instead of config/prompts/lcrec.yaml (lcrec) or config/prompts/yes_no.yaml"
     )
     max_his_len: int = HfArg(default=20, help="items of a history that the model reads; -1 with lcrec: all")
     max_text_len: int = HfArg(default=64, help="words of a title, a description or what a user says, at most")

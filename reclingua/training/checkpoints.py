@@ -10,8 +10,8 @@ import transformers
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from reclingua.datasets.interactions import output_folder, read_json
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import output_folder, read_json
 from reclingua.utils.metadata import RECORD
 
 # In the output folder, where a checkpoint is until all processes have written their part; what begins with a _ is left

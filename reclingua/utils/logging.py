@@ -9,7 +9,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # as DeepSpeed still calls it
 
 
-def hush() -> None:
+def silence_third_party() -> None:
     """No warnings of transformers, and no progress bars but the scripts' own."""
     import datasets  # which take seconds to import, and not every script has them
     import transformers

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from accelerate.utils.memory import clear_device_cache
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 
-from reclingua.decoding.kv_cache import out_of_memory
 from reclingua.utils.errors import InputError
 
 Result = TypeVar("Result")
@@ -43,3 +43,10 @@ def while_memory_lasts(
         most = len(rows) // 2
         waiting.append(rows)
         tqdm.write(f"memory ran out with {len(rows)} {unit}s in a batch: going on with {most}", file=sys.stderr)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device's or the machine's memory did not suffice."""
+    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
+    return known or any(text in str(error) for text in texts)

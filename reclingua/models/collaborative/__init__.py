@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from reclingua.datasets.interactions import read_json
-from reclingua.utils.errors import InputError
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.din import DIN
 from reclingua.models.collaborative.hash import HashedMF
 from reclingua.models.collaborative.lightgcn import LightGCN
 from reclingua.models.collaborative.mf import MF
 from reclingua.models.collaborative.sasrec import SASRec
+from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_json
 
 MODELS: dict[str, type[CollaborativeModel]] = {
     model.config_class.model_type: model for model in (MF, LightGCN, SASRec, DIN, HashedMF)

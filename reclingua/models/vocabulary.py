@@ -1,0 +1,109 @@
+"""Semantic-ID tokens in the vocabulary of a language model."""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import (
+    AddedToken,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from reclingua.utils.errors import InputError
+
+
+def code_tokens(index: Mapping[str, list[str]]) -> list[str]:
+    """Every code token of the index once, level by level, codes in numeric order."""
+    level_of = {code: level for codes in index.values() for level, code in enumerate(codes)}
+
+    def order(code: str) -> tuple[int, int, str]:
+        digits = "".join(filter(str.isdecimal, code))
+        return level_of[code], int(digits or 0), code
+
+    return sorted(level_of, key=order)
+
+
+def index_token_ids(tokenizer: PreTrainedTokenizerBase, index: Mapping[str, list[str]]) -> dict[str, list[int]]:
+    """Item -> its index as token ids; InputError if a code is not one token of this tokenizer."""
+    vocabulary = tokenizer.get_vocab()
+    unknown = next((code for codes in index.values() for code in codes if code not in vocabulary), None)
+    if unknown is not None:
+        raise InputError(
+            f"index token {unknown!r} is not a word of this model: it was tuned on another index; "
+            "give the index file it was tuned with as --index_file"
+        )
+    return {item: [vocabulary[code] for code in codes] for item, codes in index.items()}
+
+
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model a row for every token; new rows are random."""
+    rows = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+@torch.no_grad()
+def extend_vocabulary(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    index: Mapping[str, list[str]],
+    texts: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> int:
+    """Make every code token a word of its own, one token id each, and give its new rows a meaning.
+
+    A code begins as the mean, over the items that carry it, of the mean embedding of the words of their text; these
+    means are centred and brought to the spread of the model's own rows, since the mean of many words is nearly the
+    same for all codes. An output head that is not tied to the input embeddings gets its rows in the same way.
+
+    Args:
+        texts: item -> its text; without it the new rows are drawn at random with the mean and spread of the others.
+
+    Returns:
+        How many tokens were added; 0 for a model that has them all already, as a tuned checkpoint does.
+
+    Raises:
+        InputError: a code is a word of the base model's own vocabulary.
+    """
+    codes = code_tokens(index)
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    special = set(tokenizer.all_special_tokens)
+    if all(code in added and code not in special for code in codes):
+        return 0
+    if (taken := next((code for code in codes if code in vocabulary), None)) is not None:
+        item = next(item for item, tokens in index.items() if taken in tokens)
+        raise InputError(
+            f"index token {taken!r} of item {item!r} is already a word of the base model's vocabulary; "
+            "rename the codes, for example to <a_1>"
+        )
+    tokenizer.add_tokens([AddedToken(code, normalized=False, special=False) for code in codes])
+    make_room(model, tokenizer)
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids(codes))
+    old = torch.tensor(sorted(set(vocabulary.values()) - set(ids.tolist())))
+    words = _words_of_codes(tokenizer, index, texts, codes) if texts else None
+    generator = torch.Generator().manual_seed(seed)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for weight in [embedding] if head is embedding else [embedding, head]:
+        known = weight[old.to(weight.device)].float().cpu()
+        mean, spread = known.mean(0), known.std(0).mean()
+        rows = torch.randn(len(codes), known.shape[1], generator=generator)
+        if words is not None:
+            meanings = torch.stack([weight[word.to(weight.device)].float().cpu().mean(0) for word in words])
+            meanings = meanings - meanings.mean(0)
+            # Half noise: codes whose items share most of their words must still be told apart.
+            rows = 0.5**0.5 * (rows + meanings / meanings.std().clamp(min=1e-9))
+        weight[ids.to(weight.device)] = (mean + spread * rows).to(weight)
+    return len(codes)
+
+
+def _words_of_codes(
+    tokenizer: PreTrainedTokenizerBase, index: Mapping[str, list[str]], texts: Mapping[str, str], codes: list[str]
+) -> list[torch.Tensor]:
+    """For each code the token ids of the texts of all items that carry it."""
+    items = list(index)
+    encoded = tokenizer([texts[item] for item in items], add_special_tokens=False, truncation=True, max_length=64)
+    words: dict[str, list[int]] = {code: [] for code in codes}
+    for item, ids in zip(items, encoded.input_ids, strict=True):
+        for code in index[item]:
+            words[code].extend(ids or [tokenizer.eos_token_id])
+    return [torch.tensor(words[code]) for code in codes]

@@ -1,0 +1,1 @@
+"""Training: arguments, Trainer, callbacks, checkpoints, DeepSpeed, throughput."""

@@ -1,0 +1,86 @@
+"""Files: JSON that is checked, and output that is complete or absent."""
+
+import json
+import os
+from pathlib import Path
+
+from reclingua.utils.errors import InputError
+
+
+def read_json(path: Path, what: str) -> dict:
+    """A JSON object that is not empty; `what` names it in the message of the InputError raised otherwise."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; it should hold {what}") from None
+    except _Twin as error:
+        raise InputError(f"{path}: the key {error.args[0]!r} is there twice; keep one") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}; repair the file") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or a number of thousands of digits
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; it should hold {what}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}; it should hold {what}, as a JSON object")
+    if not content:
+        raise InputError(f"{path}: is empty; it should hold {what}")
+    return content
+
+
+class _Twin(Exception):
+    """A key that a JSON object has twice."""
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twin(next(key for key in keys if keys.count(key) > 1))
+    return content
+
+
+def write_json(path: Path, content: dict | list, indent: int | None = None) -> None:
+    """Write to a temporary file beside `path`, then rename: the file is whole or not there."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+class whole_file:  # noqa: N801 (used like a function)
+    """`with whole_file(path) as temporary:` gives a temporary path that becomes `path` if all went well."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        output_file(self.path)
+        return self.temporary
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            os.replace(self.temporary, self.path)
+            return
+        self.temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+
+
+def output_folder(folder: Path) -> Path:
+    """Make `folder`; InputError if nothing can be written there."""
+    folder = Path(folder)
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another output folder") from None
+    return folder
+
+
+def output_file(path: Path) -> None:
+    """Make the folder of file `path`; InputError if it can't be written there, or is a folder itself."""
+    output_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")

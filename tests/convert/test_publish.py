@@ -1,0 +1,177 @@
+"""Model cards, and the way to a hub that is played here by a small server: what is sent, and what if it fails."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+
+from convert import make_delta, merge_delta
+from convert.folders import name_of
+from tests.helpers.weights import made, write_model
+
+TOKEN = "hf_secretsecretsecret"
+ROOT = Path(__file__).parents[2]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The four endpoints that an upload of small files needs."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        code, answer = 200, {}
+        if self.server.refuses:
+            code, answer = 403, {"error": "You do not have the rights"}
+        elif self.path == "/api/repos/create":
+            answer = {"url": f"{self.server.url}/me/games", "id": "me/games"}
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"{self.server.url}/me/games/commit/1", "commitOid": "1", "success": True}
+        content = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def hub(refuses=False):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url, server.refuses, server.asked, server.files = f"http://127.0.0.1:{server.server_port}", refuses, [], {}
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def two(tmp_path):
+    weights = {"model.a.weight": torch.randn(20, 30)}
+    base = write_model(tmp_path / "base", weights)
+    target = write_model(tmp_path / "target", {name: 1.1 * weight for name, weight in weights.items()})
+    (target / "reclingua.json").write_text(
+        json.dumps({"method": "lcrec", "dataset": "Games", "base_model": str(base), "lora": None})
+    )
+    return base, target
+
+
+def test_a_delta_goes_to_the_hub(two, tmp_path):
+    """In a process of its own, which finds the hub where HF_ENDPOINT says."""
+    base, target = two
+    where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
+    command = [sys.executable, "-m", "convert.make_delta", *where, "--push_to_hub", "me/games"]
+    with hub() as server:
+        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    here = {file.name: file.read_bytes() for file in (tmp_path / "delta").iterdir()}
+    assert server.files == here and {"README.md", "model.safetensors", "delta.json", "reclingua.json"} <= set(here)
+    assert {key for path, key in server.asked if "create" in path or "commit" in path} == {f"Bearer {TOKEN}"}
+    assert f"{tmp_path / 'delta'} -> {server.url}/me/games" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr and not any(TOKEN.encode() in content for content in here.values())
+
+
+@pytest.mark.parametrize("how", ["refuses", "is not there", "is not to be asked"])
+def test_a_push_that_fails_leaves_the_folder(two, tmp_path, refused, monkeypatch, how):
+    base, target = two
+    where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub(refuses=True) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9" if how == "is not there" else server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "is not to be asked")
+        said = refused(make_delta.main, *where, "--push_to_hub", "me/games")
+    assert "error: me/games: did not reach the hub" in said and TOKEN not in said
+    assert f"hf upload me/games {tmp_path / 'delta'}" in said
+    assert (tmp_path / "delta" / "model.safetensors").exists() and not server.files
+    assert bool(server.asked) == (how == "refuses")
+
+
+def test_no_push_without_a_name_and_a_token(two, tmp_path, refused, monkeypatch):
+    base, target = two
+    where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
+    monkeypatch.setattr("convert.publish.get_token", lambda: None)
+    assert "needs a token: hf auth login" in refused(make_delta.main, *where, "--hub-repo-id", "me/games")
+    assert "is no name of a repository" in refused(make_delta.main, *where, "--push_to_hub", "me/ga mes/")
+    assert not (tmp_path / "delta").exists()
+
+
+def card_of(folder):
+    _, about, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(about), text
+
+
+def test_the_card(two, script, tmp_path, monkeypatch):
+    """Metrics come from the results of this very model, or from those that are named."""
+    base, target = two
+    made(script, base, target, tmp_path / "bare")
+    about, text = card_of(tmp_path / "bare")
+    assert about["base_model"] == "base" and about["library_name"] == "transformers"
+    assert about["tags"] == ["recommendation", "reclingua", "lcrec", "delta-weights"]
+    assert "python -m convert.merge_delta --base-model-path" in text and "--dataset Games" in text
+    assert "Games.index.json" in text and "model-index" not in about
+
+    results = tmp_path / "results" / "Games" / "lcrec.json"
+    results.parent.mkdir(parents=True)
+    content = {"mean_results": {"hit@10": 0.25, "ndcg@10": 0.125}, "arguments": {"ckpt_path": str(tmp_path / "other")}}
+    results.write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    made(script, base, target, tmp_path / "others")
+    assert "model-index" not in card_of(tmp_path / "others")[0]
+    results.write_text(json.dumps(content | {"arguments": {"ckpt_path": "target"}}))
+    made(script, base, target, tmp_path / "its-own")
+    about, text = card_of(tmp_path / "its-own")
+    measured = about["model-index"][0]["results"][0]
+    assert measured["dataset"]["name"] == "Games"
+    assert {metric["type"]: metric["value"] for metric in measured["metrics"]} == content["mean_results"]
+    assert "| hit@10 | 0.2500 |" in text
+
+    named = tmp_path / "preferences.json"
+    named.write_text(json.dumps({"test": {"auc": 0.7, "uauc": None, "samples": 9}}))
+    where = ("--base-model-path", base, "--delta-path", tmp_path / "bare", "--target-model-path", tmp_path / "merged")
+    code, _, error = script(merge_delta.main, *where, "--results_file", named)
+    assert code == 0, error
+    about, text = card_of(tmp_path / "merged")
+    assert "| auc | 0.7000 |" in text and "merge_delta" not in text
+    assert about["tags"] == ["recommendation", "reclingua", "lcrec"]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [({"users": 3}, "should be results of test.py"), ({"test": {"auc": "x"}}, "auc should be a number")],
+)
+def test_results_that_are_none(two, refused, tmp_path, content, said):
+    base, target = two
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
+    assert said in refused(make_delta.main, *where, "--results_file", tmp_path / "r.json")
+    assert "no such file" in refused(make_delta.main, *where, "--results_file", tmp_path / "none.json")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_what_a_base_is_called():
+    assert name_of("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0f1e") == "Qwen/Qwen3-0.6B"
+    assert name_of("/home/me/llama-7b/") == "llama-7b"
+    assert name_of("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"

@@ -1,0 +1,210 @@
+"""Questions: every field where it belongs, the token that says Yes for any tokenizer, histories that are cut."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from convert.scratch import train_tokenizer
+from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
+from reclingua.datasets.ratings import last_liked, open_preferences
+from reclingua.datasets.yes_no import LIKED, QuestionCollator, Questions, answer_after, code_text
+from reclingua.utils.errors import InputError
+from tests.helpers.models import make_tokenizer
+
+SOFT = Phrasing('Liked {history} by {user}. New: "{title}" {item}. Answer:')
+
+
+@pytest.fixture
+def liked(tmp_path):
+    from tests.helpers.toys import write_preferences
+
+    write_preferences(tmp_path)
+    return open_preferences(tmp_path, "liked")
+
+
+def ask_about(dataset, phrasings, tokenizer=None, limit=10**6, **kwargs):
+    titles = {int(item): about["title"] for item, about in dataset.items.items()}
+    titles |= kwargs.pop("titles", {})
+    tokenizer = tokenizer or make_tokenizer(False)
+    return Questions(dataset.parts["test"], titles, tokenizer, phrasings, 4, ", ", limit, **kwargs)
+
+
+def test_a_prompt_reads_as_its_phrasing(liked):
+    phrasing = Phrasing('Liked {history}.\nWill "{title}" please? Answer:')
+    questions = ask_about(liked, [phrasing])
+    shown = last_liked(liked.parts["test"], 4)
+    for i in (0, 5, len(questions) - 1):
+        history = ", ".join(f'"Thing {item}"' for item in shown[i] if item)
+        text = phrasing.prompt.format(history=history, title=f"Thing {questions.items[i]}")
+        assert questions.tokenizer.decode(questions[i]["input_ids"]) == text + " "  # here a token of its own
+        beginning = questions.tokenizer.decode(questions[i]["input_ids"][: questions[i]["shared"]])
+        assert beginning == text[: text.index(f'Thing {questions.items[i]}" please')]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("soft_tokens", [1, 3])
+def test_soft_tokens_stand_at_their_fields_whatever_a_title_says(liked, bos, soft_tokens):
+    tokenizer = make_tokenizer(bos)
+    rude = "{user} <pad> {item}</s><s> 0 {history_ids}"
+    titles = {item: rude for item in range(1, 31)}
+    questions = ask_about(liked, [SOFT], tokenizer, titles=titles, soft_tokens=soft_tokens)
+    sample = questions[3]
+    ids, soft = np.array(sample["input_ids"]), np.array(sample["soft"])
+    assert soft[soft > 0].tolist() == list(range(1, 2 * soft_tokens + 1))
+    before_user, before_item = (tokenizer.decode(ids[: np.argmax(soft == first)]) for first in (1, soft_tokens + 1))
+    assert before_user.endswith(" by ") and before_item.endswith('" ')
+    assert tokenizer.decode(ids[soft == 0]).endswith('" . Answer: ')
+    specials = set(ids[soft == 0].tolist()) & set(tokenizer.all_special_ids)
+    assert specials == ({tokenizer.bos_token_id} if bos else set())
+    assert (ids == tokenizer.bos_token_id).sum() == bos
+
+
+def test_a_history_as_soft_tokens(liked):
+    questions = ask_about(liked, [Phrasing("{history}, as vectors {history_ids}. {user} and {title} {item}: ")])
+    sample = questions[0]
+    there = np.flatnonzero(sample["liked"])
+    vectors = [number - 1 - LIKED for number in sample["soft"] if number > LIKED]
+    assert vectors == there.tolist() and len(there) > 1
+
+
+def test_lengths_are_those_of_the_samples(liked):
+    phrasings = [phrasing for phrasing in read_prompts(QUESTION_FILE, QUESTION_FIELDS)["soft"]]
+    questions = ask_about(liked, phrasings, draw=True, seed=3)
+    written = []
+    for epoch in range(6):
+        questions.set_epoch(epoch)
+        written.append([len(questions[i]["input_ids"]) for i in range(len(questions))])
+        assert questions.lengths().tolist() == written[-1]
+    assert written[0] != written[1]
+    assert (questions.lengths(longest=True) >= np.max(written, 0)).all()
+    assert (questions.lengths(longest=True) == np.max(written, 0)).mean() > 0.5
+
+
+def test_a_long_prompt_loses_its_oldest_titles_and_no_more(liked):
+    phrasing = Phrasing('Liked {history}. New: "{title}". Answer:')
+    whole = ask_about(liked, [phrasing])
+    longest = int(whole.lengths(longest=True).max())
+    cut = ask_about(liked, [phrasing], limit=longest - 1)
+    lengths = cut.lengths(longest=True)
+    assert lengths.max() < longest and whole.cut == 0 and 0 < cut.cut < len(cut)
+    i = int(np.argmax(whole.lengths()))
+    text, before = (q.tokenizer.decode(q[i]["input_ids"]) for q in (cut, whole))
+    oldest = f'"Thing {whole.shown[i][whole.shown[i] > 0][0]}", '
+    assert before == text.replace("Liked ", "Liked " + oldest)
+    with pytest.raises(InputError, match="without any history, the model reads 5"):
+        ask_about(liked, [phrasing], limit=5)[0]
+
+
+def test_cold_rows_are_asked_by_words_alone(liked):
+    cold = Phrasing('Only "{title}" after {history}. Answer:')
+    questions = ask_about(liked, [SOFT], cold_phrasing=cold)
+    kinds = {(bool(questions.warm[i]), questions[i]["with_ids"], any(questions[i]["soft"])) for i in range(240)}
+    assert kinds == {(True, True, True), (False, False, False)}
+
+
+def test_codes_as_text(liked):
+    bits = torch.tensor([int(bit) for bit in "10101100000100001111111000000011"], dtype=torch.bool)
+    assert code_text(bits, "bits") == "10101100000100001111111000000011"
+    assert code_text(bits, "dotted") == "172.16.254.3"
+    codes = ({i: f"1{i}" for i in range(99)}, {i: f"0{i}" for i in range(99)})
+    questions = ask_about(liked, [SOFT], codes=codes)
+    text = questions.tokenizer.decode(questions[0]["input_ids"])
+    assert f"by 1{questions.users[0]}." in text and text.endswith(f'" 0{questions.items[0]}. Answer: ')
+    assert not any(questions[0]["soft"])
+
+
+def test_a_batch_is_padded_on_the_right(liked):
+    questions = ask_about(liked, [SOFT], read_length=6)
+    samples = [questions[i] for i in (0, 7, 100)]
+    batch = QuestionCollator(questions.tokenizer)(samples)
+    for row, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        assert batch["input_ids"][row, :length].tolist() == sample["input_ids"] and batch["last"][row] == length - 1
+    assert batch["histories"].shape == (3, 6) and batch["liked"].shape == (3, 4)
+    assert batch["shared"].tolist() == [sample["shared"] for sample in samples]
+
+
+# ---- Which token says Yes ----
+
+
+def words_tokenizer(words, metaspace=False):
+    """Whole words, or, with metaspace, words with their space as a token of its own."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Split("▁", "isolated")])
+        if metaspace
+        else pre_tokenizers.Whitespace()
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+
+
+def test_the_answer_of_whole_words():
+    tokenizer = words_tokenizer(["<unk>", "</s>", "Answer", ":", "Yes", "No"])
+    assert answer_after(tokenizer, "Answer:") == ([2, 3], (4, 5))
+
+
+def test_a_space_that_is_a_token_belongs_to_the_prompt():
+    tokenizer = words_tokenizer(["<unk>", "</s>", "▁", "Answer:", "Yes", "No"], metaspace=True)
+    ids, answer = answer_after(tokenizer, "Answer:")
+    assert (ids, answer) == ([2, 3, 2], (4, 5))
+
+
+@pytest.mark.parametrize("ending", ["Answer:", "Answer: ", "Answer:\n", "Reply with Yes or No"])
+def test_the_answer_of_a_byte_level_tokenizer_is_what_follows(ending):
+    tokenizer = make_tokenizer(True)
+    ids, answer = answer_after(tokenizer, ending)
+    for word, token in zip(("Yes", "No"), answer, strict=True):
+        gap = "" if ending[-1].isspace() else " "
+        whole = tokenizer(ending + gap + word, add_special_tokens=False).input_ids
+        assert whole[: len(ids) + 1] == [*ids, token]
+    assert answer.yes != answer.no
+
+
+@pytest.mark.parametrize("words", [["Yes"], [], ["No"]])
+def test_a_tokenizer_that_cannot_tell_is_refused(words):
+    tokenizer = words_tokenizer(["<unk>", "</s>", "Answer", ":", *words])
+    with pytest.raises(InputError, match="does not tell Yes from No"):
+        answer_after(tokenizer, "Answer:")
+
+
+def test_yes_and_no_that_begin_with_the_same_token_are_refused():
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "Z": 1, "Y": 2, "e": 3, "s": 4, "N": 5, "o": 6}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="Z")]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<unk>", pad_token="<unk>")
+    with pytest.raises(InputError, match="does not tell Yes from No"):
+        answer_after(wrapped, "es")
+
+
+def test_phrasings_must_lead_to_one_answer(liked):
+    tokenizer = train_tokenizer([" Yes No Yes No"] * 50, vocab_size=320, max_length=512)
+    spaced, broken = Phrasing('{history} "{title}". Answer:'), Phrasing('{history} "{title}". Answer:\n')
+    assert tokenizer.convert_ids_to_tokens(ask_about(liked, [spaced], tokenizer).answer) == ["ĠYes", "ĠNo"]
+    assert tokenizer.convert_ids_to_tokens(ask_about(liked, [broken], tokenizer).answer) == ["Ye", "No"]
+    with pytest.raises(InputError, match="phrasing 1 ends so that"):
+        ask_about(liked, [broken, spaced], tokenizer)
+
+
+def test_every_shipped_phrasing_says_its_fields_and_ends_alike(liked):
+    prompts = read_prompts(QUESTION_FILE, QUESTION_FIELDS)
+    for task, phrasings in prompts.items():
+        assert len(phrasings) >= 4 and len({p.prompt for p in phrasings}) == len(phrasings), task
+    ask_about(liked, [phrasing for phrasings in (prompts["text"], prompts["soft"]) for phrasing in phrasings])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("soft: [{prompt: '{history} {title} {user}'}]", "lacks the field {item}"),
+        ("soft: [{prompt: '{history} {title} {user} {item} {cost}'}]", "unknown field {cost}"),
+        ("text: [{prompt: 'x'}]", "task 'soft' has no phrasing"),
+    ],
+)
+def test_bad_question_files(tmp_path, text, message):
+    (tmp_path / "q.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / "q.yaml", {"soft": QUESTION_FIELDS["soft"]})

@@ -1,0 +1,328 @@
+"""RQ-VAE against the reference's numbers; indices of every making, which never collide."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from index import embed, generate, repair, train
+from index.codes import random_codes
+from index.collisions import colliding, move_to_free, spread
+from index.kmeans import balance, balanced_codes, equal_shares, fill_codebooks
+from index.repair import tell_apart
+from index.rqvae import RQVAE, RQVAEConfig
+from reclingua.datasets.interactions import open_dataset
+from reclingua.utils.errors import InputError
+
+
+@pytest.fixture
+def golden(shared):
+    return np.load(shared / "golden" / "rqvae.npz")
+
+
+@pytest.fixture
+def reference(golden):
+    """An RQ-VAE with the weights of the reference run."""
+    model = RQVAE(RQVAEConfig(24, (32, 16), 8, (16,) * 4))
+    state = {name: torch.from_numpy(golden[name]) for name in golden if name.startswith(("encoder", "decoder"))}
+    state |= {f"codebooks.{level}": torch.from_numpy(golden[f"codebook.{level}"]) for level in range(4)}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert sorted(missing) == ["scale", "shift"] and not unexpected
+    return model
+
+
+def test_forward_pass_agrees_with_the_reference(golden, reference):
+    x = torch.from_numpy(golden["x"])
+    nearest = reference(x, balanced=False)
+    assert (nearest.codes.numpy() == golden["indices_nearest"]).all()
+    assert nearest.rq_loss.item() == pytest.approx(float(golden["rq_loss_nearest"]), abs=1e-5)
+    assert nearest.reconstruction_loss.item() == pytest.approx(float(golden["reconstruction_mse"]), abs=1e-5)
+    assert np.allclose(nearest.reconstruction.detach(), golden["reconstruction"], atol=1e-5)
+    balanced = reference(x)
+    assert (balanced.codes.numpy() == golden["indices_sinkhorn"]).all()
+    assert balanced.rq_loss.item() == pytest.approx(float(golden["rq_loss_sinkhorn"]), abs=1e-5)
+
+
+def test_gradient_passes_the_codes_by(reference, golden):
+    x = torch.from_numpy(golden["x"])
+    latent = reference.encode(x).detach().requires_grad_()
+    quantized, codes, _ = reference.quantize(latent, balanced=False)
+    chosen = sum(book[codes[:, level]] for level, book in enumerate(reference.codebooks))
+    assert torch.allclose(quantized, chosen, atol=1e-6)
+    quantized.sum().backward()
+    assert torch.equal(latent.grad, torch.ones_like(latent))
+
+
+def test_saved_and_reloaded_gives_the_same(reference, golden, tmp_path):
+    x = torch.from_numpy(golden["x"])
+    reference.fit_scale(x)
+    reference.save_pretrained(tmp_path)
+    assert torch.equal(RQVAE.from_pretrained(tmp_path)(x).reconstruction, reference(x).reconstruction)
+
+
+def model_of(sizes, width=4, seed=0, epsilon=0.003):
+    torch.manual_seed(seed)
+    model = RQVAE(RQVAEConfig(width, (), width, sizes, sinkhorn_epsilon=epsilon)).requires_grad_(False)
+    for book in model.codebooks:
+        book.normal_()
+    return model
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(2, 5), min_size=1, max_size=3), st.integers(0, 99), st.sampled_from([0.0, 0.003]), st.data()
+)
+def test_every_item_gets_an_index_of_its_own(sizes, seed, epsilon, data):
+    items = data.draw(st.integers(1, int(np.prod(sizes))))
+    model = model_of(sizes, seed=seed, epsilon=epsilon)
+    latents = torch.randn(items, 4) * data.draw(st.sampled_from([0.0, 0.1, 1.0]))  # 0: all items are alike
+    nearest = model.quantize(latents, balanced=False)[1].numpy()
+    codes = move_to_free(model, latents, spread(model, latents, nearest))
+    assert colliding(codes) == 0
+    assert (codes >= 0).all() and (codes < np.array(sizes)).all()
+
+
+def test_the_nearest_item_keeps_the_index_and_the_others_move_as_stated():
+    model = model_of((2, 2), width=1)
+    for book, values in zip(model.codebooks, ([[0.0], [10.0]], [[0.0], [1.0]]), strict=True):
+        book.copy_(torch.tensor(values))
+    latents = torch.tensor([[0.2], [0.1], [0.3], [9.9]])  # three at (0, 0), one at (1, 0)
+    nearest = model.quantize(latents, balanced=False)[1].numpy()
+    assert nearest.tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
+    # 0.1 stays; 0.2 goes to the other last code; 0.3 finds both taken and goes to the next prefix, where (1, 0) is
+    # taken and (1, 1) free.
+    assert move_to_free(model, latents, nearest).tolist() == [[0, 1], [0, 0], [1, 1], [1, 0]]
+
+
+def test_more_items_than_indices():
+    model = model_of((2, 2))
+    with pytest.raises(InputError, match="5 items do not fit into 4 indices"):
+        move_to_free(model, torch.zeros(5, 4), np.zeros((5, 2), dtype=np.int64))
+
+
+def embeddings_of(toy, width=8):
+    path = toy / "toy" / "toy.emb-minilm-td.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(9, width)).astype(np.float32))
+    return path
+
+
+def test_train_and_generate(toy, tmp_path, script):
+    path, rqvae = embeddings_of(toy), tmp_path / "rqvae"
+    flags = ("--epochs", 30, "--codebook_sizes", 3, 4, "--hidden_sizes", 16, "--code_dim", 4)
+    code, out, error = script(train.main, "--embeddings", path, "--output_dir", rqvae, *flags)
+    assert code == 0, error
+    curve = json.loads((rqvae / "run.json").read_text())["curve"]
+    assert curve[-1]["reconstruction"] < curve[0]["reconstruction"]
+    (toy / "toy/toy.index.json").unlink()
+    code, out, error = script(generate.main, "--dataset", "toy", "--data_path", toy, "--rqvae", rqvae)
+    assert code == 0 and "0 at the end" in out and "perplexity" in out
+    index = open_dataset(toy, "toy", ["items", "index"]).index
+    assert len(set(map(tuple, index.values()))) == 9
+    assert all(a.startswith("<a_") and b.startswith("<b_") for a, b in index.values())
+
+
+def test_a_seed_settles_the_rqvae_however_many_threads_there_are(tmp_path, script):
+    path, weights = tmp_path / "items.npy", set()
+    np.save(path, np.random.default_rng(0).normal(size=(1200, 64)).astype(np.float32))
+    before = torch.get_num_threads()
+    try:
+        for run, threads in enumerate((4, 4, 4, 1)):
+            torch.set_num_threads(threads)
+            size = ("--codebook_sizes", 64, 64, "--epochs", 5, "--output_dir", tmp_path / str(run))
+            assert script(train.main, "--embeddings", path, *size)[0] == 0
+            weights.add((tmp_path / str(run) / "model.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(weights) == 1
+
+
+def test_bad_input_of_the_index_stage(toy, tmp_path, refused, script):
+    path, rqvae = embeddings_of(toy), tmp_path / "rqvae"
+    assert "no such file" in refused(train.main, "--embeddings", tmp_path / "no.npy", "--output_dir", rqvae)
+    where = ("--dataset", "toy", "--data_path", toy, "--rqvae", rqvae)
+    assert "holds no RQ-VAE" in refused(generate.main, *where)
+    out = ("--embeddings", path, "--output_dir", rqvae)
+    for message, *flags in (
+        ("9 items do not fit into 4 indices", "--codebook_sizes", 2, 2),
+        ("a level of 1 codes; each needs at least 2", "--codebook_sizes", 1, 9),
+        ("27 levels of codes; at most 26", "--codebook_sizes", *[2] * 27),
+        ("9 items, fewer than the 32 codes", "--method", "kmeans", "--codebook_sizes", 2, 32),
+        ("--epochs means nothing with --method kmeans", "--method", "kmeans", "--epochs", 3),
+        (
+            "--hidden_sizes means nothing with --method balanced-kmeans",
+            "--method",
+            "balanced-kmeans",
+            "--hidden_sizes",
+            8,
+        ),
+        ("invalid choice: 'forest'", "--method", "forest"),
+        ("--sinkhorn_epsilon 0 or at least 0.0015", "--sinkhorn_epsilon", "nan"),
+        ("--hidden_sizes at least 1", "--hidden_sizes", 0),
+        ("--seed -1", "--seed", -1),
+    ):
+        assert message in refused(train.main, *out, *flags)
+    np.save(path, np.ones((9, 8), np.float32))
+    assert "all 9 rows are alike" in refused(train.main, *out)
+    assert not rqvae.exists()
+
+    embeddings_of(toy)
+    flags = ("--epochs", 1, "--codebook_sizes", 3, 3, "--hidden_sizes", 16, "--code_dim", 4)
+    assert script(train.main, *out, *flags)[0] == 0
+    before = (toy / "toy/toy.index.json").read_bytes()
+    assert "--seed means nothing with --rqvae" in refused(generate.main, *where, "--seed", 1)
+    assert "not allowed with argument" in refused(generate.main, *where, "--random")
+    assert "--rqvae --random is required" in refused(generate.main, *where[:4])
+    chance = (*where[:4], "--random")
+    assert "--embeddings means nothing with --random" in refused(generate.main, *chance, "--embeddings", path)
+    assert "9 items do not fit into 8" in refused(generate.main, *chance, "--codebook_sizes", 2, 4)
+    np.save(path, np.ones((8, 8), np.float32))
+    assert "shape [8, 8]" in refused(generate.main, *where)
+    np.save(path, np.ones((9, 5), np.float32))
+    assert "expects embeddings 8 wide, these are 5 wide" in refused(generate.main, *where)
+    assert (toy / "toy/toy.index.json").read_bytes() == before
+
+
+# ---- Indices to compare with: k-means, balanced k-means, random ----
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 9), st.integers(0, 99), st.booleans())
+def test_shares_are_equal_and_no_item_and_code_would_rather_have_each_other(items, codes, seed, ties):
+    distances = torch.randn(items, codes, generator=torch.Generator().manual_seed(seed))
+    distances = distances.round() if ties else distances
+    given = equal_shares(distances)
+    most = -(-items // codes)
+    counts = torch.bincount(given, minlength=codes)
+    assert counts.max() <= most
+    own = distances[torch.arange(items), given]
+    for item in range(items):
+        for code in (distances[item] < own[item]).nonzero().flatten():  # nearer than what the item has
+            assert counts[code] == most and distances[item, code] >= own[given == code].max()
+
+
+def test_balance_finds_centres_of_equal_clusters():
+    places = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    points = places.repeat_interleave(8, 0) + 0.1 * torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
+    book = points[[0, 1, 2]].clone()  # all in one cluster
+    codes = balance(points, book)
+    assert torch.bincount(codes).tolist() == [8, 8, 8]
+    assert all(torch.allclose(book[code], points[codes == code].mean(0), atol=1e-5) for code in range(3))
+    before = ((points - points[[0, 1, 2]][equal_shares(torch.cdist(points, points[[0, 1, 2]]) ** 2)]) ** 2).sum()
+    assert ((points - book[codes]) ** 2).sum() < before
+
+
+def test_residual_k_means_clusters_what_is_left():
+    coarse, fine = torch.tensor([[-9.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, -1.0], [0.0, 0.0], [0.0, 1.0]])
+    first, second = torch.arange(60) % 2, torch.arange(60) % 3
+    points = coarse[first] + fine[second]
+    books = [torch.zeros(2, 2), torch.zeros(3, 2)]
+    fill_codebooks(points, books, seed=0)
+    model = RQVAE(RQVAEConfig(2, None, codebook_sizes=(2, 3))).requires_grad_(False)
+    for book, values in zip(model.codebooks, books, strict=True):
+        book.copy_(values)
+    assert torch.equal(model.encode(points), points) and not list(model.encoder.parameters())
+    output = model(points, balanced=False)
+    assert torch.allclose(output.reconstruction, points, atol=1e-4) and output.reconstruction_loss < 1e-8
+    pairs = {tuple(row) for row in torch.cat([output.codes, first[:, None], second[:, None]], 1).tolist()}
+    assert len(pairs) == 6  # a code for each place, on each level
+
+
+def test_balanced_codes_share_every_level():
+    points = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) ** 3
+    books = [torch.zeros(4, 6), torch.zeros(8, 6)]
+    fill_codebooks(points, books, seed=0, equal=True)
+    codes = balanced_codes(points, books)
+    assert np.bincount(codes[:, 0]).max() <= 13 and np.bincount(codes[:, 1]).max() <= 7
+
+
+@pytest.mark.parametrize("sizes, items", [((3, 3), 9), ((5, 7), 20), ((256,) * 26, 50)])
+def test_random_codes_are_distinct_and_repeatable(sizes, items):
+    codes = random_codes(list(sizes), items, seed=3)
+    assert codes.shape == (items, len(sizes)) and colliding(codes) == 0
+    assert (codes >= 0).all() and (codes < np.array(sizes)).all()
+    assert (codes == random_codes(list(sizes), items, seed=3)).all()
+    assert (codes != random_codes(list(sizes), items, seed=4)).any()
+
+
+def test_every_way_gives_every_item_an_index(toy, tmp_path, script):
+    path = embeddings_of(toy)
+    np.save(path, np.repeat(np.load(path)[:3], 3, axis=0))  # three items, each three times
+    for method, colliding_at_first in (("kmeans", 9), ("balanced-kmeans", 7)):  # equal shares of two part the three
+        flags = ("--method", method, "--embeddings", path, "--output_dir", tmp_path / method)
+        code, _, error = script(train.main, *flags, "--codebook_sizes", 3, 2, 2)
+        assert code == 0, error
+        where = ("--dataset", "toy", "--data_path", toy, "--rqvae", tmp_path / method)
+        code, out, error = script(generate.main, *where)
+        assert code == 0 and f"items: {colliding_at_first} with" in out and "Sinkhorn" not in out, error
+        index = open_dataset(toy, "toy", ["items", "index"]).index
+        assert all(len(codes) == 3 for codes in index.values())
+    path.unlink()
+    written = []
+    for seed in (1, 1, 2):
+        flags = ("--random", "--seed", seed, "--codebook_sizes", 3, 3)
+        assert script(generate.main, "--dataset", "toy", "--data_path", toy, *flags)[0] == 0
+        written.append(open_dataset(toy, "toy", ["items", "index"]).index)
+    assert written[0] == written[1] != written[2]
+
+
+# ---- index.embed ----
+
+
+def test_embed_text_and_interactions(toy, script):
+    code, out, error = script(
+        embed.main, "--dataset", "toy", "--data_path", toy, "--collab_weight", 0.5, "--collab_dim", 4
+    )
+    assert code == 0, error
+    embeddings = np.load(toy / "toy/toy.emb-minilm-td.npy")
+    assert embeddings.shape == (9, 388) and embeddings.dtype == np.float32
+    text, interactions = embeddings[:, :384], embeddings[:, 384:]
+    assert np.allclose(np.linalg.norm(text, axis=1), 0.5) and np.allclose(np.linalg.norm(interactions, axis=1), 0.5)
+
+
+def test_interaction_vectors_know_training_neighbours_only(toy, edit):
+    before = embed.embed_interactions(open_dataset(toy, "toy"), 3)
+    edit("inter", lambda inter: {user: [*history[:-2], 0, 0] for user, history in inter.items()})
+    assert np.allclose(before, embed.embed_interactions(open_dataset(toy, "toy"), 3))
+
+
+def test_bad_input_of_embed(toy, edit, refused):
+    where = ("--dataset", "toy", "--data_path", toy)
+    assert "--collab_weight 2" in refused(embed.main, *where, "--collab_weight", 2)
+    assert "no sentence encoder" in refused(embed.main, *where, "--plm", toy)
+    edit("item", lambda item: item.update({"3": {"title": ""}}))
+    assert "item '3' has neither title nor description" in refused(embed.main, *where)
+    assert not (toy / "toy/toy.emb-minilm-td.npy").exists()
+
+
+# ---- Published indices that give one index to several items ----
+
+
+@given(
+    st.dictionaries(st.integers(0, 99).map(str), st.lists(st.sampled_from(["<a_1>", "<b_2>", "<c_3>"]), min_size=1))
+)
+def test_twins_are_told_apart_and_all_others_keep_their_index(index):
+    mended = tell_apart(index)
+    written = ["".join(codes) for codes in mended.values()]
+    assert list(mended) == list(index) and len(set(written)) == len(written)
+    first = {}
+    for item, codes in index.items():
+        if first.setdefault("".join(codes), item) == item:
+            assert mended[item] == codes
+        else:
+            assert mended[item][:-1] == codes[:-1] and len(mended[item]) == len(codes)
+
+
+def test_the_published_index_of_instruments_is_mended(shared, tmp_path, script, refused):
+    published = shared / "data" / "Instruments" / "Instruments.index.json"
+    code, out, error = script(repair.main, published, "--output", tmp_path / "Instruments.index.json")
+    assert code == 0 and "25 of 9,922 items got another last code" in out, error
+    mended = json.loads((tmp_path / "Instruments.index.json").read_text())
+    had = {code for codes in json.loads(published.read_text()).values() for code in codes}
+    assert {code for codes in mended.values() for code in codes} <= had  # the model needs no new words
+    open_dataset(shared / "data", "Instruments", ["index"], tmp_path / "Instruments.index.json")
+    assert "no such file" in refused(repair.main, tmp_path / "none.json", "--output", tmp_path / "x.json")
+    (tmp_path / "named.json").write_text(json.dumps({"1": ["x"], "2": ["x"]}))
+    assert "has no number" in refused(repair.main, tmp_path / "named.json", "--output", tmp_path / "x.json")

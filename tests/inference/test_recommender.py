@@ -1,0 +1,128 @@
+"""Searching for many users: batches that do not fit into memory, and batches shared among processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.datasets.tasks import held_out_samples
+from reclingua.inference import recommender as module
+from reclingua.models.language import load_model, load_tokenizer
+from reclingua.models.vocabulary import index_token_ids
+from reclingua.utils.errors import InputError
+from tests.helpers.scripts import ROOT, torchrun
+
+
+@pytest.fixture
+def search(workshop, tuned):
+    """search(batch_size): the lists of the toy's test users."""
+    dataset = open_dataset(workshop / "datasets", "toy", ["index"])
+    tokenizer, model = load_tokenizer(tuned), load_model(tuned)
+    ids = index_token_ids(tokenizer, dataset.index)
+    samples = held_out_samples(dataset, "test", "seqrec_history", 3)
+    prompts = read_prompts(PROMPT_FILE)
+    tokens = {token for row in ids.values() for token in row}
+    instructions = Instructions(samples, dataset, tokenizer, prompts, tokens, max_his_len=3, his_sep="")
+    trie = module.trie_of(ids, tokenizer, "seqrec_history")
+
+    def run(batch_size):
+        phrasing = prompts["seqrec_history"][0]
+        return module.recommend(model, instructions, samples, phrasing, trie, num_beams=4, batch_size=batch_size)
+
+    return run
+
+
+def out_of_memory_above(limit, monkeypatch):
+    """Make every search of more than `limit` users run out of memory; returns (users, beams) of each."""
+    tried, real = [], module.beam_search
+
+    def beam_search(model, input_ids, *args, num_beams, **kwargs):
+        tried.append((len(input_ids), num_beams))
+        if len(input_ids) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.")
+        return real(model, input_ids, *args, num_beams=num_beams, **kwargs)
+
+    monkeypatch.setattr(module, "beam_search", beam_search)
+    return tried
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_done_again(search, monkeypatch, capsys):
+    want = search(60)
+    tried = out_of_memory_above(7, monkeypatch)
+    found = search(24)
+    assert [[r.item for r in row] for row in found] == [[r.item for r in row] for row in want]
+    assert [size for size, _ in tried[:3]] == [24, 12, 6] and max(size for size, _ in tried[3:]) == 6
+    assert sum(size for size, _ in tried if size <= 7) == 60
+    assert {beams for _, beams in tried} == {4}
+    assert "memory ran out with 12 users in a batch: going on with 6" in capsys.readouterr().err
+
+
+def test_memory_for_not_even_one(search, monkeypatch):
+    out_of_memory_above(0, monkeypatch)
+    with pytest.raises(InputError, match="one user in the batch; take fewer beams"):
+        search(4)
+
+
+def arguments(workshop, ckpt, folder):
+    files = ("--results_file", folder / "results.json", "--predictions_file", folder / "lines.jsonl")
+    return ("--ckpt_path", ckpt, "--data_path", workshop / "datasets", "--num_beams", 10, "--exclude_seen", *files)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("processes, batch_size", [(2, 7), (3, 50)])
+def test_many_processes_measure_what_one_does(script, workshop, tuned, tmp_path, request, processes, batch_size):
+    """Also where a process has nothing to do: sixty users make two batches of fifty, for three processes."""
+    import test as test_script
+
+    flags = (*arguments(workshop, tuned, tmp_path), "--test_batch_size", batch_size, "--test_prompt_ids", "0,2")
+    torch.set_num_threads(2)  # and one in each of the others
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    code, said_alone, error = script(test_script.main, *flags)
+    assert code == 0, error
+    alone, lines = json.loads((tmp_path / "results.json").read_text()), read_lines(tmp_path / "lines.jsonl")
+    (tmp_path / "results.json").unlink()
+    evidence = (tmp_path / "results/evidence.json").read_text()
+    shutil.rmtree(tmp_path / "results")
+    together = torchrun(processes, "test_ddp.py", *flags)
+    assert together.returncode == 0, together.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    del alone["seconds"], results["seconds"]
+    assert results == alone and results["users"] == 60
+    assert (tmp_path / "results/evidence.json").read_text() == evidence and (tmp_path / "results/report.html").exists()
+    for line, want in zip(read_lines(tmp_path / "lines.jsonl"), lines, strict=True):
+        assert line.pop("scores") == pytest.approx(want.pop("scores"), abs=1e-5)  # the last bit follows the threads
+        assert line == want
+    assert together.stdout == said_alone
+
+
+def test_bad_input_is_said_once(workshop, tuned, tmp_path):
+    result = torchrun(2, "test_ddp.py", *arguments(workshop, tuned, tmp_path), "--index_file", ".none.json")
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1 and "toy.none.json: no such file" in result.stderr
+
+
+def test_a_failing_process_ends_the_run_with_its_message(workshop, tuned, tmp_path):
+    script = tmp_path / "breaks.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport test_ddp\n"
+        "from reclingua.inference import recommender as recommend\n"
+        "def breaks(*args, **kwargs):\n    raise ValueError('this one is broken')\n"
+        "if os.environ['RANK'] == '1':\n    recommend.beam_search = breaks\n"
+        "test_ddp.main()\n"
+    )
+    result = torchrun(2, script, *arguments(workshop, tuned, tmp_path))
+    assert result.returncode != 0 and "ValueError: this one is broken" in result.stderr
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_without_torchrun(refused):
+    import test_ddp
+
+    assert "torchrun --nproc_per_node" in refused(test_ddp.main, "--ckpt_path", "any")

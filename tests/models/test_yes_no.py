@@ -1,0 +1,406 @@
+"""Models that answer Yes or No: what is trained and what is not, what a batch may not change, what is saved."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from reclingua.datasets.prompts import Phrasing
+from reclingua.datasets.ratings import open_preferences
+from reclingua.datasets.yes_no import QuestionCollator, Questions
+from reclingua.inference.scorer import ask, batches_of
+from reclingua.models.collaborative import fingerprint
+from reclingua.models.collaborative.din import DIN, DINConfig
+from reclingua.models.collaborative.hash import HashedMF, HashedMFConfig
+from reclingua.models.collaborative.lightgcn import LightGCN, LightGCNConfig
+from reclingua.models.collaborative.mf import MF, MFConfig
+from reclingua.models.collaborative.sasrec import SASRec, SASRecConfig
+from reclingua.models.collm import CoLLM, CoLLMConfig
+from reclingua.models.cora import CoRA, CoRAConfig
+from reclingua.models.lora import add_lora, linear_layers
+from reclingua.models.yes_no import YesNoConfig, YesNoModel
+from reclingua.utils.errors import InputError
+from tests.helpers.models import OTHERS, make_model, make_tokenizer
+from tests.helpers.toys import write_preferences
+
+TEXT = [Phrasing('Liked so far: {history}. Is "{title}" liked as well? Answer:')]
+SOFT = [Phrasing('Liked so far: {history}, by {user}. Is "{title}" {item} liked as well? Answer:')]
+SIZES = {"num_users": 41, "num_items": 31, "embedding_size": 8}
+COLLAB = {"mf": (MF, MFConfig), "lightgcn": (LightGCN, LightGCNConfig), "sasrec": (SASRec, SASRecConfig),
+          "din": (DIN, DINConfig), "hash": (HashedMF, HashedMFConfig)}  # fmt: skip
+ATTENTION = {"gpt2": ["c_attn"], "bloom": ["query_key_value"]}
+
+
+@pytest.fixture(scope="module")
+def liked(tmp_path_factory):
+    root = tmp_path_factory.mktemp("liked")
+    write_preferences(root)
+    return open_preferences(root, "liked")
+
+
+def make_collab(kind="mf"):
+    torch.manual_seed(1)
+    model, config = COLLAB[kind]
+    made = model(config(**SIZES, initializer_range=0.5))
+    made.learn_graph(torch.arange(1, 31), torch.arange(30, 0, -1))
+    return made.eval()
+
+
+def make(kind, architecture="llama", collab="mf", trained=None, lora=True, **own):
+    """A tiny model of the kind; LoRA's and CoRA's second matrices are not 0, as they are after training."""
+    tokenizer = make_tokenizer(False)
+    language = make_model(architecture, len(tokenizer) + 8, spread=3).requires_grad_(False)
+    targets = ATTENTION.get(architecture, ["q_proj", "v_proj"])
+    settings = {"rank": 4, "alpha": 8, "dropout": 0.5, "targets": targets} if lora else None
+    if lora:
+        add_lora(language, **settings)
+    configs = {YesNoModel: YesNoConfig, CoLLM: CoLLMConfig, CoRA: CoRAConfig}
+    if kind is CoRA:
+        own = {"r": 4, "alpha": 8, "targets": targets, "num_layers": 2, "dropout": 0.5} | own
+    trained = trained or (["lora"] if kind is YesNoModel else ["bridge"])
+    known = make_collab(collab) if kind is not YesNoModel else None
+    config = configs[kind](
+        base_model="nowhere", lora=settings, answer=37, trained=trained, saved=sorted({*trained, "lora", "bridge"}),
+        collab="nowhere", collab_config=known and known.config.to_dict(), collab_sha256=known and fingerprint(known),
+        **own,
+    )  # fmt: skip
+    model = kind(config, language, known).eval()
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or name.startswith("b."):
+                weight.copy_(torch.randn(weight.shape, generator=draw) * (3 if name.startswith("b.") else 0.3))
+    return model, tokenizer
+
+
+def questions_for(model, tokenizer, dataset, phrasings=None):
+    length = model.collab.history_length if model.collab is not None else 0
+    titles = {item: "Thing " + "very " * (item % 5) + str(item) for item in range(1, 31)}
+    phrasings = phrasings or (SOFT if isinstance(model, CoLLM) else TEXT)
+    tokens = getattr(model.config, "soft_tokens", 1)
+    return Questions(
+        dataset.parts["test"], titles, tokenizer, phrasings, 4, ", ", 10**6, soft_tokens=tokens, read_length=length
+    )
+
+
+def batch_of(questions, rows):
+    batch = QuestionCollator(questions.tokenizer)([questions[i] for i in rows])
+    del batch["lengths"]
+    return batch
+
+
+def logits_of(model, questions, rows, **changes):
+    with torch.no_grad():
+        return model(**(batch_of(questions, rows) | changes)).logits
+
+
+KINDS = [(YesNoModel, "mf"), (CoLLM, "mf"), (CoLLM, "sasrec"), (CoLLM, "din"), (CoRA, "mf"), (CoRA, "lightgcn"),
+         (CoRA, "sasrec"), (CoRA, "din"), (CoLLM, "hash")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, collab", KINDS)
+def test_neither_padding_nor_neighbours_change_a_logit(liked, kind, collab):
+    model, tokenizer = make(kind, collab=collab)
+    questions = questions_for(model, tokenizer, liked)
+    rows = [0, 1, 2, 50, 51, 100, 235]
+    alone = torch.cat([logits_of(model, questions, [i], shared=None) for i in rows])
+    assert alone.std() > 3e-3
+    found = logits_of(model, questions, rows, shared=None)
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)
+    for order in (rows, rows[::-1]):
+        expected = alone if order is rows else alone.flip(0)
+        torch.testing.assert_close(logits_of(model, questions, order), expected, rtol=0, atol=1e-4)
+    for size in (1, 3, 64):
+        found = ask(model, questions, size, show_progress=False)
+        torch.testing.assert_close(torch.from_numpy(found)[rows], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "llama", "llama-tied", "qwen2", "qwen3", "mistral", "gpt2", "gemma"])
+def test_the_logit_is_the_language_models_own(liked, name):
+    model, tokenizer = make(YesNoModel, name, lora=name != "gpt-neo")
+    questions = questions_for(model, tokenizer, liked)
+    rows = [0, 1, 2, 50, 120]
+    for i, found in zip(rows, logits_of(model, questions, rows), strict=True):
+        with torch.no_grad():
+            full = model.language(input_ids=torch.tensor([questions[i]["input_ids"]])).logits[0, -1, 37]
+        assert abs(found - full) < 1e-4
+
+
+def test_rows_that_begin_alike_share_a_batch(liked):
+    model, tokenizer = make(YesNoModel)
+    questions = questions_for(model, tokenizer, liked)
+    batches = batches_of(questions, 10, by_beginning=True)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(questions)))
+    beginnings = [{tuple(questions[i]["input_ids"][: questions[i]["shared"]]) for i in batch} for batch in batches]
+    distinct = {tuple(q["input_ids"][: q["shared"]]) for q in (questions[i] for i in range(len(questions)))}
+    assert sum(map(len, beginnings)) <= len(distinct) + len(batches)
+    read = []
+    model.language.get_input_embeddings().register_forward_hook(lambda m, args, out: read.append(args[0].numel()))
+    ask(model, questions, 10, show_progress=False)
+    assert sum(read) < 0.7 * questions.lengths().sum()
+
+
+# ---- What is trained ----
+
+TRAINED = [
+    (YesNoModel, ["lora"]),
+    (YesNoModel, ["language"]),
+    (CoLLM, ["bridge"]),
+    (CoLLM, ["bridge", "collab"]),
+    (CoLLM, ["bridge", "lora"]),
+    (CoRA, ["bridge"]),
+    (CoRA, ["bridge", "collab", "lora"]),
+]
+
+
+@pytest.mark.parametrize("kind, trained", TRAINED)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_frozen_stays_bit_for_bit(liked, kind, trained, checkpointing):
+    model, tokenizer = make(kind, collab="sasrec", trained=trained)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    questions = questions_for(model, tokenizer, liked)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-2)
+    model.train()
+    assert model.collab is None or model.collab.training == ("collab" in trained)
+    for step in range(2):
+        loss = model(**batch_of(questions, range(step, 40 + step))).loss
+        loss.backward()
+        with_gradient = {model.part_of(name) for name, weight in model.named_parameters() if weight.grad is not None}
+        assert with_gradient == set(trained)
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {model.part_of(name) for name, w in model.state_dict().items() if not torch.equal(w, before[name])}
+    assert changed == set(trained)
+    if not checkpointing and kind is not YesNoModel:
+        assert not model.language.training or "lora" in trained
+
+
+@pytest.mark.parametrize("kind", [CoLLM, CoRA])
+def test_a_shared_beginning_changes_no_gradient(liked, kind):
+    model, tokenizer = make(kind)
+    questions = questions_for(model, tokenizer, liked)
+    rows = [0, 1, 2, 50, 51, 100]
+    gradients = []
+    for shared in (None, batch_of(questions, rows)["shared"]):
+        model.zero_grad()
+        model(**(batch_of(questions, rows) | {"shared": shared})).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_loss_is_binary_cross_entropy_on_that_logit(liked):
+    model, tokenizer = make(YesNoModel, offset=2.0)
+    questions = questions_for(model, tokenizer, liked)
+    batch = batch_of(questions, range(9))
+    output = model(**batch)
+    expected = nn.functional.binary_cross_entropy_with_logits(output.logits - 2, batch["labels"])
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(model(**batch, num_items_in_batch=18).loss, expected / 2)
+
+
+@pytest.mark.parametrize("kind", [YesNoModel, CoLLM, CoRA])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trained_parts_are_float32_under_half_precision(liked, kind, dtype):
+    model, tokenizer = make(kind)
+    model.language.to(dtype)
+    model.settle()
+    trained = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    frozen = {w.dtype for name, w in model.named_parameters() if model.part_of(name) == "language"}
+    assert trained == {torch.float32} and frozen == {dtype}
+    questions = questions_for(model, tokenizer, liked)
+    output = model.train()(**batch_of(questions, range(6)))
+    output.loss.backward()
+    assert output.logits.dtype == torch.float32 and output.loss.isfinite()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.requires_grad)
+
+
+# ---- CoRA ----
+
+
+def test_cora_begins_as_the_base_model(liked):
+    model, tokenizer = make(CoRA)
+    for b in model.b.values():  # which `make` has filled
+        nn.init.zeros_(b.weight)
+    questions = questions_for(model, tokenizer, liked)
+    rows = range(8)
+    text = YesNoModel(YesNoConfig(answer=37, trained=[], saved=[]), copy.deepcopy(model.language)).eval()
+    for layer in linear_layers(text.language, model.config.targets).values():
+        layer._forward_hooks.clear()
+    torch.testing.assert_close(
+        logits_of(model, questions, rows, shared=None), logits_of(text, questions, rows, shared=None), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("architecture, targets", [
+    ("llama", ["q_proj", "v_proj"]), ("llama", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ("llama", ["down_proj", "up_proj"]), ("qwen3", ["o_proj", "q_proj"]), ("gpt2", ["c_attn", "c_proj"]),
+])  # fmt: skip
+def test_cora_merged_for_one_pair_is_the_hooked_model(liked, architecture, targets):
+    model, tokenizer = make(CoRA, architecture, targets=targets, lora=architecture != "gpt2")
+    questions = questions_for(model, tokenizer, liked)
+    hooked = logits_of(model, questions, [0, 120])
+    for row, i in enumerate((0, 120)):
+        batch = batch_of(questions, [i])
+        merged = model.merged(batch["users"], batch["items"])
+        with torch.no_grad():
+            logit = merged(input_ids=batch["input_ids"]).logits[0, -1, 37]
+            base = model.language(input_ids=batch["input_ids"]).logits[0, -1, 37]
+        assert abs(logit - hooked[row]) < 1e-5 * max(1, abs(logit)) and abs(base - logit) > 1e-2
+
+
+def test_cora_gives_each_row_its_own_weights(liked):
+    model, tokenizer = make(CoRA)
+    questions = questions_for(model, tokenizer, liked)
+    batch = batch_of(questions, [0, 0])
+    with torch.no_grad():
+        one = model(**batch).logits
+        batch["users"], batch["items"] = torch.tensor([3, 20]), torch.tensor([4, 9])
+        two = model(**batch).logits
+        batch["users"], batch["items"] = batch["users"].flip(0), batch["items"].flip(0)
+        swapped = model(**batch).logits
+        off = model(**(batch | {"with_ids": torch.tensor([False, False])})).logits
+        plain = model.language(input_ids=batch["input_ids"]).logits[:, -1, 37]
+    assert one[0] == one[1] and abs(two[0] - two[1]) > 1e-3
+    torch.testing.assert_close(swapped, two.flip(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(off, plain, rtol=0, atol=1e-5)
+
+
+def test_cora_refuses_layers_that_are_not_there_and_odd_widths():
+    with pytest.raises(InputError, match="no layer 'w_proj'; it has .*q_proj"):
+        make(CoRA, targets=["w_proj"])
+    with pytest.raises(InputError, match="16 wide together"):
+        make(CoRA, num_heads=3)
+
+
+# ---- CoLLM ----
+
+
+def test_soft_tokens_are_what_the_map_makes_of_the_embeddings(liked):
+    model, tokenizer = make(CoLLM, soft_tokens=2)
+    phrasing = [Phrasing('{history} {history_ids} {user} "{title}" {item}:')]
+    questions = questions_for(model, tokenizer, liked, phrasing)
+    model.learn_scale(torch.arange(1, 41), torch.arange(1, 31))
+    batch = batch_of(questions, [0, 100])
+    with torch.no_grad():
+        words = model.words(**batch)
+        plain = model.get_input_embeddings()(batch["input_ids"])
+        for row in range(2):
+            soft = batch["soft"][row]
+            assert torch.equal(words[row, soft == 0], plain[row, soft == 0])
+            whose = {1: ("user", batch["users"]), 3: ("item", batch["items"])}
+            whose |= {5 + 2 * place: ("item", batch["liked"][:, place]) for place in range(4)}
+            for first, (name, ids) in whose.items():
+                if first not in soft:
+                    continue
+                vector = getattr(model.collab, f"{name}_embedding")(ids[row])
+                tokens = model.maps["8"](model.standardised(name, vector)).view(2, -1)
+                place = int((soft == first).nonzero())
+                torch.testing.assert_close(words[row, place : place + 2], tokens)
+        assert (batch["soft"][0] > 4).sum() >= 2
+
+
+def test_vectors_are_brought_to_one_scale():
+    model, _ = make(CoLLM, collab="din")
+    users, items = torch.randint(1, 41, (500,)), torch.randint(1, 31, (500,))
+    histories = torch.randint(0, 31, (500, 10))
+    model.learn_scale(users, items, histories)
+    with torch.no_grad():
+        scaled = model.standardised("user", model.collab.user_vectors(users, histories, items))
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(24), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scaled.std(0), torch.ones(24), rtol=0, atol=1e-4)
+
+
+def test_one_prompt_for_all_knows_nobody(liked):
+    model, tokenizer = make(CoLLM, one_for_all=True)
+    questions = questions_for(model, tokenizer, liked)
+    batch = batch_of(questions, [0])
+    with torch.no_grad():
+        first = model(**batch).logits
+        second = model(**(batch | {"users": torch.tensor([9]), "items": torch.tensor([9])})).logits
+    assert first == second
+
+
+# ---- What is saved ----
+
+
+@pytest.mark.parametrize("kind, trained", TRAINED)
+@pytest.mark.parametrize("full", [False, True])
+def test_a_reloaded_model_gives_the_same_logits(liked, tmp_path, kind, trained, full):
+    model, tokenizer = make(kind, "llama-tied", collab="lightgcn", trained=trained)
+    base = make_model("llama-tied", len(tokenizer) + 8, spread=3)
+    base.save_pretrained(tmp_path / "base")
+    make_collab("lightgcn").save_pretrained(tmp_path / "collab")
+    model.config.base_model, model.config.collab = str(tmp_path / "base"), str(tmp_path / "collab")
+    model.config.saved = sorted({*model.config.saved, *trained})
+    model.settle()
+    if kind is not YesNoModel:
+        model.learn_scale(torch.arange(1, 31), torch.arange(1, 31))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.01 * weight.requires_grad)
+    if full:
+        model.keep_everything()
+    questions = questions_for(model, tokenizer, liked)
+    expected = logits_of(model, questions, range(20))
+    model.save_pretrained(tmp_path / "tuned")
+    size = sum(file.stat().st_size for file in (tmp_path / "tuned").glob("*.safetensors"))
+    whole = sum(weight.numel() * 4 for weight in model.parameters())
+    language = sum(weight.numel() * 4 for weight in model.language.parameters())
+    assert size >= whole if full else "language" in trained or size < whole - 0.9 * language + 20_000
+    if full:
+        (tmp_path / "base").rename(tmp_path / "away")
+    again = kind.from_pretrained(tmp_path / "tuned")
+    assert torch.equal(logits_of(again, questions, range(20)), expected)
+    assert not again.training and type(again) is kind
+
+
+def test_what_does_not_fit_is_refused(liked, tmp_path):
+    model, tokenizer = make(CoLLM)
+    make_model("llama", len(tokenizer) + 8, spread=3).save_pretrained(tmp_path / "base")
+    model.collab.save_pretrained(tmp_path / "collab")
+    model.config.base_model, model.config.collab = str(tmp_path / "base"), str(tmp_path / "collab")
+    model.save_pretrained(tmp_path / "tuned")
+    CoLLM.from_pretrained(tmp_path / "tuned")
+    with torch.no_grad():
+        model.collab.user_embedding.weight.add_(1)
+    model.collab.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="is not the model that .* was trained with; see --collab"):
+        CoLLM.from_pretrained(tmp_path / "tuned", collab=str(tmp_path / "other"))
+    make_model("gpt2", len(tokenizer) + 8).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(InputError, match="no layer 'q_proj'"):
+        CoLLM.from_pretrained(tmp_path / "tuned", base_model=str(tmp_path / "gpt2"))
+    (tmp_path / "tuned/model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="its weights do not fit"):
+        CoLLM.from_pretrained(tmp_path / "tuned")
+    (tmp_path / "tuned/model.safetensors").unlink()
+    with pytest.raises(InputError, match="its weights are not those of its config"):
+        CoLLM.from_pretrained(tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("kind", [YesNoModel, CoLLM, CoRA])
+def test_a_base_in_4_bits(liked, tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    model, tokenizer = make(kind, "llama-wide")
+    make_model("llama-wide", len(tokenizer) + 8, spread=3).save_pretrained(tmp_path / "base")
+    model.collab is None or model.collab.save_pretrained(tmp_path / "collab")
+    model.config.base_model, model.config.collab = str(tmp_path / "base"), str(tmp_path / "collab")
+    model.save_pretrained(tmp_path / "tuned")
+    small = kind.from_pretrained(tmp_path / "tuned", load_in_4bit=True)
+    assert {type(m).__name__ for m in small.language.modules()} & {"Linear4bit"}
+    questions = questions_for(model, tokenizer, liked)
+    expected = logits_of(small, questions, range(6))
+    assert expected.isfinite().all() and expected.std() > 1e-3
+    small.train()(**batch_of(questions, range(6))).loss.backward()
+    without = [name for name, w in small.named_parameters() if w.requires_grad and w.grad is None]
+    assert not without
+    assert all(w.grad.isfinite().all() for w in small.parameters() if w.requires_grad)
+    small.eval().save_pretrained(tmp_path / "again")
+    again = kind.from_pretrained(tmp_path / "again")
+    assert again.config.load_in_4bit and torch.equal(logits_of(again, questions, range(6)), expected)
+    if kind is CoRA:
+        with pytest.raises(ValueError, match="4 bits cannot be added to"):
+            small.merged(torch.tensor([1]), torch.tensor([1]))

@@ -1,0 +1,222 @@
+"""DeepSpeed ZeRO on two processes: the losses of one process, for every method; resume; what is saved."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+import pretrain
+import test as test_script
+from convert import zero_to_fp32
+from reclingua.models.language import load_model, load_tokenizer
+from reclingua.training.zero import check_deepspeed
+from tests.helpers.scripts import flags, run, run_main, torchrun
+from tests.helpers.toys import write_preferences
+
+CONFIGS = Path(__file__).parents[2] / "config"
+STEPS = ("--supervise", "history", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 6)
+STEPS += ("--per_device_batch_size", 4, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
+STEPS += ("--load_best_model_at_end", "False", "--save_total_limit", 9)
+LORA = ("--lora", "--lora_dropout", 0)
+YESNO = ("tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
+
+
+def configuration(folder, stage, **zero):
+    """A shipped configuration in float32, as which a CPU computes."""
+    content = json.loads((CONFIGS / f"ds_z{stage}_bf16.json").read_text())
+    del content["bf16"]
+    content["zero_optimization"] |= zero
+    path = folder / f"z{stage}{''.join(zero)}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(workshop, tmp_path_factory):
+    """A folder of trained models by name."""
+    out = tmp_path_factory.mktemp("zero")
+    write_preferences(workshop / "datasets")
+    liked = ("--dataset", "liked", "--data_path", workshop / "datasets")
+    for model in ("mf", "hash"):
+        run_main(pretrain.main, "--model", model, *liked, "--output_dir", out / model, "--embedding_size", 16)
+    z2, z3 = configuration(out, 2), configuration(out, 3)
+    whole = configuration(out, 3, stage3_gather_16bit_weights_on_model_save=True)
+    todo = {
+        "ddp": STEPS,
+        "z2": (*STEPS, "--deepspeed", z2),
+        "z3": (*STEPS, "--deepspeed", z3),
+        "z3-whole": (*STEPS, "--deepspeed", whole),
+        "ddp-lora": (*STEPS, *LORA),
+        "z2-lora": (*STEPS, *LORA, "--deepspeed", z2),
+        "z3-lora": (*STEPS, *LORA, "--deepspeed", z3),
+        "z3-bf16": (*STEPS, "--max_steps", 2, "--bf16", "--deepspeed", CONFIGS / "ds_z3_bf16.json"),
+    }
+    todo = {name: {"argv": flags(workshop, out / name, *more)} for name, more in todo.items()}
+    for name in ("z3-told", "z3-resumed"):
+        argv = (*STEPS, "--deepspeed", whole, "--resume_from_checkpoint", "auto")
+        todo[name] = {"argv": flags(workshop, out / "z3-told", *argv)}
+    todo["z3-told"]["sigterm_at"] = 3
+    for method in YESNO:
+        collab = {"collm": "mf", "cora": "mf", "binllm": "hash"}.get(method)
+        argv = (*liked, "--method", method, "--base_model", workshop / "base", "--use_cpu")
+        argv += ("--collab", out / collab) if collab else ()
+        argv += ("--max_steps", 2, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
+        argv += ("--lora_dropout", 0, "--train_sampling_strategy", "sequential")
+        argv += ("--train_data_sample_num", 64, "--valid_samples", 64)
+        if method == "collm":  # frozen, and of two batches one begins alike, the other does not: see trains_in_parts
+            argv += ("--max_steps", 12, "--train_sampling_strategy", "random", "--per_device_batch_size", 8)
+        for name, more in (("ddp", ()), ("z2", ("--deepspeed", z2)), ("z3", ("--deepspeed", z3))):
+            todo[f"{name}-{method}"] = {"argv": (*argv, "--output_dir", out / f"{name}-{method}", *more)}
+    for each in todo.values():
+        each["argv"] = [str(word) for word in each["argv"]]
+    (out / "runs.json").write_text(json.dumps(list(todo.values())))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCH_EXTENSIONS_DIR", str(out / "compiled"))
+        done = torchrun(2, "tests/helpers/zero_runs.py", out / "runs.json")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (out / "said.txt").write_text(done.stdout)
+    return out
+
+
+def losses(folder):
+    log = json.loads((folder / "run.json").read_text())["log"]
+    return torch.tensor([line["loss"] for line in log if "loss" in line])
+
+
+def test_losses_are_those_of_one_process(script, workshop, runs, tmp_path):
+    one = flags(workshop, tmp_path / "one", *STEPS, "--gradient_accumulation_steps", 2)
+    assert script(finetune.main, *one)[0] == 0
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 6 and expected[0] - expected[-1] > 0.5
+    for name in ("ddp", "z2", "z3", "z3-whole"):
+        torch.testing.assert_close(losses(runs / name), expected, rtol=0, atol=1e-4, msg=name)
+
+
+def test_nothing_is_compiled(runs):
+    assert not (runs / "compiled").exists()
+
+
+def assert_close(ours, theirs, file="model.safetensors", tolerance=1e-5):
+    ours, theirs = load_file(ours / file), load_file(theirs / file)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=name)
+
+
+def test_weights_are_those_of_one_process(runs):
+    for name in ("z2", "z3-whole"):
+        assert_close(runs / name, runs / "ddp")
+    assert not list((runs / "z3").glob("*.safetensors"))  # they stay apart
+    for name in ("z2-lora", "z3-lora"):
+        assert_close(runs / name, runs / "ddp-lora", "adapter_model.safetensors")
+    measured = [json.loads((runs / name / "run.json").read_text())["best_metric"] for name in ("ddp", "z2", "z3")]
+    assert measured[0] > 0 and len(set(measured)) == 1
+
+
+def test_a_run_of_many_processes_is_ended_and_goes_on(runs):
+    """SIGTERM for one process ends both after the same step."""
+    said = (runs / "said.txt").read_text()
+    assert f"ended by SIGTERM; {runs / 'z3-told' / 'checkpoint-3'} is written" in said
+    assert f"going on from {runs / 'z3-told' / 'checkpoint-3'}" in said and "torchrun --nproc_per_node 2 " in said
+    assert_close(runs / "z3-told", runs / "z3-whole", tolerance=0)
+
+
+@pytest.mark.parametrize("method", YESNO)
+def test_yes_or_no(script, workshop, runs, method):
+    for stage in ("z2", "z3"):
+        torch.testing.assert_close(
+            losses(runs / f"{stage}-{method}"), losses(runs / f"ddp-{method}"), rtol=0, atol=1e-4
+        )
+        assert_close(runs / f"{stage}-{method}", runs / f"ddp-{method}", tolerance=2e-4)
+    code, _, error = script(
+        test_script.main, "--ckpt_path", runs / f"z3-{method}", "--data_path", workshop / "datasets",
+        "--results_file", runs / "results.json",
+    )  # fmt: skip
+    assert code == 0, error
+
+
+def convert(script, state, output, *more):
+    code, out, error = script(zero_to_fp32.main, state, output, *more)
+    assert code == 0, error
+    return output
+
+
+def test_parts_become_a_model(script, runs, tmp_path):
+    assert_close(convert(script, runs / "z3", tmp_path / "z3"), runs / "z3-whole", tolerance=0)
+    assert_close(convert(script, runs / "z2" / "checkpoint-6", tmp_path / "z2"), runs / "z2", tolerance=0)
+    model, tokenizer = load_model(tmp_path / "z3"), load_tokenizer(tmp_path / "z3")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert "<a_0>" in tokenizer.get_vocab()
+    convert(script, runs / "z3-bf16", tmp_path / "half", "--dtype", "bfloat16")
+    assert {weight.dtype for weight in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_convert_sh(runs, tmp_path):
+    shutil.copytree(runs / "z3", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-[24]"))
+    command = ("bash", "convert/convert.sh", tmp_path / "run")
+    assert run(*command).stdout.count("-> ") == 2
+    assert sorted(path.name for path in (tmp_path / "run" / "converted").iterdir()) == ["checkpoint-6", "final"]
+    for name in ("checkpoint-6", "final"):
+        assert_close(tmp_path / "run" / "converted" / name, runs / "z3-whole", tolerance=0)
+    assert run(*command).stdout.count("skipped") == 2
+    assert run("bash", "convert/convert.sh", runs / "ddp").returncode == 2
+
+
+def test_states_that_cannot_be_converted(refused, workshop, runs, tmp_path):
+    def refuse(state, output="out"):
+        return refused(zero_to_fp32.main, state, tmp_path / output)
+
+    assert "is a model folder already" in refuse(runs / "ddp")
+    assert "is an adapter" in refuse(runs / "z3-lora" / "checkpoint-6")
+    assert "no training state" in refuse(runs)
+    shutil.copytree(runs / "z3" / "checkpoint-6", tmp_path / "state")
+    part = tmp_path / "state" / "global_step6" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = part.read_bytes()
+    part.write_bytes(content[: len(content) // 2])
+    assert "not a whole training state" in refuse(tmp_path / "state")
+    part.unlink()
+    assert "not a whole training state" in refuse(tmp_path / "state")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    assert "not empty" in refuse(runs / "z3", "full")
+    assert not (tmp_path / "out").exists()
+    asked = ("--ckpt_path", runs / "z3", "--data_path", workshop / "datasets")
+    assert "python -m convert.zero_to_fp32" in refused(test_script.main, *asked)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ds_*.json")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_known_to_deepspeed(path, monkeypatch):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    monkeypatch.setenv("RANK", "0")
+    check_deepspeed(str(path), on_cpu=False)
+    content = json.loads(path.read_text())
+    assert content["zero_optimization"]["stage"] == int(path.stem[4]) and content.keys() & {"bf16", "fp16"}
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
+    zero = {key: value for key, value in content["zero_optimization"].items() if value != "auto"}
+    known = DeepSpeedConfig(content | sizes | {"zero_optimization": zero, "gradient_clipping": 1.0})
+    assert known.zero_optimization_stage == int(path.stem[4])
+    half = known.float16_config if "fp16" in path.stem else known.bfloat16_config
+    assert half.enabled
+
+
+def test_bad_input(refused, workshop, runs, tmp_path):
+    def refuse(*more, out="out"):
+        return refused(finetune.main, *flags(workshop, tmp_path / out, *STEPS, *more))
+
+    z3 = CONFIGS / "ds_z3_bf16.json"
+    assert "no such file; see config/ds_" in refuse("--deepspeed", tmp_path / "no.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert "not a readable JSON file" in refuse("--deepspeed", broken)
+    broken.write_text("{}")
+    assert "with zero_optimization" in refuse("--deepspeed", broken)
+    assert "start with torchrun" in refuse("--deepspeed", z3)
+    shutil.copytree(runs / "z3" / "checkpoint-2", tmp_path / "was" / "checkpoint-2")
+    resumed = ("--resume_from_checkpoint", "auto")
+    assert "was made with --deepspeed; go on in the same way" in refuse(*resumed, out="was")
