@@ -18,13 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from reclingua.inference.loading import read_record
-from reclingua.models.collaborative import MODELS as COLLABORATIVE
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.text import names_of
+from reclingua.models.collaborative import COLLABORATIVE_MODELS
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.text import unique_names
 
 HOST = "127.0.0.1"
 PORTS = range(7860, 7960)
-SAID = "the page is at "  # before its address
+URL_PREFIX = "the page is at "  # before its address
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,10 +46,10 @@ def parse_args() -> argparse.Namespace:
     page.add_argument("--num_beams", type=int, default=20, help="items searched for (default: %(default)s)")
     page.add_argument("--port", type=int, help=f"default: the first that is free from {PORTS.start} on")
     page.add_argument("--timeout", type=float, default=60, help="seconds a request may take (default: %(default)s)")
-    return one_line(parser).parse_args()
+    return one_line_errors(parser).parse_args()
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     silence_third_party()
@@ -61,7 +61,7 @@ def main() -> None:
         raise InputError("--ckpt_path: a folder is given twice; name each once")
     records = {folder: read_record(folder) for folder in args.ckpt_path}
     for folder, record in records.items():
-        if record["method"] in COLLABORATIVE:
+        if record["method"] in COLLABORATIVE_MODELS:
             raise InputError(f"{folder}: is a collaborative model alone; give a folder written by finetune.py")
     free_port(args.port)  # or an end, before models are loaded
     with TemporaryDirectory(prefix="reclingua-") as folder:
@@ -73,12 +73,12 @@ def main() -> None:
 def show(args: argparse.Namespace, records: dict[Path, dict]) -> None:
     """The page of models by the records in their folders, until somebody ends it."""
     # ---- Models, each with its data ----
-    from reclingua.demo.app import LOOK, build  # Gradio takes seconds to import
+    from reclingua.demo.app import THEME, build  # Gradio takes seconds to import
     from reclingua.demo.next_item import NextItem
     from reclingua.demo.yes_no import YesOrNo
 
     models = {}
-    for name, folder in zip(names_of([path.resolve() for path in args.ckpt_path]), args.ckpt_path, strict=True):
+    for name, folder in zip(unique_names([path.resolve() for path in args.ckpt_path]), args.ckpt_path, strict=True):
         record = records[folder]
         if record["method"] == "lcrec":
             where = args.data_path, args.dataset, args.index_file, args.num_beams, args.base_model
@@ -101,12 +101,12 @@ def show(args: argparse.Namespace, records: dict[Path, dict]) -> None:
             run_history=False,
             enable_monitoring=False,
             max_file_size=1,
-            **LOOK,
+            **THEME,
         )
     except OSError as error:
         raise InputError(f"--port {port}: cannot be listened at ({error}); name another") from None
     try:
-        print(f"{SAID}http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
+        print(f"{URL_PREFIX}http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
         while True:
             time.sleep(1)  # not for ever: a signal just before it would then be heeded never
     finally:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, set_seed
 
-from reclingua.datasets.samplers import Batches
+from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.methods import lcrec
 from reclingua.methods import yes_no as yesno
 from reclingua.training.arguments import (
@@ -33,18 +33,18 @@ from reclingua.training.arguments import (
     refuse_flags,
 )
 from reclingua.training.callbacks import Preempted
-from reclingua.training.checkpoints import newest_checkpoint, says_when_full
-from reclingua.training.throughput import in_words
+from reclingua.training.checkpoints import newest_checkpoint, report_disk_full
+from reclingua.training.throughput import format_throughput
 from reclingua.training.trainer import RecTrainer
-from reclingua.training.zero import check_shareable, loaded_whole, stay_apart
-from reclingua.utils.errors import InputError, exits_cleanly
+from reclingua.training.zero import check_zero3_support, saves_sharded_state, without_zero3_init
+from reclingua.utils.errors import InputError, cli_main
 from reclingua.utils.files import write_json
-from reclingua.utils.metadata import run_facts
+from reclingua.utils.metadata import run_metadata
 
 SHARED = {"method", "train_data_sample_num"}  # of LC-Rec's flags, what every method takes
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     # ---- Arguments ----
     model_args, data_args, method_args, lora_args, yesno_args, training_args = parse(
@@ -68,17 +68,17 @@ def main() -> None:
     set_seed(training_args.seed)
 
     # ---- Data and model, as the method has them ----
-    with loaded_whole(training_args):
+    with without_zero3_init(training_args):
         if generates:
             prepared = lcrec.prepare(model_args, data_args, method_args, lora_args, training_args, log)
         else:
             prepared = yesno.prepare(model_args, data_args, method_args, lora_args, yesno_args, training_args, log)
     model = prepared.model
-    check_shareable(model, training_args)
+    check_zero3_support(model, training_args)
 
     # ---- Tokens -> batches ----
     order = training_args.train_sampling_strategy
-    batches = Batches(
+    batches = LengthGroupedBatchSampler(
         prepared.lengths,
         training_args.per_device_train_batch_size,
         training_args.max_tokens_per_batch,
@@ -87,7 +87,7 @@ def main() -> None:
         training_args.seed if training_args.data_seed is None else training_args.data_seed,
         training_args.process_index,
         training_args.world_size,
-        now=prepared.train.lengths,
+        epoch_lengths=prepared.train.lengths,
     )
     most = training_args.max_tokens_per_batch
     size = f"{most:,} tokens" if most else f"{training_args.per_device_train_batch_size} samples"
@@ -116,18 +116,18 @@ def main() -> None:
         result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
     except Preempted:
         log(f"ended by SIGTERM; {newest_checkpoint(training_args.output_dir)} is written; go on with")
-        log(f"  {command_to_go_on()}")
+        log(f"  {resume_command()}")
         leave(trainer)
         return
     throughput = trainer.throughput.figures(trainer.accelerator)
-    log(f"training itself took {throughput['seconds']:.0f} s: {in_words(throughput)}")
+    log(f"training itself took {throughput['seconds']:.0f} s: {format_throughput(throughput)}")
 
     # ---- Save ----
     if generates:
         model.config.use_cache = True
     elif yesno_args.save_full:
-        model.keep_everything()
-    with says_when_full(training_args.output_dir):
+        model.include_base_weights()
+    with report_disk_full(training_args.output_dir):
         trainer.save_model(training_args.output_dir)
     if main_process:
         given = (model_args, data_args, method_args, lora_args, yesno_args)
@@ -135,7 +135,7 @@ def main() -> None:
         write_json(
             Path(training_args.output_dir) / "run.json",
             {
-                **run_facts(flags, started),
+                **run_metadata(flags, started),
                 "seed": training_args.seed,
                 "best_metric": trainer.state.best_metric,
                 "best_step": trainer.state.best_global_step,
@@ -151,13 +151,13 @@ def main() -> None:
             else ""
         )
         log(f"tuned in {time.monotonic() - started:.0f} s{best} -> {training_args.output_dir}/")
-        if trainer.deepspeed and stay_apart(trainer.deepspeed, model):
+        if trainer.deepspeed and saves_sharded_state(trainer.deepspeed, model):
             log(f"  its weights are in the parts of {training_args.world_size} processes; for a model folder:")
             log(f"  bash convert/convert.sh {training_args.output_dir}")
     leave(trainer)
 
 
-def command_to_go_on() -> str:
+def resume_command() -> str:
     """The command of this run, going on from its newest checkpoint."""
     words = [word for word in sys.argv if not word.startswith("--resume_from_checkpoint=")]
     if "--resume_from_checkpoint" in words:

@@ -25,15 +25,15 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences
-from reclingua.inference.collaborative import inputs_of, measure, print_table, score
+from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
+from reclingua.inference.collaborative import auc_metrics, model_inputs, print_table, score
 from reclingua.metrics.roc import auc, uauc
-from reclingua.models.collaborative import MODELS
+from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.sasrec import SASRecConfig
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_file, output_folder, write_json
-from reclingua.utils.metadata import RECORD, run_facts
+from reclingua.utils.metadata import METADATA_FILE, run_metadata
 
 METRICS = ("auc", "uauc")
 LOG_SECONDS = 20  # between two lines about a training, where no terminal shows its progress
@@ -69,10 +69,10 @@ class Diverged(InputError):
     """The loss or a score is no number any more."""
 
 
-def build(kind: str, dataset: PreferenceDataset, settings: Settings) -> CollaborativeModel:
+def build(kind: str, dataset: RatingsDataset, settings: Settings) -> CollaborativeModel:
     """An untrained model for the users and items of `dataset`; InputError if memory cannot hold it."""
     torch.manual_seed(settings.seed)
-    config = MODELS[kind].config_class(
+    config = COLLABORATIVE_MODELS[kind].config_class(
         num_users=dataset.num_users,
         num_items=dataset.num_items,
         embedding_size=settings.embedding_size,
@@ -80,13 +80,13 @@ def build(kind: str, dataset: PreferenceDataset, settings: Settings) -> Collabor
         dataset_sha256=dataset.sha256(),
     )
     try:
-        model = MODELS[kind](config)
+        model = COLLABORATIVE_MODELS[kind](config)
     except (RuntimeError, MemoryError):
         size = f"{config.num_users:,} users, {config.num_items:,} items, --embedding_size {config.embedding_size:,}"
         raise InputError(f"{size}: memory cannot hold a {kind} of that size") from None
     rows = dataset.parts["train"]
-    liked = column(rows, "label") == 1
-    model.learn_graph(*(torch.from_numpy(column(rows, name)[liked].astype(np.int64)) for name in ("uid", "iid")))
+    liked = to_numpy(rows, "label") == 1
+    model.learn_graph(*(torch.from_numpy(to_numpy(rows, name)[liked].astype(np.int64)) for name in ("uid", "iid")))
     return model
 
 
@@ -101,7 +101,7 @@ def flushed_denormals() -> Iterator[None]:
 
 
 @flushed_denormals()
-def train(model: CollaborativeModel, dataset: PreferenceDataset, settings: Settings) -> list[dict]:
+def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings) -> list[dict]:
     """Fit `model` to train by BCE, keep the state that is best on valid; returns the learning curve, a line an epoch.
 
     Raises:
@@ -114,7 +114,7 @@ def train(model: CollaborativeModel, dataset: PreferenceDataset, settings: Setti
         raise InputError(f"--epochs {settings.epochs}: {kind} keeps no state before epoch {first}")
     torch.manual_seed(settings.seed)
     model.to(device).train()
-    inputs, valid = inputs_of(dataset.parts["train"], model), inputs_of(dataset.parts["valid"], model)
+    inputs, valid = model_inputs(dataset.parts["train"], model), model_inputs(dataset.parts["valid"], model)
     valid_users, valid_labels = (valid[name].cpu().numpy() for name in ("users", "labels"))
     optimizer = torch.optim.Adam(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -163,7 +163,7 @@ def train(model: CollaborativeModel, dataset: PreferenceDataset, settings: Setti
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, required=True, help="kind of model")
+    parser.add_argument("--model", choices=COLLABORATIVE_MODELS, required=True, help="kind of model")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="ml-1m", help="name of the preference dataset (default: %(default)s)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
@@ -199,7 +199,7 @@ def parse_args() -> argparse.Namespace:
     results = parser.add_argument_group("results")
     results.add_argument("--output_dir", type=Path, help="default: ckpt/<dataset>/<model>")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<model>.json")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     for name, least in (("batch_size", 1), ("epochs", 1), ("patience", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
@@ -225,7 +225,7 @@ def combinations(args: argparse.Namespace) -> list[Settings]:
     return [Settings(*combination, **rest) for combination in itertools.product(*values)]
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     tried = combinations(args)
@@ -233,7 +233,7 @@ def main() -> None:
     started = time.monotonic()
 
     # ---- Data ----
-    dataset = open_preferences(args.data_path, args.dataset)
+    dataset = open_ratings(args.data_path, args.dataset)
     output_dir = output_folder(args.output_dir or Path("ckpt") / dataset.name / args.model)
     results_file = args.results_file or Path("results") / dataset.name / f"{args.model}.json"
     output_file(results_file)
@@ -267,8 +267,8 @@ def main() -> None:
         print_sweep(runs, args.select_by)
 
     # ---- Keep the best, measure it once on test ----
-    results = measure(dataset.parts["test"], score(model, inputs_of(dataset.parts["test"], model)))
-    facts = run_facts(vars(args), started) | {"settings": asdict(settings)}
+    results = auc_metrics(dataset.parts["test"], score(model, model_inputs(dataset.parts["test"], model)))
+    facts = run_metadata(vars(args), started) | {"settings": asdict(settings)}
     save(model.cpu(), output_dir, facts | {"sweep": runs, "curve": curve})
     write_json(results_file, {**results, **facts}, indent=1)
     print_table({args.model: results})
@@ -280,13 +280,13 @@ def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             model.save_pretrained(temporary)
-            (folder / RECORD).unlink(missing_ok=True)
+            (folder / METADATA_FILE).unlink(missing_ok=True)
             for file in Path(temporary).iterdir():
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from None
     write_json(folder / "run.json", run, indent=1)
-    write_json(folder / RECORD, {"method": model.config.model_type, "dataset": model.config.dataset}, indent=1)
+    write_json(folder / METADATA_FILE, {"method": model.config.model_type, "dataset": model.config.dataset}, indent=1)
 
 
 def print_sweep(runs: list[dict], select_by: str) -> None:

@@ -16,9 +16,9 @@ from reclingua.reporting.compare import KINDS, check_alike, sections, tables
 from reclingua.reporting.details import folder_of
 from reclingua.reporting.html import Table, write_page
 from reclingua.reporting.single_run import open_checked, write_report
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_file
-from reclingua.utils.text import names_of
+from reclingua.utils.text import unique_names
 
 
 def print_tables(*given: Table) -> None:
@@ -33,12 +33,12 @@ def print_tables(*given: Table) -> None:
             )
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results files of test.py")
     parser.add_argument("--output", type=Path, help="the page (default: beside the first results file)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     if args.output:
         output_file(args.output)
     if len(args.results) == 1:
@@ -47,7 +47,7 @@ def main() -> None:
     if len(set(args.results)) < len(args.results):
         raise InputError("a results file is given twice; name each once")
 
-    runs = dict(zip(names_of(args.results), map(open_checked, args.results), strict=True))
+    runs = dict(zip(unique_names(args.results), map(open_checked, args.results), strict=True))
     check_alike(list(runs.values()))
     metrics, compared, found = tables(runs)
     print_tables(metrics, compared)

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import distributed
 
-from reclingua.baselines import baselines_of
-from reclingua.datasets.interactions import RecDataset, path_of
-from reclingua.datasets.ratings import column, open_preferences, sample
+from reclingua.baselines import fit_baselines
+from reclingua.datasets.interactions import RecDataset, dataset_file
+from reclingua.datasets.ratings import open_ratings, sample_ratings, to_numpy
 from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_of
 from reclingua.datasets.user_texts import read_users
-from reclingua.decoding.beam_search import SCORES, Recommendation
+from reclingua.decoding.beam_search import SCORES, ScoredItem
 from reclingua.inference import loading
-from reclingua.inference.collaborative import check_fits, inputs_of, measure, print_table, score
+from reclingua.inference.collaborative import auc_metrics, check_same_dataset, model_inputs, print_table, score
 from reclingua.inference.loading import (
     instructions_of,
     open_asked,
@@ -40,17 +40,16 @@ from reclingua.inference.loading import (
 from reclingua.inference.recommender import recommend, trie_of
 from reclingua.inference.scorer import ask
 from reclingua.metrics import parse_metrics, ranking_metrics
-from reclingua.models.collaborative import load
+from reclingua.models.collaborative import load_collaborative
 from reclingua.models.language import load_tokenizer
-from reclingua.models.registry import METHODS as YESNO
-from reclingua.models.registry import name_of
+from reclingua.models.registry import YES_NO_METHODS, run_name
 from reclingua.models.vocabulary import index_token_ids
 from reclingua.reporting.codebook import describe
-from reclingua.reporting.details import curves_of, of_preferences, of_search
+from reclingua.reporting.details import next_item_details, training_curves, yes_no_details
 from reclingua.reporting.single_run import write_report
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.files import output_file, whole_file, write_json
-from reclingua.utils.metadata import run_facts
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_write, output_file, write_json
+from reclingua.utils.metadata import run_metadata
 
 
 def task_of(name: str) -> str:
@@ -114,10 +113,10 @@ def parse_args() -> argparse.Namespace:
     results.add_argument("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="(default: %(default)s)")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
     results.add_argument("--predictions_file", type=Path, help="JSON lines, one a user and phrasing, or rating")
-    return one_line(parser).parse_args()
+    return one_line_errors(parser).parse_args()
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     """Measure; with the other processes where `test_ddp.py` has set them up."""
     args = parse_args()
@@ -153,7 +152,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     metrics = parse_metrics(args.metrics)
     if args.num_beams < max(k for _, k in metrics):
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
-    phrasings, answerable = phrasings_of(args.ckpt_path, record, task)
+    templates, answerable = phrasings_of(args.ckpt_path, record, task)
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, answerable)
     method = record["method"] if args.test_task == "SeqRec" else f"{record['method']}-{task}"
     results_file = results_file_of(args, dataset.name, method)
@@ -178,8 +177,8 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     model, tokenizer = loading.open_model(args.ckpt_path, record, device, args.base_model)
     token_ids = index_token_ids(tokenizer, dataset.index)
     trie = trie_of(token_ids, tokenizer, task)
-    instructions = instructions_of(record, samples, dataset, tokenizer, {task: phrasings}, token_ids)
-    loading.check_room(model, instructions.lengths(longest=True).max())
+    instructions = instructions_of(record, samples, dataset, tokenizer, {task: templates}, token_ids)
+    loading.check_context_length(model, instructions.lengths(longest=True).max())
 
     # ---- Search, one phrasing after another ----
     found = {}
@@ -189,7 +188,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
                 model,
                 instructions,
                 samples,
-                phrasings[number],
+                templates[number],
                 trie,
                 args.num_beams,
                 args.test_batch_size,
@@ -209,7 +208,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     }
 
     # ---- Baselines on the same users ----
-    recommenders = baselines_of(dataset)
+    recommenders = fit_baselines(dataset)
     of_baselines = {
         name: [
             baseline.recommend(history, args.num_beams, set(history) if args.exclude_seen else set())
@@ -232,7 +231,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
             "baselines": baselines,
             "users": len(users),
             "num_beams": args.num_beams,
-            **run_facts(vars(args), started),
+            **run_metadata(vars(args), started),
         },
         indent=1,
     )
@@ -247,10 +246,10 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
 
     # ---- The report ----
     popularity = recommenders["popularity"].counts
-    evidence = of_search(dataset, method, users, histories, targets, lists, of_baselines, popularity)
-    index_folder = path_of(dataset.folder, dataset.name, args.index_file).parent
+    evidence = next_item_details(dataset, method, users, histories, targets, lists, of_baselines, popularity)
+    index_folder = dataset_file(dataset.folder, dataset.name, args.index_file).parent
     evidence["index"] = describe(dataset, index_folder, model.get_input_embeddings(), token_ids, popularity)
-    evidence |= {"curves": curves_of(args.ckpt_path), "phrasings": [phrasings[at].prompt for at in prompt_ids]}
+    evidence |= {"curves": training_curves(args.ckpt_path), "phrasings": [templates[at].prompt for at in prompt_ids]}
     print(f"report in {write_report(results_file, evidence)}")
 
 
@@ -258,7 +257,7 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
     """A model that scores ratings: AUC and UAUC of all, warm and cold test ratings."""
     together = distributed.is_initialized()
     main_process = not together or distributed.get_rank() == 0
-    asks = record["method"] in YESNO
+    asks = record["method"] in YES_NO_METHODS
     if not (asks or main_process):
         return  # seconds of work: the first process does it alone
     started = time.monotonic()
@@ -267,12 +266,12 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
     if asks:
         model, dataset = open_asked(args.ckpt_path, record, args.data_path, args.dataset, args.base_model, args.collab)
     else:
-        model = load(args.ckpt_path)
-        dataset = open_preferences(args.data_path, args.dataset or record["dataset"])
-        check_fits(model, dataset)
-    name = name_of(model, record["method"]) if asks else record["method"]
+        model = load_collaborative(args.ckpt_path)
+        dataset = open_ratings(args.data_path, args.dataset or record["dataset"])
+        check_same_dataset(model, dataset)
+    name = run_name(model, record["method"]) if asks else record["method"]
     results_file = results_file_of(args, dataset.name, name)
-    part = sample(dataset.parts["test"], max(0, args.sample_num))
+    part = sample_ratings(dataset.parts["test"], max(0, args.sample_num))
     if torch.cuda.is_available():
         model.to(f"cuda:{args.gpu_id}")
 
@@ -286,18 +285,18 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
                 scores[number] = ask(model, questions, args.test_batch_size, together, show_progress=main_process)
         else:
-            scores[number] = score(model, inputs_of(part, model), args.test_batch_size)
+            scores[number] = score(model, model_inputs(part, model), args.test_batch_size)
     if not main_process:
         return
 
     # ---- Results ----
-    found = {number: measure(part, each) for number, each in scores.items()}
+    found = {number: auc_metrics(part, each) for number, each in scores.items()}
     results = found[prompt_ids[0]]
     more = {"test_prompt_ids": prompt_ids, "all_prompt_results": list(found.values())} if asks else {}
-    write_json(results_file, {**results, **more, **run_facts(vars(args), started)}, indent=1)
+    write_json(results_file, {**results, **more, **run_metadata(vars(args), started)}, indent=1)
     if args.predictions_file:
-        columns = [column(part, name).tolist() for name in ("uid", "iid", "label")]
-        with whole_file(args.predictions_file) as temporary, temporary.open("w", encoding="utf-8") as file:
+        columns = [to_numpy(part, name).tolist() for name in ("uid", "iid", "label")]
+        with atomic_write(args.predictions_file) as temporary, temporary.open("w", encoding="utf-8") as file:
             for number, each in scores.items():
                 for user, item, label, of_model in zip(*columns, each.tolist(), strict=True):
                     line = {"user": user, "item": item, "label": label, "prompt": number, "score": of_model}
@@ -306,7 +305,7 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
     print_table(rows)
     print(f"\nresults in {results_file}")
     log_odds = model.log_odds(scores[prompt_ids[0]].astype(np.float64))  # exact: what ranks alike ranks alike still
-    evidence = of_preferences(dataset.name, name, part, log_odds) | {"curves": curves_of(args.ckpt_path)}
+    evidence = yes_no_details(dataset.name, name, part, log_odds) | {"curves": training_curves(args.ckpt_path)}
     evidence["phrasings"] = [record["prompts"][at]["prompt"] for at in prompt_ids if asks]
     print(f"report in {write_report(results_file, evidence)}")
 
@@ -332,10 +331,10 @@ def parse_prompt_ids(given: str, there: Sequence[int]) -> list[int]:
 
 
 def write_predictions(
-    path: Path, dataset: RecDataset, users: list[str], targets: list[str], found: dict[int, list[list[Recommendation]]]
+    path: Path, dataset: RecDataset, users: list[str], targets: list[str], found: dict[int, list[list[ScoredItem]]]
 ) -> None:
     """One line a user and phrasing, items best first; whoever doubts a number can recompute it."""
-    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for number, lists in found.items():
             for user, target, ranked in zip(users, targets, lists, strict=True):
                 line = {"user": user, "prompt": number, "target": target, "items": [r.item for r in ranked]}
@@ -351,7 +350,7 @@ def print_ranking(rows: dict[str, dict[str, float]], names: list[str]) -> None:
         print(f"{row:<{width}}" + "".join(f"{values[name]:>10.4f}" for name in names))
 
 
-def print_examples(dataset: RecDataset, users, targets, histories, lists: list[list[Recommendation]]) -> None:
+def print_examples(dataset: RecDataset, users, targets, histories, lists: list[list[ScoredItem]]) -> None:
     """Three users, spread over the list: the end of their history, the top five, and what they really took."""
     for at in sorted({0, len(users) // 2, len(users) - 1}):
         print(f"\nuser {users[at]} had {len(histories[at])} items, the last: {titles(dataset, histories[at][-5:])}")

@@ -10,10 +10,10 @@ import torch
 from torch import distributed
 
 import test
-from reclingua.utils.errors import InputError, exits_cleanly
+from reclingua.utils.errors import InputError, cli_main
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     if not os.environ.get("RANK"):
         raise InputError("start it with torchrun --nproc_per_node <processes> test_ddp.py ...; or use test.py")

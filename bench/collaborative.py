@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from bench.common import write_results
 from pretrain import DEFAULTS, Settings, build, flushed_denormals, train
-from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences
-from reclingua.inference.collaborative import inputs_of, measure, score
-from reclingua.metrics import load
+from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
+from reclingua.inference.collaborative import auc_metrics, model_inputs, score
+from reclingua.metrics import load_metric
 from reclingua.metrics.roc import uauc
-from reclingua.models.collaborative import MODELS
+from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.base import CollaborativeConfig
-from reclingua.utils.errors import exits_cleanly, one_line
+from reclingua.utils.errors import cli_main, one_line_errors
 
 PUBLISHED = {  # AUC, UAUC on ml-1m: CoLLM, table 2; the hashed model is held against MF
     "mf": (0.6482, 0.6361),
@@ -43,18 +43,20 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, default=Path("../shared/data"), help="(default: %(default)s)")
     parser.add_argument("--dataset", default="ml-1m", help="(default: %(default)s)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: all)")
+    parser.add_argument(
+        "--models", nargs="+", choices=COLLABORATIVE_MODELS, default=list(COLLABORATIVE_MODELS), help="(default: all)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--repeats", type=int, default=5, help="of each timing (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=10, help="of each timing (default: %(default)s)")
     parser.add_argument("--plain_epochs", type=int, default=320, help="the plain loop's, to its best (default: 320)")
-    return one_line(parser).parse_args()
+    return one_line_errors(parser).parse_args()
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
-    dataset = open_preferences(args.data_path, args.dataset)
+    dataset = open_ratings(args.data_path, args.dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = time_uauc(args.repeats) | time_mf(dataset, args)
     figures["models"] = {kind: quality(dataset, kind, args.seeds) for kind in args.models}
@@ -73,7 +75,7 @@ def time_uauc(repeats: int) -> dict:
     draw = np.random.default_rng(0)
     users, labels = draw.integers(0, 100_000, 1_000_000), draw.integers(0, 2, 1_000_000)
     scores = draw.normal(size=1_000_000)
-    module = load("uauc")
+    module = load_metric("uauc")
     seconds = {
         "uauc_1m_seconds": median_time(lambda: uauc(users, labels, scores), repeats),
         "uauc_1m_evaluate_seconds": median_time(
@@ -93,7 +95,7 @@ def median_time(function, repeats: int) -> float:
     return statistics.median(times)
 
 
-def time_mf(dataset: PreferenceDataset, args: argparse.Namespace) -> dict:
+def time_mf(dataset: RatingsDataset, args: argparse.Namespace) -> dict:
     """Both loops for the same epochs in turns, then each to its best epoch."""
     sides = {"plain": lambda n: plain_mf(dataset, n), "ours": lambda n: our_mf(dataset, n, OF_PAPER)}
     for side in sides.values():
@@ -126,22 +128,22 @@ def time_mf(dataset: PreferenceDataset, args: argparse.Namespace) -> dict:
     }
 
 
-def our_mf(dataset: PreferenceDataset, epochs: int, settings: Settings) -> list[dict]:
+def our_mf(dataset: RatingsDataset, epochs: int, settings: Settings) -> list[dict]:
     """The learning curve of `pretrain.train`; its last line knows the test AUC of the best epoch."""
     settings = replace(settings, epochs=epochs, seed=1)
     model = build("mf", dataset, settings)
     curve = train(model, dataset, settings)
     test = dataset.parts["test"]
-    test_auc = roc_auc_score(column(test, "label"), score(model, inputs_of(test, model)))
+    test_auc = roc_auc_score(to_numpy(test, "label"), score(model, model_inputs(test, model)))
     return [line | {"test_auc": test_auc} for line in curve]
 
 
 @flushed_denormals()  # as pretrain.py does
-def plain_mf(dataset: PreferenceDataset, epochs: int, std: float = 1.0) -> list[dict]:
+def plain_mf(dataset: RatingsDataset, epochs: int, std: float = 1.0) -> list[dict]:
     """The loop that one would write: a learning curve with valid and test AUC. `std` of the embeddings at first."""
     torch.manual_seed(1)
     parts = {
-        name: torch.from_numpy(np.stack([column(part, key) for key in ("uid", "iid", "label")], 1).astype(np.int64))
+        name: torch.from_numpy(np.stack([to_numpy(part, key) for key in ("uid", "iid", "label")], 1).astype(np.int64))
         for name, part in dataset.parts.items()
     }
     users, items = nn.Embedding(dataset.num_users, 256), nn.Embedding(dataset.num_items, 256)
@@ -171,7 +173,7 @@ def plain_mf(dataset: PreferenceDataset, epochs: int, std: float = 1.0) -> list[
     return curve
 
 
-def quality(dataset: PreferenceDataset, kind: str, seeds: list[int]) -> dict:
+def quality(dataset: RatingsDataset, kind: str, seeds: list[int]) -> dict:
     """Test results of a kind of model with its defaults, over the seeds: mean, spread and each."""
     runs, seconds = [], []
     for seed in seeds:
@@ -181,7 +183,7 @@ def quality(dataset: PreferenceDataset, kind: str, seeds: list[int]) -> dict:
         train(model, dataset, settings)
         seconds.append(time.monotonic() - began)
         test = dataset.parts["test"]
-        runs.append(measure(test, score(model, inputs_of(test, model))))
+        runs.append(auc_metrics(test, score(model, model_inputs(test, model))))
     values = {name: [run["test"][name] for run in runs] for name in ("auc", "uauc")}
     found = {name: statistics.mean(each) for name, each in values.items()}
     found["std"] = {name: statistics.stdev(each) if len(each) > 1 else 0.0 for name, each in values.items()}

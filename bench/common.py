@@ -16,7 +16,7 @@ from reclingua.utils.files import output_folder, read_json, write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def without_twins(data_path: Path, name: str, output: Path) -> int:
+def remove_duplicates(data_path: Path, name: str, output: Path) -> int:
     """Copy dataset `name` to `output`, leaving out items that have another item's index; returns how many.
 
     The published index of Instruments gives some indices to two items. Every way of searching gets the same items.

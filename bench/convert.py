@@ -26,7 +26,7 @@ from bench.common import Peak, write_results
 from convert import make_delta, merge_delta
 from convert.folders import is_tied
 from convert.shards import INDEX, Spec, Writer, plan, read_weights
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 WIDTH, INNER, WORDS = 2048, 5632, 32_000  # TinyLlama's
 SHARDS = 4
@@ -99,13 +99,13 @@ def held(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in read_weights(folder).values())
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2, help="size of the base model, GB (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each side (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="where the files go (default: the system's temporary folder)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     if args.gb <= 0 or args.repeats < 1:
         raise InputError("--gb should be above 0, --repeats 1 at least")
     with tempfile.TemporaryDirectory(dir=args.work) as work:

@@ -24,22 +24,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, set_seed
 
-from bench.common import Peak, synchronise, without_twins, write_results
+from bench.common import Peak, remove_duplicates, synchronise, write_results
 from reclingua.datasets.collators import encode_prompt, prompt_batch
-from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, read_prompts
+from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
 from reclingua.datasets.tasks import held_out_samples
 from reclingua.decoding.beam_search import beam_search
-from reclingua.decoding.kv_cache import BeamBlock, BeamRows
+from reclingua.decoding.kv_cache import ReplicatedCacheDecoder, TreeAttentionDecoder
 from reclingua.decoding.trie import TENSORS, Trie
 from reclingua.methods.lcrec import record_of
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
 from reclingua.training.arguments import DataArguments, LoraArguments, MethodArguments, ModelArguments
-from reclingua.utils.errors import exits_cleanly, one_line
+from reclingua.utils.errors import cli_main, one_line_errors
 from reclingua.utils.files import write_json
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,10 +59,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peak_tflops", type=float, help="of the device at this dtype, for the share of it")
     parser.add_argument("--ddp_users", type=int, default=96, help="for test.py and test_ddp.py (default: %(default)s)")
     parser.add_argument("--trie_items", type=int, default=1_000_000, help="(default: %(default)s)")
-    return one_line(parser).parse_args()
+    return one_line_errors(parser).parse_args()
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     silence_third_party()
@@ -85,26 +85,28 @@ class Bed:
     """Users with 20 items of history, encoded as prompts, and a model that has just got the codes of all items."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, folder: Path):
-        left_out = without_twins(args.data_path, args.dataset, folder)
+        left_out = remove_duplicates(args.data_path, args.dataset, folder)
         dataset = open_dataset(folder, args.dataset, ["index"])
         self.device, self.num_beams = device, args.num_beams
         self.tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model)
         extend_vocabulary(model, self.tokenizer, dataset.index)
         self.token_ids = index_token_ids(self.tokenizer, dataset.index)
         self.trie = Trie.build(self.token_ids, end=self.tokenizer.eos_token_id).to(device)
-        prompts = read_prompts(PROMPT_FILE, {"seqrec": FIELDS["seqrec"]})
+        prompts = read_prompts(LCREC_PROMPT_FILE, {"seqrec": FIELDS["seqrec"]})
         samples = held_out_samples(dataset, "test", "seqrec", max_his_len=20)
-        instructions = Instructions(samples, dataset, self.tokenizer, prompts, set(), max_his_len=20, his_sep=", ")
+        instructions = InstructionDataset(
+            samples, dataset, self.tokenizer, prompts, set(), max_his_len=20, his_sep=", "
+        )
         chosen = [sample for sample in samples if len(sample["history"]) == 20][: args.users]
         texts = [instructions.prompt(sample, prompts["seqrec"][0]) for sample in chosen]
         self.rows = [encode_prompt(self.tokenizer, text) for text in texts]
-        # A checkpoint as finetune.py leaves it: the speed of a test does not depend on what was learned.
+        # A checkpoint as finetune.py num_leaves it: the speed of a test does not depend on what was learned.
         self.tuned = folder / "tuned"
         model.save_pretrained(self.tuned)
         self.tokenizer.save_pretrained(self.tuned)
         model_args = ModelArguments(base_model=str(args.base_model))
         write_json(
-            self.tuned / RECORD,
+            self.tuned / METADATA_FILE,
             record_of(dataset, model_args, DataArguments(), MethodArguments(), LoraArguments(), prompts),
         )
         self.model = model.to(device, getattr(torch, args.dtype)).eval()
@@ -139,7 +141,10 @@ def compare(bed: Bed, args: argparse.Namespace) -> dict:
             generate_side(bed.model, bed.token_ids, bed.num_beams, bed.tokenizer.eos_token_id),
             args.generate_batches,
         ),
-        "reorder_cache": (lambda batch: bed.search(batch, forward=BeamRows(bed.model)), args.search_batches),
+        "reorder_cache": (
+            lambda batch: bed.search(batch, forward=ReplicatedCacheDecoder(bed.model)),
+            args.search_batches,
+        ),
         "ours": (bed.search, args.search_batches),
     }
     users, best, tried = len(bed.rows), {}, {}
@@ -199,7 +204,7 @@ def compare(bed: Bed, args: argparse.Namespace) -> dict:
 
 def trie_share(bed: Bed, args: argparse.Namespace) -> dict:
     """The share of a search that goes into the trie, and the time of one step of 64 users' beams."""
-    names, spent = ("children", "dead_states", "is_dead"), []
+    names, spent = ("children", "exhausted_states", "is_exhausted"), []
 
     def timed(look_up: Callable) -> Callable:
         def run(*arguments):
@@ -220,7 +225,7 @@ def trie_share(bed: Bed, args: argparse.Namespace) -> dict:
         delattr(bed.trie, name)
 
     batch = prompt_batch(bed.tokenizer, (bed.rows * 64)[:64]).to(bed.device)
-    block = BeamBlock(bed.model, room=batch["input_ids"].shape[1] + 2 * args.num_beams)
+    block = TreeAttentionDecoder(bed.model, room=batch["input_ids"].shape[1] + 2 * args.num_beams)
     tokens = torch.randint(int(bed.trie.token.max()), (64, args.num_beams), device=bed.device)
     with torch.no_grad():
         block.prefill(**batch)

@@ -23,15 +23,15 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench.common import write_results
-from index.codes import default_sizes, random_codes, tokens_of
-from index.collisions import colliding, move_to_free, spread
-from index.generate import codes_by
+from index.codes import default_sizes, random_codes, to_tokens
+from index.collisions import count_collisions, reassign_by_sinkhorn, resolve_collisions
+from index.generate import assign_codes
 from index.kmeans import balanced_codes
 from index.report import read_categories
 from index.rqvae import RQVAE
 from reclingua.datasets.interactions import open_dataset, read_embeddings
-from reclingua.metrics.index import measure, perplexity
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.metrics.index import index_statistics, perplexity
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 WAYS = {  # name -> flags of index.train; None: no training
@@ -71,17 +71,17 @@ def repair(model: RQVAE, latents: torch.Tensor, nearest: np.ndarray) -> dict[str
     books = [book.numpy() for book in model.codebooks]
     points = latents.numpy()
     model.config.sinkhorn_epsilon = 0.003  # for models without it, too
-    spread_out = spread(model, latents, nearest)
+    spread_out = reassign_by_sinkhorn(model, latents, nearest)
     figures = {}
     for name, before, codes in (
         ("nearest codes, colliding", nearest, nearest),
-        ("moved", nearest, move_to_free(model, latents, nearest)),
-        ("Sinkhorn, then moved", spread_out, move_to_free(model, latents, spread_out)),
+        ("moved", nearest, resolve_collisions(model, latents, nearest)),
+        ("Sinkhorn, then moved", spread_out, resolve_collisions(model, latents, spread_out)),
     ):
         places = sum(book[codes[:, level]] for level, book in enumerate(books))
         changed = (codes != nearest).any(1)
         figures[name] = {
-            "colliding_before_moving": colliding(before),
+            "colliding_before_moving": count_collisions(before),
             "items_changed": int(changed.sum()),
             "changed_above_last_level": int((codes != nearest)[:, :-1].any(1).sum()),
             "error": float(((points - places) ** 2).sum() / ((points - points.mean(0)) ** 2).sum()),
@@ -91,7 +91,7 @@ def repair(model: RQVAE, latents: torch.Tensor, nearest: np.ndarray) -> dict[str
 
 
 def look_at(folder: Path, seeds: list[int], scratch: Path) -> dict:
-    """Figures of every way on the dataset in `folder`: way -> a list with one entry a seed."""
+    """BootstrapMetrics of every way on the dataset in `folder`: way -> a list with one entry a seed."""
     name = folder.name
     path = Path("data") / name / f"{name}.emb-minilm-td.npy"
     key, categories = read_categories(folder / f"{name}.item.json", None)
@@ -109,15 +109,15 @@ def look_at(folder: Path, seeds: list[int], scratch: Path) -> dict:
                 model, run["seconds"] = trained(path, flags, seed, scratch / f"{name}-{way}-{seed}")
                 started = time.monotonic()
                 with contextlib.redirect_stdout(io.StringIO()):
-                    codes = codes_by(model, embeddings)
+                    codes = assign_codes(model, embeddings)
                 run["seconds"] += time.monotonic() - started
                 latents = model.encode(embeddings)
                 nearest = model.quantize(latents, balanced=False)[1].numpy()
-                first = balanced_codes(latents, model.codebooks) if model.config.equal_shares else nearest
-                run["colliding_before"] = colliding(first)
-                if not model.config.equal_shares:
+                first = balanced_codes(latents, model.codebooks) if model.config.balanced_assignment else nearest
+                run["colliding_before"] = count_collisions(first)
+                if not model.config.balanced_assignment:
                     run["repair"] = repair(model, latents, nearest)
-            run |= measure(dict(zip(ids, tokens_of(codes), strict=True)), categories)
+            run |= index_statistics(dict(zip(ids, to_tokens(codes), strict=True)), categories)
             for prefix in run["prefixes"]:
                 prefix["largest"] = prefix["largest"][:1]
             runs[way].append(run)
@@ -160,12 +160,12 @@ def show(name: str, figures: dict) -> None:
             print(f"| {way}: {step} | {' | '.join(cells)} |")
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="dataset folders with item texts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2], help="(default: %(default)s)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         datasets = {folder.name: look_at(folder, args.seeds, Path(scratch)) for folder in args.folders}

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from bench.common import last_figures, process_mb, write_results
-from demo import SAID
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from demo import URL_PREFIX
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 ANSWER = ".asked, .problem"
@@ -42,10 +42,10 @@ def served(*flags: object, **environment: str) -> Iterator[tuple[str, subprocess
         command, stdout=subprocess.PIPE, text=True, cwd=PICTURES.parent, env=os.environ | environment
     ) as process:
         try:
-            said = next((line for line in process.stdout if line.startswith(SAID)), None)
+            said = next((line for line in process.stdout if line.startswith(URL_PREFIX)), None)
             if said is None:
                 raise InputError("demo.py did not start, as it says above")
-            yield said.removeprefix(SAID).split()[0], process
+            yield said.removeprefix(URL_PREFIX).split()[0], process
         finally:
             process.terminate()
             try:
@@ -67,14 +67,14 @@ def answered_after(page, act: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_path", required=True, help="a folder written by finetune.py")
     parser.add_argument("--clicks", type=int, default=30, help="test users asked about (default: %(default)s)")
     parser.add_argument("--report", type=Path, help="a report: take pictures of it and of the page")
     parser.add_argument("--user", help="who is on the picture (default: any test user)")
-    args, more = one_line(parser).parse_known_args()
+    args, more = one_line_errors(parser).parse_known_args()
     if args.clicks < 1:
         raise InputError(f"--clicks {args.clicks}: should be 1 at least")
     if args.report and not args.report.is_file():

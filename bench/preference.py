@@ -23,16 +23,16 @@ from datasets import Dataset
 
 from bench.common import last_figures, synchronise, write_results
 from reclingua.datasets.collators import pad
-from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, read_prompts
-from reclingua.datasets.ratings import PreferenceDataset, open_preferences
-from reclingua.datasets.yes_no import QuestionCollator, Questions
+from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, read_prompts
+from reclingua.datasets.ratings import RatingsDataset, open_ratings
+from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
 from reclingua.inference.scorer import ask
 from reclingua.models.collaborative.mf import MF, MFConfig
 from reclingua.models.cora import CoRA, CoRAConfig
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.models.lora import add_lora
 from reclingua.models.yes_no import YesNoConfig, YesNoModel
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import read_json
 
 PARTS = ("scoring", "step", "methods")
@@ -67,16 +67,16 @@ def parse_args() -> argparse.Namespace:
     )
     methods.add_argument("--tune_flags", default="", help="more flags for finetune.py; a preset is given anyway")
     methods.add_argument("--test_flags", default="", help="more flags for test.py")
-    return one_line(parser).parse_args()
+    return one_line_errors(parser).parse_args()
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = open_preferences(args.data_path, "ml-1m")
+    dataset = open_ratings(args.data_path, "ml-1m")
     figures = last_figures("preference", device)
     if "scoring" in args.parts:
         figures |= time_scoring(args, dataset, device)
@@ -87,16 +87,16 @@ def main() -> None:
     print(f"\n{write_results('preference', device, figures)}")
 
 
-def questions_of(rows: Dataset, dataset: PreferenceDataset, tokenizer) -> Questions:
+def questions_of(rows: Dataset, dataset: RatingsDataset, tokenizer) -> YesNoDataset:
     titles = {int(item): about["title"] for item, about in dataset.items.items()}
-    phrasings = read_prompts(QUESTION_FILE, {"text": QUESTION_FIELDS["text"]})["text"]
-    return Questions(rows, titles, tokenizer, phrasings[:1], HISTORY, ", ", 8192)
+    templates = read_prompts(YES_NO_PROMPT_FILE, {"text": YES_NO_FIELDS["text"]})["text"]
+    return YesNoDataset(rows, titles, tokenizer, templates[:1], HISTORY, ", ", 8192)
 
 
 # ---- Scoring: one beginning for many rows, one logit, beside padded batches with all logits ----
 
 
-def time_scoring(args: argparse.Namespace, dataset: PreferenceDataset, device: torch.device) -> dict:
+def time_scoring(args: argparse.Namespace, dataset: RatingsDataset, device: torch.device) -> dict:
     tokenizer = load_tokenizer(args.base_model)
     questions = questions_of(dataset.parts["test"].take(args.rows), dataset, tokenizer)
     language = load_model(args.base_model).requires_grad_(False)
@@ -105,7 +105,7 @@ def time_scoring(args: argparse.Namespace, dataset: PreferenceDataset, device: t
     model = YesNoModel(YesNoConfig(answer=yes, trained=[], saved=[]), language).eval().to(device)
 
     @torch.no_grad()
-    def naive(questions: Questions) -> np.ndarray:
+    def naive(questions: YesNoDataset) -> np.ndarray:
         scores = []
         for start in range(0, len(questions), args.batch_size):
             ids = [questions[i]["input_ids"] for i in range(start, min(start + args.batch_size, len(questions)))]
@@ -150,11 +150,11 @@ def time_scoring(args: argparse.Namespace, dataset: PreferenceDataset, device: t
 # ---- A training step of CoRA beside one of LoRA ----
 
 
-def time_steps(args: argparse.Namespace, dataset: PreferenceDataset, device: torch.device) -> dict:
+def time_steps(args: argparse.Namespace, dataset: RatingsDataset, device: torch.device) -> dict:
     tokenizer = load_tokenizer(args.base_model)
     rows = dataset.parts["train"].shuffle(seed=1).take(args.batch_size * args.steps)
     questions = questions_of(rows, dataset, tokenizer)
-    collate = QuestionCollator(tokenizer)
+    collate = YesNoCollator(tokenizer)
     batches = [
         collate([questions[i + j] for j in range(args.batch_size)]) for i in range(0, len(rows), args.batch_size)
     ]
@@ -171,7 +171,7 @@ def time_steps(args: argparse.Namespace, dataset: PreferenceDataset, device: tor
         else:
             collab = MF(MFConfig(num_users=dataset.num_users, num_items=dataset.num_items)).eval()
             own = {"r": RANK, "alpha": 2 * RANK, "targets": TARGETS, "collab_config": collab.config.to_dict()}
-            model = CoRA(CoRAConfig(**shared, **own, trained=["bridge"]), language, collab)
+            model = CoRA(CoRAConfig(**shared, **own, trained=["projector"]), language, collab)
         model.train().to(device)
         return model, torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4)
 

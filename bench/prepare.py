@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from bench.common import RESULTS, process_mb, write_results
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.files import output_folder, read_json, whole_file
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_write, output_folder, read_json
 
 CHUNK = 250_000  # lines of a gzip member
 WINDOW = "--months 24 6 6 --liked_above 4 --min_interactions 5"
@@ -83,11 +83,11 @@ def make_files(folder: Path, total: int) -> None:
     if (folder / "Books.json.gz").exists():
         return
     output_folder(folder)
-    with whole_file(folder / "meta_Books.json.gz") as temporary:
+    with atomic_write(folder / "meta_Books.json.gz") as temporary:
         temporary.write_bytes(metadata(total))
     with (
         ProcessPoolExecutor() as pool,
-        whole_file(folder / "Books.json.gz") as temporary,
+        atomic_write(folder / "Books.json.gz") as temporary,
         temporary.open("wb") as file,
     ):
         file.writelines(pool.map(reviews, range(-(-total // CHUNK)), repeat(total)))
@@ -134,7 +134,7 @@ def held_mb(output: Path) -> float:
     return total / 2**20
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -145,7 +145,7 @@ def main() -> None:
         "--work", type=Path, default=Path("ckpt/bench-prepare"), help="where the files go (default: %(default)s)"
     )
     parser.add_argument("--flags", default="", help="more flags for data.prepare")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     last = RESULTS / "prepare.json"
     runs = read_json(last, "the last results")["runs"] if last.exists() else []  # of other sizes they stay
     for millions in args.millions:

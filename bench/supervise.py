@@ -21,7 +21,7 @@ import torch
 
 from bench.common import write_results
 from reclingua.datasets.tasks import SUPERVISE
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("hit@10", "ndcg@10")
@@ -35,10 +35,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", help="preset (default: config/lcrec-<dataset>-cpu.yaml)")
     parser.add_argument("--seconds", type=float, default=240, help="of training for each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: %(default)s)")
-    return one_line(parser).parse_args()
+    return one_line_errors(parser).parse_args()
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     config = args.config or f"config/lcrec-{args.dataset}-cpu.yaml"
@@ -46,14 +46,14 @@ def main() -> None:
     index = ("--index_file", args.index_file or Path("data") / args.dataset / f"{args.dataset}.index.json")
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        side_by_side(["-m", "models.scratch", *data, "--output_dir", base])
+        paired_chunks(["-m", "models.scratch", *data, "--output_dir", base])
 
         def tune(name: str, updates: dict[str, int], seed: int, evaluations: int) -> dict[str, dict]:
             """run.json of both ways, tuned at the same time."""
             same = ("finetune.py", "--config", config, *data, *index, "--base_model", base, "--seed", seed)
             same += ("--save_and_eval_strategy", "steps" if evaluations else "no")
             outputs = {way: Path(folder) / f"{name}-{way}" for way in SUPERVISE}
-            side_by_side(
+            paired_chunks(
                 *(
                     [*same, "--supervise", way, "--output_dir", outputs[way], "--max_steps", updates[way]]
                     + ["--save_steps", updates[way] // max(1, evaluations)]
@@ -78,7 +78,7 @@ def main() -> None:
             tuned = tune(f"seed{seed}", updates, seed, evaluations=6)
             results = {way: Path(folder) / f"seed{seed}-{way}.json" for way in SUPERVISE}
             same = ("test.py", *data, *index, "--num_beams", 20, "--exclude_seen", "--metrics", ",".join(METRICS))
-            side_by_side(
+            paired_chunks(
                 *(
                     [*same, "--ckpt_path", Path(folder) / f"seed{seed}-{way}", "--results_file", results[way]]
                     for way in SUPERVISE
@@ -97,7 +97,7 @@ def main() -> None:
     print(write_results("supervise", device, {"arguments": vars(args), "summary": summary, "runs": runs}))
 
 
-def side_by_side(*commands: list) -> None:
+def paired_chunks(*commands: list) -> None:
     """Run Python commands at the same time, each on its own share of the cores, to their end."""
     cores, processes = sorted(os.sched_getaffinity(0)), []
     for at, command in enumerate(commands):

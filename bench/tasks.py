@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
-from bench.common import Peak, last_figures, without_twins, write_results
-from reclingua.datasets.instructions import Instructions
+from bench.common import Peak, last_figures, remove_duplicates, write_results
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, read_prompts
+from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
 from reclingua.datasets.tasks import train_samples
 from reclingua.models.language import load_tokenizer
 from reclingua.models.vocabulary import code_tokens, index_token_ids
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("hit@10", "ndcg@10")
@@ -48,10 +48,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base_model", help="for all of them (default: models.scratch with 2,000 words)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder for models; what is there is gone on with (default: none)")
-    return one_line(parser).parse_args()
+    return one_line_errors(parser).parse_args()
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def main() -> None:
 
 def build(args: argparse.Namespace, folder: Path) -> dict:
     """Seconds and memory from the files of Instruments to samples that a trainer can batch, twice."""
-    without_twins(args.data_path, "Instruments", folder)
+    remove_duplicates(args.data_path, "Instruments", folder)
     tokenizer = load_tokenizer(args.base_model or "ckpt/base/SmolLM2-135M-Instruct")
     tokenizer.add_tokens(code_tokens(open_dataset(folder, "Instruments", ["index"]).index))
     runs = []
@@ -78,8 +78,8 @@ def build(args: argparse.Namespace, folder: Path) -> dict:
             made = time.monotonic()
             token_ids = index_token_ids(tokenizer, dataset.index)
             index_tokens = {token for ids in token_ids.values() for token in ids}
-            prompts = read_prompts(PROMPT_FILE, {"seqrec": FIELDS["seqrec"]})
-            Instructions(samples, dataset, tokenizer, prompts, index_tokens, 20, ", ").lengths(longest=True)
+            prompts = read_prompts(LCREC_PROMPT_FILE, {"seqrec": FIELDS["seqrec"]})
+            InstructionDataset(samples, dataset, tokenizer, prompts, index_tokens, 20, ", ").lengths(longest=True)
             runs.append({"samples": made - began, "lengths": time.monotonic() - made})
     for each in runs:
         print(

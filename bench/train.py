@@ -16,20 +16,20 @@ from pathlib import Path
 import torch
 import transformers
 
-from bench.common import Peak, without_twins, write_results
-from reclingua.datasets.collators import IGNORE, Collator
-from reclingua.datasets.instructions import Instructions
+from bench.common import Peak, remove_duplicates, write_results
+from reclingua.datasets.collators import IGNORE, CausalLMCollator
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
-from reclingua.datasets.samplers import Batches
+from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
+from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.datasets.tasks import seqrec_of, train_samples
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
 from reclingua.training.arguments import TuningArguments
-from reclingua.training.callbacks import Stopwatch
+from reclingua.training.callbacks import ThroughputCallback
 from reclingua.training.throughput import Throughput
 from reclingua.training.trainer import RecTrainer
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 MAX_HIS_LEN = 20  # LC-Rec's
 # Each side has what the one before it has, except that packing stands instead of batches by length.
@@ -55,17 +55,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8, help="samples per update (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="for a GPU; what there is is used")
-    return one_line(parser).parse_args()
+    return one_line_errors(parser).parse_args()
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     if not (args.ml_100k / "ml-100k" / "ml-100k.index.json").exists():
         raise InputError(f"{args.ml_100k}/ml-100k: has no index; make one with bash run.sh, or name its folder")
     timings: dict[str, dict[str, list[dict]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        print(f"Instruments: {without_twins(args.data_path, 'Instruments', Path(folder))} twin items left out")
+        print(f"Instruments: {remove_duplicates(args.data_path, 'Instruments', Path(folder))} twin items left out")
         for name, path in (("Instruments", folder), ("ml-100k", args.ml_100k)):
             timings[name] = {side: [] for side in SIDES}
             for _ in range(args.repeats):
@@ -101,20 +101,26 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     count = args.updates * args.batch_size
     samples = train_samples(dataset, seqrec_of(how["supervise"]), MAX_HIS_LEN, count=count, seed=1)
     index_tokens = {token for ids in codes.values() for token in ids}
-    instructions = Instructions(
-        samples, dataset, tokenizer, read_prompts(PROMPT_FILE), index_tokens, MAX_HIS_LEN, ", "
+    instructions = InstructionDataset(
+        samples, dataset, tokenizer, read_prompts(LCREC_PROMPT_FILE), index_tokens, MAX_HIS_LEN, ", "
     )
     lengths, tokens = instructions.lengths(longest=True), 0
     if how["by_tokens"]:  # as many as make the same number of updates
         limits = range(2 * max(lengths) if how["packing"] else max(lengths), int(sum(lengths)) + 2 * max(lengths), 8)
-        tokens = next(n for n in limits if len(Batches(lengths, 1, n, how["packing"], how["order"])) <= args.updates)
-    batches = Batches(lengths, args.batch_size, tokens, how["packing"], how["order"], now=instructions.lengths)
+        tokens = next(
+            n
+            for n in limits
+            if len(LengthGroupedBatchSampler(lengths, 1, n, how["packing"], how["order"])) <= args.updates
+        )
+    batches = LengthGroupedBatchSampler(
+        lengths, args.batch_size, tokens, how["packing"], how["order"], epoch_lengths=instructions.lengths
+    )
     rows = [instructions[i] for i in range(count)]
     targets = sum(label != IGNORE for row in rows for label in row["labels"][1:])
     depth = len(next(iter(codes.values())))
     items = count if how["supervise"] == "next" else targets / depth
 
-    collator = Collator(tokenizer, how["packing"])
+    collator = CausalLMCollator(tokenizer, how["packing"])
     with tempfile.TemporaryDirectory() as output:
         shared = {
             "model": model,
@@ -136,13 +142,13 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
             trainer = transformers.Trainer(**shared, data_collator=without_lengths)
             trainer.pop_callback(transformers.PrinterCallback)
             throughput = Throughput(model, trainer.args.device)
-            trainer.add_callback(Stopwatch(throughput))
+            trainer.add_callback(ThroughputCallback(throughput))
         else:
             ours = {"batches": batches, "max_logits_mb": shared["args"].max_logits_mb, "measure": None, "record": {}}
             trainer = RecTrainer(**shared, **ours, data_collator=collator)
             throughput = trainer.throughput
         device = next(model.parameters()).device
-        small = {k: v.to(device) for k, v in Collator(tokenizer)(rows[:1]).items() if k != "lengths"}
+        small = {k: v.to(device) for k, v in CausalLMCollator(tokenizer)(rows[:1]).items() if k != "lengths"}
         model(**small).loss.backward()  # before the clock: libraries load, threads start, Adam makes its state
         trainer.create_optimizer().step()
         model.zero_grad()
@@ -160,7 +166,7 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     }
     if not how["plain"]:
         ours = throughput.figures(trainer.accelerator)
-        figures |= {key: ours[key] for key in ("padding", "tflops", "peak_share") if key in ours}
+        figures |= {key: ours[key] for key in ("padding", "tflops", "mfu") if key in ours}
     return figures
 
 
@@ -182,7 +188,7 @@ def table(name: str, timings: dict[str, list[dict]]) -> None:
         print(
             f"{side:<34}{middle['items_per_s']:>9.2f}{middle['targets_per_s']:>11.1f}{middle['tokens_per_s']:>10.0f}"
             f"{middle['memory_mb']:>11,.0f}{ratio['items_per_s_ratio']:>15.2f}"
-            + (f"   {middle['peak_share']:.1%} of peak" if "peak_share" in middle else "")
+            + (f"   {middle['mfu']:.1%} of peak" if "mfu" in middle else "")
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from convert.folders import is_tied
-from convert.shards import CODES, Stored, read_weights
+from convert.shards import CODES, StoredTensor, read_weights
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
@@ -39,7 +39,7 @@ class Entry:
     base_xxh3: str | None = None
 
 
-def read_model(folder: Path, tied: bool) -> dict[str, Stored]:
+def read_model(folder: Path, tied: bool) -> dict[str, StoredTensor]:
     """The weights of a folder, less what a model makes itself: a head that is tied, frequencies of old checkpoints."""
     weights = read_weights(folder)
     return {
@@ -51,7 +51,7 @@ def read_model(folder: Path, tied: bool) -> dict[str, Stored]:
 
 def entries(
     base: Path, other: Path, wanted: str | None = None
-) -> tuple[dict[str, Entry], dict[str, tuple[Stored | None, Stored]]]:
+) -> tuple[dict[str, Entry], dict[str, tuple[StoredTensor | None, StoredTensor]]]:
     """How each tensor of `other`, a tuned model or a delta, is stored, and the tensors of both.
 
     Of another shape may be what has a row for each token, as LC-Rec has it: it grows when a vocabulary does.

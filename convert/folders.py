@@ -12,17 +12,17 @@ from transformers import AutoConfig
 
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import output_folder, read_json
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 
 # Tokenizer, config and record are such files. No pickle is, and nothing below the folder goes along.
-TRAVELS = (".json", ".jinja", ".txt", ".model")
-STAYS = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # of a run, or another form
+COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+SKIPPED_FILES = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # of a run, or another form
 PATHS = ("base_model", "collab", "init_from")  # of a record, where they are no hub names
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """`with whole_folder(path) as folder:` gives a folder beside `path` that becomes `path` if all went well.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """`with atomic_folder(path) as folder:` gives a folder beside `path` that becomes `path` if all went well.
 
     Raises:
         InputError: `path` is there already and not empty, or cannot be written.
@@ -52,7 +52,7 @@ def model_folder(path: Path) -> Path:
     return path
 
 
-def name_of(model: Path | str) -> str:
+def public_name(model: Path | str) -> str:
     """What others know a model by: its hub name, if a folder in the hub's cache has it; else the folder's own name."""
     path = Path(model)
     if not path.is_absolute() and not path.is_dir():
@@ -77,21 +77,23 @@ def copy_rest(source: Path, folder: Path) -> None:
         OSError: as copying does.
     """
     for file in sorted(source.iterdir()):
-        travels = file.suffix in TRAVELS and file.name not in STAYS and not file.name.endswith(".index.json")
+        travels = (
+            file.suffix in COPIED_SUFFIXES and file.name not in SKIPPED_FILES and not file.name.endswith(".index.json")
+        )
         if travels and file.is_file():
             shutil.copyfile(file, folder / file.name)
-    if (source / RECORD).exists():
-        write_record(folder, read_record(source))
+    if (source / METADATA_FILE).exists():
+        write_metadata(folder, read_metadata(source))
 
 
-def read_record(folder: Path) -> dict:
+def read_metadata(folder: Path) -> dict:
     """How a tuned model was made, as finetune.py left it."""
-    return read_json(folder / RECORD, "the record of a model trained by finetune.py")
+    return read_json(folder / METADATA_FILE, "the record of a model trained by finetune.py")
 
 
-def write_record(folder: Path, record: dict) -> None:
+def write_metadata(folder: Path, record: dict) -> None:
     """Write it without paths of this machine."""
     named = {key: record[key] for key in PATHS if isinstance(record.get(key), str)}
-    record = record | {key: name_of(path) for key, path in named.items() if Path(path).is_absolute()}
+    record = record | {key: public_name(path) for key, path in named.items() if Path(path).is_absolute()}
     text = json.dumps(record, indent=1, ensure_ascii=False)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    (folder / METADATA_FILE).write_text(text + "\n", encoding="utf-8")

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 
 from convert.deltas import BITS, CORRECTIONS, DELTA, FORMAT, Entry, entries
-from convert.folders import copy_rest, model_folder, name_of, whole_folder
-from convert.publish import add_flags, checked, push, write_card
-from convert.shards import PIECE, Piece, Spec, Stored, Writer, plan_like, side_by_side
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from convert.folders import atomic_folder, copy_rest, model_folder, public_name
+from convert.publish import add_flags, push, validated_metrics, write_card
+from convert.shards import PIECE, Piece, Spec, StoredTensor, Writer, paired_chunks, shard_layout_like
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import write_json
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = {"type": Path, "required": True, "metavar": "FOLDER"}
@@ -35,20 +35,20 @@ def main() -> None:
     parser.add_argument("--target-model-path", "--target_model_path", help="what it was tuned to", **folder)
     parser.add_argument("--delta-path", "--delta_path", help="where the delta goes", **folder)
     add_flags(parser)
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     base, target = model_folder(args.base_model_path), model_folder(args.target_model_path)
-    metrics = checked(args, target)
+    metrics = validated_metrics(args, target)
     if base.resolve() == target.resolve():
         raise InputError(f"{base}: is base and target in one; name two folders")
 
     found, pairs = entries(base, target)
-    with whole_folder(args.delta_path) as folder:
+    with atomic_folder(args.delta_path) as folder:
         write_delta(folder, found, pairs)
-        record = {"format": FORMAT, "base": name_of(base)}
+        record = {"format": FORMAT, "base": public_name(base)}
         record["tensors"] = {name: asdict(entry) for name, entry in found.items()}
         write_json(folder / DELTA, record, indent=1)
         copy_rest(target, folder)
-        write_card(folder, "delta", args.push_to_hub or args.delta_path, name_of(base), metrics)
+        write_card(folder, "delta", args.push_to_hub or args.delta_path, public_name(base), metrics)
 
     differences = [name for name, entry in found.items() if entry.stored == "difference"]
     elements = sum(pairs[name][1].numel for name in differences)
@@ -63,13 +63,15 @@ def main() -> None:
     push(args.push_to_hub, args.delta_path)
 
 
-def write_delta(folder: Path, found: dict[str, Entry], pairs: dict[str, tuple[Stored | None, Stored]]) -> None:
+def write_delta(
+    folder: Path, found: dict[str, Entry], pairs: dict[str, tuple[StoredTensor | None, StoredTensor]]
+) -> None:
     """Write the delta's weights and corrections, file by file as the target has them, and complete the entries."""
-    files = plan_like({name: target for name, (_, target) in pairs.items()})
+    files = shard_layout_like({name: target for name, (_, target) in pairs.items()})
     with Writer(folder, files) as writer:
         for file, tensors in files.items():
-            beside: dict[str, torch.Tensor | Stored] = {}
-            pieces = side_by_side({name: pairs[name] for name in tensors})
+            beside: dict[str, torch.Tensor | StoredTensor] = {}
+            pieces = paired_chunks({name: pairs[name] for name in tensors})
             for name, of_tensor in groupby(pieces, attrgetter("name")):
                 beside |= subtract(of_tensor, found[name], pairs[name][1], writer)
             if beside:
@@ -77,8 +79,8 @@ def write_delta(folder: Path, found: dict[str, Entry], pairs: dict[str, tuple[St
 
 
 def subtract(
-    pieces: Iterable[Piece], entry: Entry, target: Stored, writer: Writer
-) -> dict[str, torch.Tensor | Stored]:
+    pieces: Iterable[Piece], entry: Entry, target: StoredTensor, writer: Writer
+) -> dict[str, torch.Tensor | StoredTensor]:
     """Write a tensor's delta, complete its entry, and return what goes beside it.
 
     That are the `values`, in the target's dtype, which addition does not give back, and their `positions` in the flat
@@ -94,7 +96,7 @@ def subtract(
             base = base.to(target.dtype)
             delta = value - base
             # Which NaN a sum is depends on the processor.
-            lost = ((as_bits(base + delta) != as_bits(value)) | value.isnan()).nonzero().flatten()
+            lost = ((bitwise_view(base + delta) != bitwise_view(value)) | value.isnan()).nonzero().flatten()
             entry.corrected += len(lost)
             if (room := room - len(lost) * (at.itemsize + target.dtype.itemsize)) > 0:
                 positions.append((lost + start).to(at))
@@ -106,17 +108,17 @@ def subtract(
     return {f"{name}:positions": torch.cat(positions), f"{name}:values": torch.cat(values)} if entry.corrected else {}
 
 
-def as_bits(values: torch.Tensor) -> torch.Tensor:
+def bitwise_view(values: torch.Tensor) -> torch.Tensor:
     """To be compared: as floating-point numbers NaN is never NaN, and -0 is 0."""
     return values.view(BITS[values.dtype.itemsize])
 
 
-def write_corrections(folder: Path, file: str, beside: dict[str, torch.Tensor | Stored]) -> None:
+def write_corrections(folder: Path, file: str, beside: dict[str, torch.Tensor | StoredTensor]) -> None:
     wide_first = sorted(beside, key=lambda name: -beside[name].dtype.itemsize)  # or some would stand at odd places
     specs = {name: Spec(beside[name].dtype, tuple(beside[name].shape)) for name in wide_first}
     with Writer(folder, {file: specs}) as writer:
         for name, tensor in beside.items():
-            if isinstance(tensor, Stored):
+            if isinstance(tensor, StoredTensor):
                 for start in range(0, tensor.numel, PIECE):
                     writer.put(name, tensor.read(start, start + PIECE), start)
             else:

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from convert.deltas import CORRECTIONS, DELTA, Entry, entries, read_delta
-from convert.folders import copy_rest, model_folder, name_of, whole_folder
-from convert.publish import add_flags, checked, push, write_card
-from convert.shards import CODES, Stored, Writer, plan_like, read_safetensors, side_by_side
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from convert.folders import atomic_folder, copy_rest, model_folder, public_name
+from convert.publish import add_flags, push, validated_metrics, write_card
+from convert.shards import CODES, StoredTensor, Writer, paired_chunks, read_safetensors, shard_layout_like
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = {"type": Path, "required": True, "metavar": "FOLDER"}
@@ -36,20 +36,20 @@ def main() -> None:
         "--low-cpu-mem", "--low_cpu_mem", action="store_true", help="no effect: little memory is used in any case"
     )
     add_flags(parser)
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     base, delta = model_folder(args.base_model_path), model_folder(args.delta_path)
-    metrics = checked(args, delta)
+    metrics = validated_metrics(args, delta)
     if base.resolve() == delta.resolve():
         raise InputError(f"{base}: is base and delta in one; name two folders")
 
-    wanted, told = read_delta(delta) if (delta / DELTA).exists() else (name_of(base), None)
+    wanted, told = read_delta(delta) if (delta / DELTA).exists() else (public_name(base), None)
     found, pairs = entries(base, delta, wanted if told else None)
     if told:
         check_told(delta, found, told)
     else:
         dtypes = sorted({CODES[pairs[name][1].dtype] for name, entry in found.items() if entry.stored == "difference"})
         print(f"{delta} has no {DELTA}: the base is not checked, and added in the delta's dtype ({', '.join(dtypes)})")
-    with whole_folder(args.target_model_path) as folder:
+    with atomic_folder(args.target_model_path) as folder:
         try:
             add(folder, told or found, pairs, read_corrections(delta, told or found, pairs))
         except AnotherBase as error:
@@ -76,8 +76,8 @@ def check_told(delta: Path, found: Mapping[str, Entry], told: Mapping[str, Entry
 
 
 def read_corrections(
-    delta: Path, told: Mapping[str, Entry], pairs: Mapping[str, tuple[Stored | None, Stored]]
-) -> dict[str, Stored]:
+    delta: Path, told: Mapping[str, Entry], pairs: Mapping[str, tuple[StoredTensor | None, StoredTensor]]
+) -> dict[str, StoredTensor]:
     """What stands beside a delta; InputError if something lacks, or is not what the entries tell."""
     beside = {}
     for file in sorted(delta.glob(f"{CORRECTIONS}*.safetensors")):
@@ -101,12 +101,12 @@ def read_corrections(
 def add(
     folder: Path,
     told: Mapping[str, Entry],
-    pairs: Mapping[str, tuple[Stored | None, Stored]],
-    beside: Mapping[str, Stored],
+    pairs: Mapping[str, tuple[StoredTensor | None, StoredTensor]],
+    beside: Mapping[str, StoredTensor],
 ) -> None:
     """Write the sums, file by file as the delta has them; AnotherBase if the base is not the one that it knows."""
-    with Writer(folder, plan_like({name: delta for name, (_, delta) in pairs.items()})) as writer:
-        for name, pieces in groupby(side_by_side(pairs), attrgetter("name")):
+    with Writer(folder, shard_layout_like({name: delta for name, (_, delta) in pairs.items()})) as writer:
+        for name, pieces in groupby(paired_chunks(pairs), attrgetter("name")):
             entry, exact = told[name], beside.get(f"{name}:values")
             at = beside[f"{name}:positions"].read() if f"{name}:positions" in beside else None
             if at is not None:

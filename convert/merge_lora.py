@@ -22,21 +22,20 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from convert.folders import copy_rest, model_folder, name_of, read_record, whole_folder, write_record
-from convert.publish import add_flags, checked, push, write_card
-from reclingua.models.language import DTYPES, fingerprint, load_model, load_tokenizer
+from convert.folders import atomic_folder, copy_rest, model_folder, public_name, read_metadata, write_metadata
+from convert.publish import add_flags, push, validated_metrics, write_card
+from reclingua.models.language import DTYPES, base_fingerprint, load_model, load_tokenizer
 from reclingua.models.lora import load_lora
-from reclingua.models.registry import METHODS as YESNO
-from reclingua.models.registry import open_model
+from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 OF_RECORD = {"base_model", "base_dtype", "base_sha256", "load_in_4bit", "load_in_8bit"}
 # What a test, or who tunes on, reads in the record of a folder without an adapter.
 NO_LORA = {"lora": None, "load_in_4bit": False, "load_in_8bit": False, "base_dtype": "float32"}
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -47,26 +46,26 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="where the merged model goes")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of what is written (default: %(default)s)")
     add_flags(parser)
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     adapter = model_folder(args.ckpt_path)
-    metrics, record = checked(args, adapter), read_record(adapter)
+    metrics, record = validated_metrics(args, adapter), read_metadata(adapter)
     if record.get("load_in_4bit") or record.get("load_in_8bit"):
         metrics = metrics if args.results_file else {}  # the adapter's are not those of the merged model
 
-    with whole_folder(args.output_dir) as folder:
+    with atomic_folder(args.output_dir) as folder:
         if record.get("method") == "lcrec":
             model = merged_lcrec(adapter, record, args.base_model)
-        elif record.get("method") in YESNO:
+        elif record.get("method") in YES_NO_METHODS:
             model = merged_yesno(adapter, record["method"], args.base_model, args.collab)
         else:
             raise InputError(f"{adapter}: was not tuned by finetune.py, so it has no LoRA weights to be merged")
         copy_rest(adapter, folder)
-        write_record(folder, record | NO_LORA)
+        write_metadata(folder, record | NO_LORA)
         model.to(getattr(torch, args.dtype)).save_pretrained(folder)
         base = args.base_model or str(record.get("base_model"))
-        write_card(folder, "merged", args.push_to_hub or args.output_dir, name_of(base), metrics)
+        write_card(folder, "merged", args.push_to_hub or args.output_dir, public_name(base), metrics)
     print(f"{adapter} merged into {base} -> {args.output_dir}/")
     push(args.push_to_hub, args.output_dir)
 
@@ -79,7 +78,7 @@ def merged_lcrec(adapter: Path, record: dict, base_model: str | None) -> PreTrai
         raise InputError(f"{adapter}: was tuned by another version of finetune.py; tune it again")
     path = base_model or record["base_model"]
     base = load_model(path, getattr(torch, record["base_dtype"]), record["load_in_4bit"], record["load_in_8bit"])
-    if fingerprint(base) != record["base_sha256"]:
+    if base_fingerprint(base) != record["base_sha256"]:
         raise InputError(f"{path}: is not the base model that {adapter} was tuned on; see --base_model")
     if record["load_in_4bit"] or record["load_in_8bit"] or record["base_dtype"] != "float32":
         del base
@@ -93,7 +92,7 @@ def merged_yesno(adapter: Path, method: str, base_model: str | None, collab: str
     An adapter folder of these methods has no fingerprint of its base: another one of the same shape is not noticed.
     """
     in_full = {"base_dtype": "float32", "load_in_4bit": False}
-    model = open_model(adapter, method, base_model=base_model, collab=collab, **in_full)
+    model = load_yes_no_model(adapter, method, base_model=base_model, collab=collab, **in_full)
     config = model.config
     if not config.lora:
         raise InputError(f"{adapter}: has no LoRA weights to be merged")
@@ -102,8 +101,8 @@ def merged_yesno(adapter: Path, method: str, base_model: str | None, collab: str
             module.merge()
             model.language.set_submodule(name, module.get_base_layer())
     config.lora, config.trained = None, sorted({*config.trained} - {"lora"})
-    config.base_model, config.collab = name_of(config.base_model), config.collab and name_of(config.collab)
-    model.keep_everything()
+    config.base_model, config.collab = public_name(config.base_model), config.collab and public_name(config.collab)
+    model.include_base_weights()
     for part in filter(None, (config.base_config, config.collab_config)):
         part.pop("_name_or_path", None)
     return model

@@ -9,10 +9,10 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from convert.folders import read_record
+from convert.folders import read_metadata
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 
 CARD, RESULTS = "README.md", "results of test.py"
 KINDS = {
@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def checked(args: argparse.Namespace, tuned: Path) -> dict[str, float]:
+def validated_metrics(args: argparse.Namespace, tuned: Path) -> dict[str, float]:
     """The metrics of the model in `tuned`, as far as they are known; InputError for flags that cannot be followed.
 
     To be called first: what is wrong with publishing should not be found out when the work is done.
@@ -55,7 +55,7 @@ def checked(args: argparse.Namespace, tuned: Path) -> dict[str, float]:
             raise InputError("--push_to_hub needs a token: hf auth login, or the environment variable HF_TOKEN")
     if args.results_file:
         return metrics_of(read_json(args.results_file, RESULTS), args.results_file)
-    record = read_record(tuned) if (tuned / RECORD).exists() else {}
+    record = read_metadata(tuned) if (tuned / METADATA_FILE).exists() else {}
     file = Path("results") / str(record.get("dataset")) / f"{record.get('method')}.json"
     if not file.exists():
         return {}
@@ -88,7 +88,7 @@ def write_card(folder: Path, kind: str, name: str | Path, base: str, metrics: di
     Raises:
         OSError: as writing does.
     """
-    record = read_record(folder) if (folder / RECORD).exists() else {}
+    record = read_metadata(folder) if (folder / METADATA_FILE).exists() else {}
     method, dataset = str(record.get("method", "")), str(record.get("dataset", "DATASET"))
     name = Path(name).absolute().name
     measured = {"task_type": "recommendation", "dataset_type": dataset, "dataset_name": dataset}

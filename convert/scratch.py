@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.utils.logging import disable_progress_bar
 
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, read_prompts
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_folder
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -40,7 +40,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL)
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=1024, help="positions (default: %(default)s)")
     parser.add_argument("--attention_dropout", type=float, default=0.2, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     if args.vocab_size < 300:
         raise InputError(f"--vocab_size {args.vocab_size}: 300 at least, for the 256 bytes and the special tokens")
     if args.heads < 1 or args.layers < 1 or args.hidden_size < 1 or not 0 <= args.attention_dropout < 1:
@@ -64,9 +64,9 @@ def main() -> None:
         raise InputError(f"--hidden_size {args.hidden_size}: should be a multiple of 2 x --heads ({2 * args.heads})")
 
     dataset = open_dataset(args.data_path, args.dataset)
-    prompts = read_prompts(PROMPT_FILE, {task: FIELDS[task] for task in ("seqrec", "seqrec_history")})
-    phrasings = [phrasing for task in prompts.values() for phrasing in task]
-    words = [dataset.title(item) for item in dataset.item_ids] + [p.prompt.replace("{history}", "") for p in phrasings]
+    prompts = read_prompts(LCREC_PROMPT_FILE, {task: FIELDS[task] for task in ("seqrec", "seqrec_history")})
+    templates = [template for task in prompts.values() for template in task]
+    words = [dataset.title(item) for item in dataset.item_ids] + [p.prompt.replace("{history}", "") for p in templates]
     tokenizer = train_tokenizer(words, args.vocab_size, args.max_length)
     set_seed(args.seed)
     model = LlamaForCausalLM(

@@ -65,7 +65,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Stored(Spec):
+class StoredTensor(Spec):
     """A tensor in a file: its bytes, row by row, stand there from byte `begin` on."""
 
     file: Path
@@ -91,7 +91,7 @@ class Stored(Spec):
 # ---- Reading ----
 
 
-def read_weights(folder: Path) -> dict[str, Stored]:
+def read_weights(folder: Path) -> dict[str, StoredTensor]:
     """Name -> tensor, file by file, of a folder of safetensors files or, where it has none, `pytorch_model.bin` files.
 
     Raises:
@@ -105,11 +105,11 @@ def read_weights(folder: Path) -> dict[str, Stored]:
     raise InputError(f"{folder}: has no weights: neither {SINGLE} nor {PICKLED}, nor an index of several such files")
 
 
-def _read_shards(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+def _read_shards(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     file_of = read_json(index, "which tensor is in which file").get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise InputError(f"{index}: should have a weight_map, tensor -> file")
-    weights: dict[str, Stored] = {}
+    weights: dict[str, StoredTensor] = {}
     for name, file in file_of.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise InputError(f"{index}: tensor {name!r} should be in a file beside it, not in {file!r}")
@@ -128,7 +128,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict
     return weights
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Name -> tensor of one file, in the order in which they stand there; InputError for what is no such file."""
     try:
         with safe_open(path, "pt") as file:  # which checks that the file is whole, and that there are no holes in it
@@ -141,12 +141,12 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     for name, (code, shape) in looks.items():
         if code not in DTYPES:
             raise InputError(f"{path}: tensor {name!r} is of dtype {code}, which is not known here")
-        weights[name] = Stored(DTYPES[code], shape, path, begin)
+        weights[name] = StoredTensor(DTYPES[code], shape, path, begin)
         begin += weights[name].nbytes
     return weights
 
 
-def read_pickled(path: Path) -> dict[str, Stored]:
+def read_pickled(path: Path) -> dict[str, StoredTensor]:
     """As `read_safetensors`, of a file by `torch.save`, of which nothing but tensors is ever opened."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second that others need not wait
 
@@ -171,11 +171,11 @@ def read_pickled(path: Path) -> dict[str, Stored]:
         if tensor.dtype not in CODES or not tensor.is_contiguous():
             raise InputError(f"{path}: tensor {name!r} is {tensor.dtype}, or not row by row; save it as safetensors")
         begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
-        weights[name] = Stored(tensor.dtype, tuple(tensor.shape), path, begin)
+        weights[name] = StoredTensor(tensor.dtype, tuple(tensor.shape), path, begin)
     return weights
 
 
-def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], count: int = 2) -> Iterator[T]:
     """The same items (none of them None), made by another thread up to `count` before they are asked for."""
     items = iter(items)
     with ThreadPoolExecutor(1) as thread:
@@ -195,7 +195,7 @@ class Piece(NamedTuple):
     checksum: str | None  # with a tensor's last piece: XXH3 of the base's dtype, shape and bytes
 
 
-def side_by_side(pairs: Mapping[str, tuple[Stored | None, Stored]]) -> Iterator[Piece]:
+def paired_chunks(pairs: Mapping[str, tuple[StoredTensor | None, StoredTensor]]) -> Iterator[Piece]:
     """The tensors of a base and of another model a piece at a time, read and summed up by threads of their own.
 
     Torch is left with one thread: more of them would wait for each other, and for these.
@@ -210,7 +210,7 @@ def side_by_side(pairs: Mapping[str, tuple[Stored | None, Stored]]) -> Iterator[
                 yield Piece(name, start, *found, "last" if start + PIECE >= longest else None)
 
     def summed() -> Iterator[Piece]:
-        for piece in ahead(read()):
+        for piece in prefetch(read()):
             base = pairs[piece.name][0]
             if piece.start == 0:
                 digest = xxh3_128(str(base).encode())
@@ -220,7 +220,7 @@ def side_by_side(pairs: Mapping[str, tuple[Stored | None, Stored]]) -> Iterator[
 
     size = sum(tensor.nbytes for pair in pairs.values() for tensor in pair if tensor)
     with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal
-        for piece in ahead(summed()):
+        for piece in prefetch(summed()):
             yield piece
             bar.update(sum(part.nbytes for part in (piece.base, piece.other) if part is not None))
 
@@ -241,7 +241,7 @@ def plan(tensors: Mapping[str, Spec], shard_bytes: int = 5 * 10**9) -> dict[str,
     return dict(zip(shard_names(len(shards)), shards, strict=True))
 
 
-def plan_like(weights: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+def shard_layout_like(weights: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
     """File -> name -> tensor, as another folder has them."""
     files = list(dict.fromkeys(tensor.file for tensor in weights.values()))
     return {
@@ -258,7 +258,7 @@ class Writer:
     """`with Writer(folder, files) as writer: writer.put(name, tensor)`, in any order, each tensor whole or in pieces.
 
     Args:
-        files: file -> name -> tensor, as `plan` and `plan_like` give it; several files get an index.
+        files: file -> name -> tensor, as `plan` and `shard_layout_like` give it; several files get an index.
 
     Raises:
         OSError: as writing does.

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_folder
 
 
@@ -29,12 +29,12 @@ def packaged_gguf() -> Path:
     return Path(found[0])
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
     parser.add_argument("--layers", type=int, help="keep this many of its 30 layers, evenly spaced (default: all)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     if args.layers is not None and not 1 <= args.layers <= 30:
         raise InputError(f"--layers {args.layers}: SmolLM2-135M has 30")
     output_folder(args.output_dir)

@@ -19,19 +19,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from convert.folders import copy_rest, model_folder, whole_folder
+from convert.folders import atomic_folder, copy_rest, model_folder
 from convert.shards import Spec, Writer, plan
 from reclingua.models.language import DTYPES
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder by finetune.py --deepspeed, or a checkpoint in it")
     parser.add_argument("output_dir", type=Path, help="where the model goes")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights (default: %(default)s)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     checkpoint = model_folder(args.checkpoint)
 
     weights = gathered(checkpoint)
@@ -40,7 +40,7 @@ def main() -> None:
         name: Spec(dtype if weight.dtype.is_floating_point else weight.dtype, tuple(weight.shape))
         for name, weight in weights.items()
     }
-    with whole_folder(args.output_dir) as folder:
+    with atomic_folder(args.output_dir) as folder:
         copy_rest(checkpoint, folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps(config | {"dtype": args.dtype}, indent=2) + "\n")

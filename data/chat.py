@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.utils.errors import InputError
-from reclingua.utils.memory import while_memory_lasts
+from reclingua.utils.memory import run_with_oom_retry
 
 RETRY_TEMPERATURE = 0.7  # asking again must not give the same answer again
 FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 1.0, 60.0, 600.0  # seconds
@@ -96,7 +96,7 @@ class LocalChat:
         lengths = [len(self._encode(question.prompt)) for question in questions]
         order = sorted(range(len(questions)), key=lambda i: -lengths[i])
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        for rows, answers in while_memory_lasts(
+        for rows, answers in run_with_oom_retry(
             lambda rows: self._generate([questions[i] for i in rows]), batches, "question", "take a smaller model"
         ):
             for row, answer in zip(rows, answers, strict=True):

@@ -21,7 +21,7 @@ class Request(NamedTuple):
     """A prompt for a chat model; `phrasing` is what it was made from, `title` what the answer must not name."""
 
     prompt: str
-    phrasing: str
+    template: str
     title: str = ""
 
     @property
@@ -30,19 +30,19 @@ class Request(NamedTuple):
         return sha256(f"{self.title}\n{self.prompt}".encode()).hexdigest()[:24]
 
 
-def plain(text: str) -> str:
+def to_single_line(text: str) -> str:
     """`text` in one line of characters that can be printed."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def clean(text: str, complete: bool) -> str:
+def clean_answer(text: str, complete: bool) -> str:
     """The first paragraph of an answer, without quotes, list marks or what the model thought aloud.
 
     Args:
         complete: False where the answer was cut off; it then ends with its last whole sentence.
     """
     text = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL)
-    paragraphs = [plain(paragraph) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+    paragraphs = [to_single_line(paragraph) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     # "Sure, here is one:" and the like come before the answer.
     at = next((i for i, paragraph in enumerate(paragraphs) if not paragraph.endswith(":")), None)
     if at is None:
@@ -53,7 +53,7 @@ def clean(text: str, complete: bool) -> str:
     return re.sub(r"^([-*•]|\d+[.)])\s+", "", answer).replace("**", "").strip(" \"'“”‘’`")
 
 
-def fault(text: str, request: Request) -> str | None:
+def rejection_reason(text: str, request: Request) -> str | None:
     """What makes a cleaned answer useless; None if nothing does.
 
     An answer names a title if it has the title, or five words of it in a row; what the title has in brackets may be
@@ -70,7 +70,7 @@ def fault(text: str, request: Request) -> str | None:
     names = [request.title, re.sub(BRACKETS, " ", request.title), *in_brackets]
     if any(_runs(said, name, TITLE_RUN) for name in names):
         return "names the item"
-    if _runs(said, request.phrasing, PROMPT_RUN) or _within(said, _words(request.prompt)):
+    if _runs(said, request.template, PROMPT_RUN) or _within(said, _words(request.prompt)):
         return "repeats the prompt"
     parts = Counter(tuple(said[i : i + CIRCLE_RUN]) for i in range(len(said) - CIRCLE_RUN + 1))
     if max(parts.values(), default=0) > 1:
@@ -94,7 +94,7 @@ def _runs(said: list[str], text: str, length: int) -> bool:
     return bool(words) and any(_within(words[i : i + length], said) for i in range(len(words) - length + 1))
 
 
-class Journal:
+class ResponseCache:
     """The answers so far, a line of JSON each; what a run that was cut short leaves to the next one.
 
     `texts`: key of a request -> its text; `refused`: key -> how many answers were refused; `faults`: why, counted.
@@ -143,7 +143,7 @@ class Journal:
         """How many answers it holds."""
         return len(self.texts) + self.refused.total()
 
-    def settled(self, request: Request, attempts: int) -> bool:
+    def is_done(self, request: Request, attempts: int) -> bool:
         return request.key in self.texts or self.refused[request.key] >= attempts
 
     def add(self, request: Request, text: str, why_refused: str | None) -> None:

@@ -13,7 +13,7 @@ _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<![^<>]*>")
 _ARTICLES = {"The", "A", "An", "La", "Le", "Les", "Il", "Das"}
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """Text as a reader of the page would see it, in one line.
 
     Entities are decoded until none is left, since shops escape twice ('&amp;amp;'). Tags go, those that may stand in

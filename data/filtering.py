@@ -9,7 +9,7 @@ the table `ratings`; here it becomes
 from duckdb import DuckDBPyConnection
 
 
-def one_row(con: DuckDBPyConnection, query: str) -> tuple | None:
+def fetch_one(con: DuckDBPyConnection, query: str) -> tuple | None:
     """The first row, None if there is none."""
     rows = con.execute(query).fetchall()
     return rows[0] if rows else None
@@ -28,45 +28,45 @@ def number_ratings(con: DuckDBPyConnection, only_known: bool) -> int:
         CREATE TABLE rated AS SELECT users.number::INTEGER AS u, items.number::INTEGER AS i, rating,
             timestamp, row_number() OVER (ORDER BY timestamp, ratings.rowid) AS place
         FROM ratings JOIN user_names AS users ON user = users.name JOIN item_names AS items ON item = items.name""")
-    (read,) = one_row(con, "SELECT count(*) FROM ratings")
+    (read,) = fetch_one(con, "SELECT count(*) FROM ratings")
     con.execute("DROP TABLE ratings")
-    return read - size(con)
+    return read - num_ratings(con)
 
 
-def size(con: DuckDBPyConnection) -> int:
+def num_ratings(con: DuckDBPyConnection) -> int:
     """How many ratings are left."""
-    return one_row(con, "SELECT count(*) FROM rated")[0]
+    return fetch_one(con, "SELECT count(*) FROM rated")[0]
 
 
-def keep(con: DuckDBPyConnection, selection: str) -> int:
+def filter_ratings(con: DuckDBPyConnection, selection: str) -> int:
     """Go on with what the SELECT gives of `rated`; returns how many ratings that leaves out."""
-    before = size(con)
+    before = num_ratings(con)
     con.execute(f"CREATE OR REPLACE TABLE rated AS {selection}")
     con.execute("CHECKPOINT")  # gives the room of what was left out back
-    return before - size(con)
+    return before - num_ratings(con)
 
 
-def keep_window(con: DuckDBPyConnection, first: float, end: float) -> int:
+def filter_window(con: DuckDBPyConnection, first: float, end: float) -> int:
     """Leave out what was rated before `first` or from `end` on, seconds; returns how many."""
-    return keep(con, f"SELECT * FROM rated WHERE timestamp >= {first!r} AND timestamp < {end!r}")
+    return filter_ratings(con, f"SELECT * FROM rated WHERE timestamp >= {first!r} AND timestamp < {end!r}")
 
 
-def keep_first(con: DuckDBPyConnection, same: str) -> int:
+def filter_duplicates(con: DuckDBPyConnection, same: str) -> int:
     """Of ratings that are the same in these columns leave out all but the first; returns how many."""
     earliest = f"SELECT min(place) FROM rated GROUP BY {same}"
-    return keep(con, f"SELECT * FROM rated WHERE place IN ({earliest})")
+    return filter_ratings(con, f"SELECT * FROM rated WHERE place IN ({earliest})")
 
 
-def keep_core(con: DuckDBPyConnection, k: int) -> int:
+def filter_core(con: DuckDBPyConnection, k: int) -> int:
     """Leave out users and items with fewer than `k` ratings until none is left to leave out; returns how many."""
     often = "{0} IN (SELECT {0} FROM rated GROUP BY {0} HAVING count(*) >= " + str(k) + ")"
     left_out = 0
-    while now := keep(con, f"SELECT * FROM rated WHERE {often.format('u')} AND {often.format('i')}"):
+    while now := filter_ratings(con, f"SELECT * FROM rated WHERE {often.format('u')} AND {often.format('i')}"):
         left_out += now
     return left_out
 
 
-def give_ids(con: DuckDBPyConnection, first: int = 0) -> None:
+def assign_ids(con: DuckDBPyConnection, first: int = 0) -> None:
     """Make `users` and `items_kept`: id, name, number.
 
     Ids run from `first` in the order of the names, by value where all of them are whole numbers, else letter by

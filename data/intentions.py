@@ -20,15 +20,15 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data.chat import Answer, Endpoint, LocalChat, Question, Sampling
-from data.chat_answers import Journal, Request, clean, fault, plain
+from data.chat_answers import Request, ResponseCache, clean_answer, rejection_reason, to_single_line
 from reclingua.datasets.interactions import RecDataset, open_dataset
-from reclingua.datasets.prompts import PROMPTS, Fields, Phrasing, read_prompts
-from reclingua.datasets.user_texts import PARTS, Intention, UserTexts, occasion, write_users
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.datasets.prompts import PROMPTS, Fields, PromptTemplate, read_prompts
+from reclingua.datasets.user_texts import PARTS, Intention, UserTexts, intention_context, write_users
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_file, read_json, write_json
-from reclingua.utils.metadata import run_facts
+from reclingua.utils.metadata import run_metadata
 
-PROMPT_FILE = PROMPTS / "intentions.yaml"
+LCREC_PROMPT_FILE = PROMPTS / "intentions.yaml"
 LOCAL_MODEL = "ckpt/base/SmolLM2-135M-Instruct"
 PREFERENCES, INTENTIONS = ("general", "lasting", "recent"), ("of_user", "of_item")
 FIELDS = {task: Fields([{"history", "recent"}]) for task in PREFERENCES}
@@ -49,7 +49,11 @@ class Planner:
     """
 
     def __init__(
-        self, dataset: RecDataset, prompts: dict[str, list[Phrasing]], chat: LocalChat | Endpoint, max_his_len: int
+        self,
+        dataset: RecDataset,
+        prompts: dict[str, list[PromptTemplate]],
+        chat: LocalChat | Endpoint,
+        max_his_len: int,
     ):
         self.dataset, self.prompts, self.chat, self.max_his_len = dataset, prompts, chat, max_his_len
         self.cut = 0
@@ -62,51 +66,51 @@ class Planner:
         """
         plan: Plan = {}
         for number, user in enumerate(users):
-            if history := occasion(self.dataset, user, "train")[0]:
+            if history := intention_context(self.dataset, user, "train")[0]:
                 plan["preferences", user] = [self._request(task, number, history) for task in PREFERENCES]
             for part in PARTS if len(self.dataset.histories[user]) >= 3 else PARTS[:1]:
-                item = occasion(self.dataset, user, part)[1]
+                item = intention_context(self.dataset, user, part)[1]
                 plan[part, user] = [self._request(task, number, item=item) for task in INTENTIONS]
         return plan
 
     def _request(self, task: str, number: int, history: list[str] = (), item: str | None = None) -> Request:
         """Exactly one of `history` and `item` is what a task is about: no prompt holds more than that."""
-        phrasing = self.prompts[task][number % len(self.prompts[task])].prompt
-        title = plain(self.dataset.title(item)) if item is not None else ""
+        template = self.prompts[task][number % len(self.prompts[task])].prompt
+        title = to_single_line(self.dataset.title(item)) if item is not None else ""
         for halvings in range(6):
             lines = [
                 f"- {self._text(each, LINE >> halvings)}" for each in history[-max(1, self.max_his_len >> halvings) :]
             ]
-            prompt = phrasing.format(
+            prompt = template.format(
                 history="\n".join(lines),
                 recent="\n".join(lines[-RECENT:]),
                 item=self._text(item, ITEM >> halvings) if item is not None else "",
             )
             if self.chat.fits(prompt):
                 self.cut += halvings > 0
-                return Request(prompt, phrasing, title)
+                return Request(prompt, template, title)
         raise InputError(f"the phrasing of {task!r} leaves no room in the model's context; shorten it")
 
     def _text(self, item: str, characters: int) -> str:
-        return plain(self.dataset.text(item))[:characters]
+        return to_single_line(self.dataset.text(item))[:characters]
 
 
-def ask_all(chat: LocalChat | Endpoint, requests: list[Request], journal: Journal, attempts: int) -> None:
+def ask_all(chat: LocalChat | Endpoint, requests: list[Request], journal: ResponseCache, attempts: int) -> None:
     """Ask until each request has a text or `attempts` answers to it were refused; every answer goes to the journal.
 
     Raises:
         InputError: the model cannot be asked; the message says what is kept.
     """
-    done = sum(journal.settled(request, attempts) for request in requests)
+    done = sum(journal.is_done(request, attempts) for request in requests)
     bar = tqdm(total=len(requests), initial=done, desc="ask", unit="text", disable=None)
     said, waiting = time.monotonic(), []
 
     def keep(at: int, answer: Answer) -> None:
         nonlocal done, said
         request = waiting[at]
-        text = clean(answer.text, answer.complete)
-        journal.add(request, text, fault(text, request))
-        if journal.settled(request, attempts):
+        text = clean_answer(answer.text, answer.complete)
+        journal.add(request, text, rejection_reason(text, request))
+        if journal.is_done(request, attempts):
             done += 1
             bar.update()
         if bar.disable and time.monotonic() - said > QUIET:
@@ -114,7 +118,7 @@ def ask_all(chat: LocalChat | Endpoint, requests: list[Request], journal: Journa
             print(f"{done:,} of {len(requests):,} texts", flush=True)
 
     try:
-        while waiting := [request for request in requests if not journal.settled(request, attempts)]:
+        while waiting := [request for request in requests if not journal.is_done(request, attempts)]:
             chat.ask([Question(request.prompt, journal.refused[request.key]) for request in waiting], keep)
     except InputError as error:
         kept = f"{len(journal):,} answers are kept in {journal.path}: give the command again to go on"
@@ -134,14 +138,14 @@ def collect(dataset: RecDataset, plan: Plan, texts: dict[str, str]) -> tuple[Use
         if section == "preferences" and given:
             found.preferences[user] = given
         elif section != "preferences" and len(given) == len(requests):
-            history, item = occasion(dataset, user, section)
+            history, item = intention_context(dataset, user, section)
             found.intentions[section][user] = Intention(item, history, *given)
         else:
             left_out[section] += 1
     return found, left_out
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     started = time.monotonic()
@@ -172,7 +176,7 @@ def main() -> None:
     print(
         f"{len(requests):,} texts for {len(users):,} users; {planner.cut:,} prompts cut to fit the model", flush=True
     )
-    with Journal(journal_path, made_with) as journal:
+    with ResponseCache(journal_path, made_with) as journal:
         if len(journal):
             print(f"{len(journal):,} answers from {journal_path}")
         ask_all(chat, requests, journal, args.attempts)
@@ -191,7 +195,7 @@ def main() -> None:
             "users_without": dict(left_out),
             "answers": len(journal),
             "answers_refused": faults,
-            **run_facts(vars(args), started),
+            **run_metadata(vars(args), started),
         },
         indent=1,
     )
@@ -212,7 +216,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_path", type=Path, default=Path("data"), help="holds <dataset>/ (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="default: <data_path>/<dataset>/<dataset>.user.json")
     parser.add_argument("--users", type=int, help="the first so many users (default: all)")
-    parser.add_argument("--prompt_file", type=Path, default=PROMPT_FILE, help="the prompts (default: %(default)s)")
+    parser.add_argument(
+        "--prompt_file", type=Path, default=LCREC_PROMPT_FILE, help="the prompts (default: %(default)s)"
+    )
     parser.add_argument(
         "--max_his_len", type=int, default=20, help="newest items of a history told (default: %(default)s)"
     )
@@ -238,7 +244,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--requests_per_minute", type=float, help="begin no more than so many (default: no limit)")
     parser.add_argument("--timeout", type=float, help="seconds for a reply (default: 60)")
     parser.add_argument("--retries", type=int, help="times that a failed request is sent again (default: 6)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
 
     local, remote = ("batch_size",), ("api_key_env", "concurrency", "requests_per_minute", "timeout", "retries")
     for flag in local if args.endpoint else remote:

@@ -31,12 +31,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
-from data.filtering import give_ids, keep_core, keep_first, keep_window, number_ratings, one_row, size
+from data.filtering import (
+    assign_ids,
+    fetch_one,
+    filter_core,
+    filter_duplicates,
+    filter_window,
+    num_ratings,
+    number_ratings,
+)
 from data.raw_files import NO_ROOM
 from data.readers import SOURCES
 from reclingua.datasets.ratings import COLUMNS, PARTS
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.files import output_folder, whole_file
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_write, output_folder
 
 WITH_IDS = "rated JOIN users ON u = users.number JOIN items_kept ON i = items_kept.number"
 
@@ -70,12 +78,12 @@ def core_of(con: DuckDBPyConnection, args: argparse.Namespace, k: int, first_id:
 
     InputError if nothing is left, or an item that the raw files do not tell of, or have no title of if `need_title`.
     """
-    left_out = keep_core(con, k)
-    if not size(con):
+    left_out = filter_core(con, k)
+    if not num_ratings(con):
         raise InputError(f"{args.dataset}: the {k}-core is empty; lower --min_interactions")
-    give_ids(con, first_id)
+    assign_ids(con, first_id)
     kept = "items_kept LEFT JOIN items ON item = name"
-    lacking = one_row(
+    lacking = fetch_one(
         con,
         f"""SELECT name, texts IS NULL FROM {kept}
         WHERE texts IS NULL OR ({need_title} AND texts ->> '$.title' = '') ORDER BY id LIMIT 1""",
@@ -120,7 +128,7 @@ def write_together(folder: Path, content: dict[str, Iterable[str] | pa.RecordBat
     """The files of a dataset belong together: all of them take their places at the end, or none does."""
     with ExitStack() as files:
         for name, pieces in content.items():
-            temporary = files.enter_context(whole_file(folder / name))
+            temporary = files.enter_context(atomic_write(folder / name))
             if isinstance(pieces, pa.RecordBatchReader):
                 schema = pa.schema(COLUMNS.items())
                 with pq.ParquetWriter(temporary, schema) as writer:
@@ -133,8 +141,8 @@ def write_together(folder: Path, content: dict[str, Iterable[str] | pa.RecordBat
 
 def report(con: DuckDBPyConnection, name: str, left_out: dict[str, int]) -> None:
     """What was read, what of it was left out and why, what is kept."""
-    kept = size(con)
-    users, items, *lengths = one_row(
+    kept = num_ratings(con)
+    users, items, *lengths = fetch_one(
         con,
         """
         SELECT count(*), (SELECT count(*) FROM items_kept), min(n), median(n), avg(n), max(n)
@@ -159,10 +167,10 @@ def sequential(con: DuckDBPyConnection, args: argparse.Namespace, only_known: bo
         had = data_span(con)
         first = args.start or pd.Timestamp.min
         end = args.end + pd.Timedelta(days=1) if args.end else pd.Timestamp.max
-        left_out["from before --start or after --end"] = keep_window(con, first.timestamp(), end.timestamp())
-        if not size(con):
+        left_out["from before --start or after --end"] = filter_window(con, first.timestamp(), end.timestamp())
+        if not num_ratings(con):
             raise InputError(f"{name}: no ratings from --start to --end; {had}")
-    left_out["there twice: same user, item and time"] = keep_first(con, "u, i, timestamp")
+    left_out["there twice: same user, item and time"] = filter_duplicates(con, "u, i, timestamp")
     left_out[f"of users or items with fewer than {k}"] = core_of(con, args, k, first_id=0, need_title=False)
 
     folder = args.data_path / name
@@ -214,24 +222,26 @@ def preference(con: DuckDBPyConnection, args: argparse.Namespace, only_known: bo
     """Likes and dislikes split by time, the files of CoLLM, BinLLM and CoRA; ids start at 1."""
     name, k = args.dataset, args.min_interactions or 1
     unrated = "SELECT min(rowid) FROM ratings WHERE NOT coalesce(isfinite(rating), false)"
-    if (row := one_row(con, unrated)[0]) is not None:
+    if (row := fetch_one(con, unrated)[0]) is not None:
         raise InputError(
             f"{name}: interaction {row + 1:,} of the raw file has no rating to tell a like from a dislike"
         )
     left_out = {"of items without a title": number_ratings(con, only_known)}
     had = data_span(con)
-    (last,) = one_row(con, "SELECT max(timestamp) FROM rated")
+    (last,) = fetch_one(con, "SELECT max(timestamp) FROM rated")
     ends = time_window(last, args.start, args.months)
-    left_out[f"from outside {_span(ends[0], ends[-1])}"] = keep_window(con, ends[0].timestamp(), ends[-1].timestamp())
-    if not size(con):
+    left_out[f"from outside {_span(ends[0], ends[-1])}"] = filter_window(
+        con, ends[0].timestamp(), ends[-1].timestamp()
+    )
+    if not num_ratings(con):
         raise InputError(f"{name}: no ratings {_span(ends[0], ends[-1])}; {had}; see --start, --months")
     # Who rates an item again would find the answer in the history: the first rating counts.
-    left_out["of what the user had rated before"] = keep_first(con, "u, i")
+    left_out["of what the user had rated before"] = filter_duplicates(con, "u, i")
     left_out[f"of users or items with fewer than {k}"] = core_of(con, args, k, first_id=1, need_title=True)
     make_parts(con, ends, args.liked_above)
     lines = []
     for part, (begin, end) in zip(PARTS, pairwise(ends), strict=True):
-        count, liked, warm = one_row(con, f"SELECT count(*), avg(label), avg(not_cold) FROM {part}")
+        count, liked, warm = fetch_one(con, f"SELECT count(*), avg(label), avg(not_cold) FROM {part}")
         if liked in (None, 0, 1):
             what = "no ratings" if not count else f"only ratings {'above' if liked else 'up to'} {args.liked_above:g}"
             raise InputError(
@@ -276,7 +286,7 @@ def make_parts(con: DuckDBPyConnection, ends: list[pd.Timestamp], liked_above: f
 
 def data_span(con: DuckDBPyConnection) -> str:
     """Which days the ratings are of."""
-    first, last = one_row(con, "SELECT min(timestamp), max(timestamp) FROM rated")
+    first, last = fetch_one(con, "SELECT min(timestamp), max(timestamp) FROM rated")
     return f"the data has {_span(*(pd.to_datetime(when, unit='s') for when in (first, last)))}"
 
 
@@ -330,7 +340,7 @@ def parse_args() -> argparse.Namespace:
     )
     of_csv.add_argument("--items_path", type=Path, help="file of the items' titles (default: no item texts)")
 
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     if args.min_interactions is not None and args.min_interactions < 1:
         raise InputError(f"--min_interactions {args.min_interactions}: should be 1 at least")
     if not all(0 < months <= 240 for months in args.months):
@@ -361,7 +371,7 @@ def _day(flag: str, text: str | None) -> pd.Timestamp | None:
     return day
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     args = parse_args()
     with workspace(args.data_path, args.memory_gb) as con:

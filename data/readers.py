@@ -15,8 +15,8 @@ from pathlib import Path
 
 from duckdb import DuckDBPyConnection
 
-from data.cleaning import clean, movie_description, natural_title
-from data.filtering import one_row
+from data.cleaning import clean_text, movie_description, natural_title
+from data.filtering import fetch_one
 from data.raw_files import JsonLines, Table, existing, header_of, line_of, load
 from reclingua.utils.errors import InputError
 
@@ -44,7 +44,7 @@ def read_recbole(con: DuckDBPyConnection, args: argparse.Namespace) -> bool:
         raise InputError(f"{raw.path}: has no column whose name ends in 'title'")
 
     def describe(*values: str) -> dict[str, str]:
-        record = dict(zip(names, map(clean, values), strict=True))
+        record = dict(zip(names, map(clean_text, values), strict=True))
         description = record.get("description")
         if description is None:
             description = movie_description(record.get("release_year", ""), record.get("class", "").split())
@@ -69,9 +69,9 @@ def read_movielens(con: DuckDBPyConnection, args: argparse.Namespace) -> bool:
     _make_ratings(con, ratings, *columns)
 
     def describe(title: str, kinds: str) -> dict[str, str]:
-        kinds = "" if kinds == "(no genres listed)" else clean(kinds).replace("|", " ")
+        kinds = "" if kinds == "(no genres listed)" else clean_text(kinds).replace("|", " ")
         return {
-            "title": natural_title(clean(title)),
+            "title": natural_title(clean_text(title)),
             "description": movie_description("", kinds.split()),
             "class": kinds,
         }
@@ -141,7 +141,7 @@ def read_csv(con: DuckDBPyConnection, args: argparse.Namespace) -> bool:
     raw, (item, *texts) = _csv(args.items_path, [args.item_column, args.title_column, *description])
 
     def describe(title: str, description: str = "") -> dict[str, str]:
-        return {"title": clean(title), "description": clean(description)}
+        return {"title": clean_text(title), "description": clean_text(description)}
 
     _make_items(con, raw, item, texts, describe)
     return _only_titled(con, args.raw_path, args.items_path)
@@ -181,7 +181,7 @@ def _make_ratings(
     if time == MILLISECONDS:
         unit, other, remedy, earliest = ("milliseconds", "seconds", "multiply", LATEST / 1000)
     unrated = "false" if may_lack or rating is None else "NOT coalesce(isfinite(rating), false)"
-    faulty = one_row(
+    faulty = fetch_one(
         con,
         f"""
         SELECT * FROM (
@@ -203,7 +203,7 @@ def _make_ratings(
         raise InputError(
             f"{where}: timestamp {when:.0f} is no number of {unit} since 1970; is it in {other}? {remedy} by 1000"
         )
-    if one_row(con, "SELECT count(*) FROM ratings") == (0,):
+    if fetch_one(con, "SELECT count(*) FROM ratings") == (0,):
         raise InputError(f"{raw.path}: has no ratings")
 
 
@@ -228,8 +228,8 @@ def _make_items(
 def _only_titled(con: DuckDBPyConnection, path: Path, items_path: Path) -> bool:
     """Only items that have a title: a language model cannot be told of the others."""
     con.execute("DELETE FROM items WHERE texts ->> '$.title' = ''")
-    if one_row(con, "SELECT count(*) FROM items") == (0,):
-        (rated,) = one_row(con, "SELECT count(DISTINCT item) FROM ratings")
+    if fetch_one(con, "SELECT count(*) FROM items") == (0,):
+        (rated,) = fetch_one(con, "SELECT count(DISTINCT item) FROM ratings")
         raise InputError(f"{items_path}: has a title for none of the {rated:,} items of {path.name}")
     return True
 
@@ -277,8 +277,8 @@ def _plain(value: str, between: str = " ") -> str:
     """A JSON field, a text or a list of texts, as one clean text."""
     content = json.loads(value) if value else ""
     if isinstance(content, list):
-        return between.join(filter(None, (clean(str(part)) for part in content if part is not None)))
-    return clean(str("" if content is None else content))
+        return between.join(filter(None, (clean_text(str(part)) for part in content if part is not None)))
+    return clean_text(str("" if content is None else content))
 
 
 def packaged_example(name: str) -> Path:

@@ -38,6 +38,6 @@ def random_codes(sizes: list[int], items: int, seed: int) -> np.ndarray:
     return codes
 
 
-def tokens_of(codes: np.ndarray) -> list[list[str]]:
+def to_tokens(codes: np.ndarray) -> list[list[str]]:
     """int64 [items, levels] as the tokens of D.index.json."""
     return [[f"<{LETTERS[level]}_{code}>" for level, code in enumerate(row)] for row in codes.tolist()]

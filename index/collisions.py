@@ -18,13 +18,13 @@ def groups_of(codes: np.ndarray) -> list[np.ndarray]:
     return [np.array(group) for group in rows.values() if len(group) > 1]
 
 
-def colliding(codes: np.ndarray) -> int:
+def count_collisions(codes: np.ndarray) -> int:
     """Number of items whose index is also another item's."""
     return sum(map(len, groups_of(codes)))
 
 
 @torch.no_grad()
-def spread(model: RQVAE, latents: torch.Tensor, codes: np.ndarray, rounds: int = 20) -> np.ndarray:
+def reassign_by_sinkhorn(model: RQVAE, latents: torch.Tensor, codes: np.ndarray, rounds: int = 20) -> np.ndarray:
     """Re-assign the last level of colliding items by Sinkhorn within each group, up to `rounds` times (LC-Rec).
 
     Args:
@@ -47,7 +47,7 @@ def spread(model: RQVAE, latents: torch.Tensor, codes: np.ndarray, rounds: int =
 
 
 @torch.no_grad()
-def move_to_free(model: RQVAE, latents: torch.Tensor, codes: np.ndarray) -> np.ndarray:
+def resolve_collisions(model: RQVAE, latents: torch.Tensor, codes: np.ndarray) -> np.ndarray:
     """Make every index unique; int64 [items, levels].
 
     The rule: of the items that share an index, the one nearest to it keeps it. The others, nearest first, each take
@@ -62,16 +62,16 @@ def move_to_free(model: RQVAE, latents: torch.Tensor, codes: np.ndarray) -> np.n
         place = sum(book[codes[group[0], level]] for level, book in enumerate(codebooks))
         _, *leavers = group[np.argsort(((points[group] - place) ** 2).sum(1), kind="stable")]
         for row in leavers:
-            codes[row] = next(index for index in _by_nearness(points[row], codebooks) if index not in taken)
+            codes[row] = next(index for index in _nearest_indices(points[row], codebooks) if index not in taken)
             taken.add(tuple(codes[row].tolist()))
     return codes
 
 
-def _by_nearness(point: np.ndarray, codebooks: list[np.ndarray]) -> Iterator[tuple[int, ...]]:
+def _nearest_indices(point: np.ndarray, codebooks: list[np.ndarray]) -> Iterator[tuple[int, ...]]:
     """All indices, nearest code first on each level, the last level varying fastest."""
     if not codebooks:
         yield ()
         return
     for code in np.argsort(((codebooks[0] - point) ** 2).sum(1), kind="stable").tolist():
-        for rest in _by_nearness(point - codebooks[0][code], codebooks[1:]):
+        for rest in _nearest_indices(point - codebooks[0][code], codebooks[1:]):
             yield (code, *rest)

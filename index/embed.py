@@ -16,8 +16,8 @@ from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 
 from reclingua.datasets.interactions import RecDataset, open_dataset
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.files import whole_file
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_write
 
 
 def packaged_encoder() -> str:
@@ -75,7 +75,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="ml-100k", help="name of the dataset (default: %(default)s)")
@@ -89,13 +89,13 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--collab_dim", type=int, default=64, help="width of that part (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="default: <data_path>/<dataset>/<dataset>.emb-<plm>-td.npy")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     if not 0 <= args.collab_weight <= 1:
         raise InputError(f"--collab_weight {args.collab_weight}: should be between 0 and 1")
 
     dataset = open_dataset(args.data_path, args.dataset, needs=["items"])
     output = args.output or dataset.folder / f"{dataset.name}.emb-{Path(args.plm).name}-td.npy"
-    with whole_file(output) as temporary:
+    with atomic_write(output) as temporary:
         texts = [dataset.text(item) for item in dataset.item_ids]
         embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)
         if args.collab_weight:

@@ -39,18 +39,18 @@ def balance(residual: torch.Tensor, codebook: torch.Tensor, rounds: int = 10) ->
     Args:
         residual: float32 [items, dim]; codebook: float32 [codes, dim], changed in place.
     """
-    codes = equal_shares(squared_distances(residual, codebook))
+    codes = balanced_assignment(squared_distances(residual, codebook))
     for _ in range(rounds):
         sizes = torch.bincount(codes, minlength=len(codebook))[:, None]
         means = torch.zeros_like(codebook).index_add_(0, codes, residual) / sizes.clamp(min=1)
         codebook.copy_(torch.where(sizes > 0, means, codebook))
-        before, codes = codes, equal_shares(squared_distances(residual, codebook))
+        before, codes = codes, balanced_assignment(squared_distances(residual, codebook))
         if torch.equal(codes, before):
             break
     return codes
 
 
-def equal_shares(distances: torch.Tensor) -> torch.Tensor:
+def balanced_assignment(distances: torch.Tensor) -> torch.Tensor:
     """A code for each item, none for more than ceil(items / codes): distances [items, codes] -> int64 [items].
 
     The rule is deferred acceptance (Gale and Shapley, 1962): every item asks its nearest code; a code with too many
@@ -80,6 +80,6 @@ def balanced_codes(latents: torch.Tensor, codebooks: Iterable[torch.Tensor]) -> 
     """Codes int64 [items, levels] of latents float32 [items, dim], in equal shares on every level."""
     residual, codes = latents, []
     for codebook in codebooks:
-        codes.append(equal_shares(squared_distances(residual, codebook)))
+        codes.append(balanced_assignment(squared_distances(residual, codebook)))
         residual = residual - codebook[codes[-1]]
     return torch.stack(codes, 1).numpy()

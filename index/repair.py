@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from reclingua.datasets.interactions import read_codes
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import write_json
 
 
-def tell_apart(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def deduplicate(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """item -> code tokens, no two alike; items whose index is theirs alone, or was first, keep it."""
     taken = set(map("".join, index.values()))
     levels: dict[int, list[str]] = {}  # how many codes an index has -> the last codes of such
@@ -45,14 +45,14 @@ def next_after(code: str) -> str:
     return f"{code[: number.start()]}{int(number[0]) + 1}{code[number.end() :]}"
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="index file, D.index.json")
     parser.add_argument("--output", type=Path, required=True, help="where the mended one goes")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     index = read_codes(args.index)
-    mended = tell_apart(index)
+    mended = deduplicate(index)
     write_json(args.output, mended)
     changed = sum(mended[item] != codes for item, codes in index.items())
     print(f"{changed:,} of {len(index):,} items got another last code -> {args.output}")

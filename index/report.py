@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from reclingua.datasets.interactions import read_codes
-from reclingua.metrics.index import measure
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
-from reclingua.utils.files import output_folder, read_json, whole_file, write_json
-from reclingua.utils.metadata import run_facts
-from reclingua.utils.text import names_of
+from reclingua.metrics.index import index_statistics
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_write, output_folder, read_json, write_json
+from reclingua.utils.metadata import run_metadata
+from reclingua.utils.text import unique_names
 
 # Where item texts have categories, in order of preference, and what stands between several (None: there is but one).
 CATEGORY_KEYS = {"categories": ",", "class": " ", "brand": None}
@@ -115,7 +115,7 @@ def draw(figures: dict[str, dict], key: str | None, path: Path) -> None:
     picture.savefig(path, format="png", dpi=120)
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, nargs="+", help="index files, D.index.json")
@@ -124,14 +124,14 @@ def main() -> None:
         "--category_key", help=f"its key for them (default: the first filled of {', '.join(CATEGORY_KEYS)})"
     )
     parser.add_argument("--output", type=Path, default=Path("results/index"), help="folder (default: %(default)s)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     if args.category_key and not args.item:
         raise InputError("--category_key needs --item, the file that has the key")
     if len(set(args.index)) < len(args.index):
         raise InputError("an index file is given twice; name each once")
     started = time.monotonic()
 
-    indices = dict(zip(names_of(args.index), map(read_codes, args.index), strict=True))
+    indices = dict(zip(unique_names(args.index), map(read_codes, args.index), strict=True))
     key, categories = read_categories(args.item, args.category_key) if args.item else (None, None)
     for path, index in zip(args.index, indices.values(), strict=True) if args.item else ():
         if (extra := next((item for item in index if item not in categories), None)) is not None:
@@ -139,12 +139,12 @@ def main() -> None:
         if (missing := next((item for item in categories if item not in index), None)) is not None:
             raise InputError(f"{path}: item {missing!r} of {args.item} has no index; the files are of different data")
 
-    figures = {name: measure(index, categories) for name, index in indices.items()}
+    figures = {name: index_statistics(index, categories) for name, index in indices.items()}
     print(table(figures))
     output_folder(args.output)
-    with whole_file(args.output / "report.png") as temporary:
+    with atomic_write(args.output / "report.png") as temporary:
         draw(figures, key, temporary)
-    facts = run_facts(vars(args) | {"index": list(map(str, args.index))}, started)
+    facts = run_metadata(vars(args) | {"index": list(map(str, args.index))}, started)
     write_json(args.output / "report.json", {"category_key": key, "indices": figures, **facts}, indent=1)
     print(f"{'categories: ' + key + '; ' if key else ''}-> {args.output}/report.json, report.png")
 

@@ -21,7 +21,7 @@ class RQVAEConfig(PreTrainedConfig):
         commitment: weight of the commitment loss beside the codebook loss.
         sinkhorn_epsilon: sharpness of the balanced assignment on the last level; 0 turns it off.
         sinkhorn_rounds: its number of normalisation rounds.
-        equal_shares: an index is made with as many items for each code as for any other (balanced k-means) instead of
+        balanced_assignment: an index is made with as many items for each code as for any other (balanced k-means) instead of
             nearest codes.
     """
 
@@ -36,7 +36,7 @@ class RQVAEConfig(PreTrainedConfig):
         commitment: float = 0.25,
         sinkhorn_epsilon: float = 0.003,
         sinkhorn_rounds: int = 50,
-        equal_shares: bool = False,
+        balanced_assignment: bool = False,
         **kwargs,
     ):
         self.input_dim = input_dim
@@ -46,7 +46,7 @@ class RQVAEConfig(PreTrainedConfig):
         self.commitment = commitment
         self.sinkhorn_epsilon = sinkhorn_epsilon
         self.sinkhorn_rounds = sinkhorn_rounds
-        self.equal_shares = equal_shares
+        self.balanced_assignment = balanced_assignment
         super().__init__(**kwargs)
 
 

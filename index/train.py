@@ -23,13 +23,13 @@ from transformers import get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 from index.codes import check_sizes, default_sizes
-from index.collisions import colliding
+from index.collisions import count_collisions
 from index.kmeans import fill_codebooks
 from index.rqvae import RQVAE, RQVAEConfig
 from reclingua.datasets.interactions import read_embeddings
-from reclingua.utils.errors import InputError, exits_cleanly, one_line
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_folder, write_json
-from reclingua.utils.metadata import run_facts
+from reclingua.utils.metadata import run_metadata
 
 METHODS = ("rqvae", "kmeans", "balanced-kmeans")
 OF_RQVAE = ("code_dim", "hidden_sizes", "epochs", "batch_size", "learning_rate", "weight_decay")
@@ -65,7 +65,12 @@ def train(embeddings: torch.Tensor, config: RQVAEConfig, args: argparse.Namespac
             with torch.no_grad():
                 codes = model(embeddings, balanced=False).codes.cpu().numpy()
             curve.append(
-                {"epoch": epoch, "reconstruction": reconstruction, "rq": rq, "colliding_items": colliding(codes)}
+                {
+                    "epoch": epoch,
+                    "reconstruction": reconstruction,
+                    "rq": rq,
+                    "colliding_items": count_collisions(codes),
+                }
             )
             tqdm.write(
                 f"  epoch {epoch:>5}   reconstruction {reconstruction:.4f}   rq {rq:.4f}   "
@@ -79,9 +84,12 @@ def cluster(embeddings: torch.Tensor, config: RQVAEConfig, seed: int) -> tuple[R
     """Residual k-means of embeddings float32 [items, dim] as an RQ-VAE without encoder; and a curve of one point."""
     model = RQVAE(config).eval()
     model.fit_scale(embeddings)
-    fill_codebooks(model.encode(embeddings), model.codebooks, seed, equal=config.equal_shares)
+    fill_codebooks(model.encode(embeddings), model.codebooks, seed, equal=config.balanced_assignment)
     output = model(embeddings, balanced=False)
-    point = {"reconstruction": output.reconstruction_loss.item(), "colliding_items": colliding(output.codes.numpy())}
+    point = {
+        "reconstruction": output.reconstruction_loss.item(),
+        "colliding_items": count_collisions(output.codes.numpy()),
+    }
     print(
         f"  reconstruction {point['reconstruction']:.4f}   "
         f"colliding items, nearest codes: {point['colliding_items']:,} of {len(embeddings):,}"
@@ -89,7 +97,7 @@ def cluster(embeddings: torch.Tensor, config: RQVAEConfig, seed: int) -> tuple[R
     return model, [point]
 
 
-@exits_cleanly
+@cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="rqvae", help="(default: %(default)s)")
@@ -114,7 +122,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
     parser.add_argument("--weight_decay", type=float, default=1e-4, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
-    args = one_line(parser).parse_args()
+    args = one_line_errors(parser).parse_args()
     for flag in OF_RQVAE if args.method != "rqvae" else ():
         if getattr(args, flag) != parser.get_default(flag):
             raise InputError(f"--{flag} means nothing with --method {args.method}; leave it out")
@@ -147,7 +155,7 @@ def main() -> None:
         code_dim=args.code_dim,
         codebook_sizes=args.codebook_sizes,
         sinkhorn_epsilon=args.sinkhorn_epsilon,
-        equal_shares=args.method == "balanced-kmeans",
+        balanced_assignment=args.method == "balanced-kmeans",
     )
     started = time.monotonic()
     if args.method == "rqvae":
@@ -155,7 +163,7 @@ def main() -> None:
     else:
         model, curve = cluster(embeddings, config, args.seed)
     model.save_pretrained(args.output_dir)
-    write_json(args.output_dir / "run.json", {**run_facts(vars(args), started), "curve": curve}, indent=1)
+    write_json(args.output_dir / "run.json", {**run_metadata(vars(args), started), "curve": curve}, indent=1)
     print(f"{args.method} of {sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
 
 

@@ -5,7 +5,7 @@ from reclingua.baselines.popularity import Popularity
 from reclingua.datasets.interactions import RecDataset
 
 
-def baselines_of(dataset: RecDataset) -> dict[str, Popularity | CoOccurrence]:
+def fit_baselines(dataset: RecDataset) -> dict[str, Popularity | CoOccurrence]:
     """Both, by name."""
     co_occurrence = CoOccurrence(dataset)
     return {"popularity": co_occurrence.popularity, "co-occurrence": co_occurrence}

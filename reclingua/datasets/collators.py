@@ -9,7 +9,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 IGNORE = -100
 
 
-def plain_text(tokenizer: PreTrainedTokenizerBase, max_words: int | None = None) -> Callable[[str], str]:
+def sanitizer(tokenizer: PreTrainedTokenizerBase, max_words: int | None = None) -> Callable[[str], str]:
     """A function that fits a text to stand in a prompt: one line, `max_words` words at most, and none of them a token
     with a meaning of its own, as the end token or an index token has."""
     meant = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
@@ -34,7 +34,7 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
     return torch.tensor(filled, dtype=torch.long)
 
 
-class Collator:
+class CausalLMCollator:
     """Training samples -> a batch of int64 tensors, right-padded: input_ids, labels, lengths (tokens of each sample).
 
     With `packing` samples are laid end to end in rows no longer than the longest of them; `position_ids` begin anew
@@ -42,16 +42,16 @@ class Collator:
     the borders as flash attention reads them (int32 cu_seq_lens_q and _k [samples + 1]; max_length_q and _k).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: bool = False, one_row: bool = False):
-        self.tokenizer, self.packing, self.one_row = tokenizer, packing, one_row
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: bool = False, flatten: bool = False):
+        self.tokenizer, self.packing, self.flatten = tokenizer, packing, flatten
 
     def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         lengths = [len(sample["input_ids"]) for sample in samples]
         if self.packing:
-            rows = [samples] if self.one_row else self._rows(samples)
+            rows = [samples] if self.flatten else self._rows(samples)
             places = [[place for sample in row for place in range(len(sample["input_ids"]))] for row in rows]
             how = {"position_ids": pad(places, 0)}
-            if self.one_row:
+            if self.flatten:
                 starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
                 how |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
                 how |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}

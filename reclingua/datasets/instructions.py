@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from reclingua.datasets.collators import IGNORE, encode_prompt, plain_text
+from reclingua.datasets.collators import IGNORE, encode_prompt, sanitizer
 from reclingua.datasets.interactions import TEXT_KEYS, RecDataset
-from reclingua.datasets.prompts import INTENTION_FIELDS, TARGET, Phrasing
+from reclingua.datasets.prompts import INTENTION_FIELDS, TARGET, PromptTemplate
 from reclingua.datasets.tasks import stretch
 from reclingua.utils.errors import InputError
 
 COMPOSED = {"history", "titles", "preference"}  # fields that are made of several texts, or of one of them
 
 
-class Instructions(torch.utils.data.Dataset):
+class InstructionDataset(torch.utils.data.Dataset):
     """A `datasets.Dataset` of samples (reclingua/datasets/tasks.py) as token ids and labels.
 
     Which phrasing a sample gets, which of a user's preferences it tells, and where a long history is cut, depends on
@@ -31,7 +31,7 @@ class Instructions(torch.utils.data.Dataset):
         max_text_len: words of a title, a description or what is told of a user, at most.
         add_prefix: number the items of a history: "1. <a_3>...".
         only_response: labels on the response alone, else on every token.
-        phrasings_per_sample: task -> how many phrasings each sample gets in an epoch, LC-Rec's
+        templates_per_sample: task -> how many phrasings each sample gets in an epoch, LC-Rec's
             `train_prompt_sample_num`; 1 for a task that is not there.
     """
 
@@ -40,26 +40,26 @@ class Instructions(torch.utils.data.Dataset):
         samples: datasets.Dataset,
         dataset: RecDataset,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Mapping[str, list[Phrasing]],
+        prompts: Mapping[str, list[PromptTemplate]],
         index_tokens: Collection[int],
         max_his_len: int,
         his_sep: str,
         max_text_len: int = 64,
         add_prefix: bool = False,
         only_response: bool = True,
-        phrasings_per_sample: Mapping[str, int] | None = None,
+        templates_per_sample: Mapping[str, int] | None = None,
         seed: int = 0,
     ):
         self.samples, self.dataset, self.tokenizer, self.prompts = samples, dataset, tokenizer, prompts
         self.index_tokens = frozenset(index_tokens)
         self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
         self.only_response, self.seed, self.epoch = only_response, seed, 0
-        self._plain = lru_cache(2**18)(plain_text(tokenizer, max_text_len))
-        times = np.array([(phrasings_per_sample or {}).get(task, 1) for task in samples["task"]], dtype=np.int64)
+        self._plain = lru_cache(2**18)(sanitizer(tokenizer, max_text_len))
+        times = np.array([(templates_per_sample or {}).get(task, 1) for task in samples["task"]], dtype=np.int64)
         self._row = np.repeat(np.arange(len(samples)), times)  # of its sample, and which copy of it one is
         self._copy = np.arange(len(self._row)) - np.repeat(np.cumsum(times) - times, times)
         self._fitting: dict[tuple[str, frozenset[str]], list[int]] = {}
-        self._rims: dict[tuple[str, frozenset[str], int], dict[int, tuple[int, frozenset[str]]]] = {}
+        self._template_lengths: dict[tuple[str, frozenset[str], int], dict[int, tuple[int, frozenset[str]]]] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -70,26 +70,26 @@ class Instructions(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         sample = self.samples[int(self._row[i])]
         task = sample["task"]
-        phrasing = self.prompts[task][self._drawn(i, task, self._known(sample))]
+        template = self.prompts[task][self._drawn(i, task, self._known(sample))]
         if task == "seqrec_history" and not sample["item"]:
             shift = self._shift(sample["user"], int(self._copy[i]))
             items = stretch(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
-            return self._whole([self._index(item) for item in items], phrasing)
+            return self._whole([self._index(item) for item in items], template)
         if sample["preferences"]:
             draw = random.Random(f"{self.seed} {self.epoch} {i} preference")
             sample["preferences"] = [draw.choice(sample["preferences"])]
-        return self.answered(sample, phrasing)
+        return self.answered(sample, template)
 
-    def prompt(self, sample: dict, phrasing: Phrasing) -> str:
+    def prompt(self, sample: dict, template: PromptTemplate) -> str:
         """The text up to where the answer is to be given."""
-        if lacking := phrasing.fields - self._known(sample):
+        if lacking := template.fields - self._known(sample):
             whose = f"user {sample['user']!r}, of whom there is no {', '.join(sorted(lacking))}"
-            raise InputError(f"the phrasing {phrasing.prompt[:60]!r} cannot be put to {whose}")
-        return self._asked(sample["task"], phrasing, self._words(sample, phrasing.fields), len(sample["history"]))
+            raise InputError(f"the phrasing {template.prompt[:60]!r} cannot be put to {whose}")
+        return self._asked(sample["task"], template, self._words(sample, template.fields), len(sample["history"]))
 
-    def answered(self, sample: dict, phrasing: Phrasing) -> dict[str, list[int]]:
+    def answered(self, sample: dict, template: PromptTemplate) -> dict[str, list[int]]:
         """Prompt and response, as at test."""
-        return self._write(sample["task"], phrasing, self._words(sample, phrasing.fields), len(sample["history"]))
+        return self._write(sample["task"], template, self._words(sample, template.fields), len(sample["history"]))
 
     # ---- What fills the fields of a phrasing ----
 
@@ -107,7 +107,7 @@ class Instructions(torch.utils.data.Dataset):
     def _choices(self, task: str, known: frozenset[str], whose: str = "a sample") -> list[int]:
         """The numbers of the phrasings that a sample can fill; InputError if there is none."""
         if (task, known) not in self._fitting:
-            fitting = [number for number, phrasing in enumerate(self.prompts[task]) if phrasing.fields <= known]
+            fitting = [number for number, template in enumerate(self.prompts[task]) if template.fields <= known]
             if not fitting:
                 raise InputError(
                     f"no phrasing of {task} suits {whose}, which can fill just {', '.join(sorted(known))}: "
@@ -160,25 +160,25 @@ class Instructions(torch.utils.data.Dataset):
 
     # ---- Words -> token ids and labels ----
 
-    def _asked(self, task: str, phrasing: Phrasing, words: dict[str, str], length: int) -> str:
-        text = phrasing.prompt.format(**words)
+    def _asked(self, task: str, template: PromptTemplate, words: dict[str, str], length: int) -> str:
+        text = template.prompt.format(**words)
         return text + self._gap(length) if task == "seqrec_history" else text
 
-    def _write(self, task: str, phrasing: Phrasing, words: dict[str, str], length: int) -> dict[str, list[int]]:
+    def _write(self, task: str, template: PromptTemplate, words: dict[str, str], length: int) -> dict[str, list[int]]:
         """Prompt and response; the response ends with the end token unless it is part of a history."""
-        prompt = encode_prompt(self.tokenizer, self._asked(task, phrasing, words, length))
-        ids = self.tokenizer((phrasing.response or TARGET).format(**words), add_special_tokens=False).input_ids
+        prompt = encode_prompt(self.tokenizer, self._asked(task, template, words, length))
+        ids = self.tokenizer((template.response or TARGET).format(**words), add_special_tokens=False).input_ids
         if task != "seqrec_history":
             ids = [*ids, self.tokenizer.eos_token_id]
         labels = [IGNORE] * len(prompt) if self.only_response else prompt
         return {"input_ids": prompt + ids, "labels": [*labels, *ids]}
 
-    def _whole(self, items: list[str], phrasing: Phrasing) -> dict[str, list[int]]:
+    def _whole(self, items: list[str], template: PromptTemplate) -> dict[str, list[int]]:
         """Items one after another, the codes of every item after the first as labels."""
-        ids = encode_prompt(self.tokenizer, phrasing.prompt.format(history=self._joined(items)))
+        ids = encode_prompt(self.tokenizer, template.prompt.format(history=self._joined(items)))
         if not self.only_response:
             return {"input_ids": ids, "labels": list(ids)}
-        given = encode_prompt(self.tokenizer, phrasing.prompt.format(history=self._joined(items[:1])))
+        given = encode_prompt(self.tokenizer, template.prompt.format(history=self._joined(items[:1])))
         labels = [token if token in self.index_tokens else IGNORE for token in ids]
         labels[: len(given)] = [IGNORE] * len(given)
         return {"input_ids": ids, "labels": labels}
@@ -201,7 +201,7 @@ class Instructions(torch.utils.data.Dataset):
                 else:
                     items = stretch(items, part, parts, self.max_his_len, self._shift(user, int(self._copy[i])))
             own["history"] = sum(items)
-            around = self._around(task, known, len(items))
+            around = self._template_sizes(task, known, len(items))
             drawn = around.values() if longest else [around[self._drawn(i, task, known)]]
             found.append(max(tokens + sum(own[field] for field in fields) for tokens, fields in drawn))
         return np.array(found, dtype=np.int64)
@@ -230,9 +230,9 @@ class Instructions(torch.utils.data.Dataset):
             sizes.append((task, sample["user"], known, items, own, sample["part"], sample["parts"]))
         return sizes
 
-    def _around(self, task: str, known: frozenset[str], length: int) -> dict[int, tuple[int, frozenset[str]]]:
+    def _template_sizes(self, task: str, known: frozenset[str], length: int) -> dict[int, tuple[int, frozenset[str]]]:
         """The phrasings that such a sample can have: the tokens besides what fills their fields, and these fields."""
-        if (task, known, length) not in self._rims:
+        if (task, known, length) not in self._template_lengths:
             index, text = self._index(next(iter(self.dataset.index))), "x"
             words = dict.fromkeys(known, text) | {"target": index, "history": self._joined([index] * length)}
             words["titles"] = self._quoted([text] * length)
@@ -241,12 +241,12 @@ class Instructions(torch.utils.data.Dataset):
             own["titles"] = tokens[text] * length
             around = {}
             for number in self._choices(task, known):
-                phrasing = self.prompts[task][number]
+                template = self.prompts[task][number]
                 if task == "seqrec_history" and "target" not in known:
-                    sample, fields = self._whole([index] * length, phrasing), phrasing.fields
+                    sample, fields = self._whole([index] * length, template), template.fields
                 else:
-                    sample = self._write(task, phrasing, words, length)
-                    fields = phrasing.fields if phrasing.response else phrasing.fields | {"target"}
+                    sample = self._write(task, template, words, length)
+                    fields = template.fields if template.response else template.fields | {"target"}
                 around[number] = len(sample["input_ids"]) - sum(own[field] for field in fields), fields
-            self._rims[task, known, length] = around
-        return self._rims[task, known, length]
+            self._template_lengths[task, known, length] = around
+        return self._template_lengths[task, known, length]

@@ -86,7 +86,7 @@ def open_dataset(
     inter_path, item_path = folder / f"{name}.inter.json", folder / f"{name}.item.json"
     histories = _read_histories(inter_path)
     items = _read_items(item_path, "items" in needs) if "items" in needs or item_path.exists() else {}
-    index_path = path_of(folder, name, index_file)
+    index_path = dataset_file(folder, name, index_file)
     index = _read_index(index_path) if "index" in needs else {}
 
     for known, path in ((items, item_path), (index, index_path)):
@@ -105,7 +105,7 @@ def open_dataset(
     return RecDataset(name, folder, histories, items, index)
 
 
-def path_of(folder: Path, name: str, file: str | Path) -> Path:
+def dataset_file(folder: Path, name: str, file: str | Path) -> Path:
     """Where a file of dataset `name` is: `file` is a suffix, LC-Rec's way, or a path if it holds a slash."""
     return Path(file) if "/" in str(file) else folder / f"{name}{file}"
 

@@ -11,7 +11,7 @@ import yaml
 from reclingua.utils.errors import InputError
 
 PROMPTS = Path(__file__).parents[2] / "config" / "prompts"
-PROMPT_FILE, QUESTION_FILE = PROMPTS / "lcrec.yaml", PROMPTS / "yes_no.yaml"
+LCREC_PROMPT_FILE, YES_NO_PROMPT_FILE = PROMPTS / "lcrec.yaml", PROMPTS / "yes_no.yaml"
 
 TARGET = "{target}"
 INTENTION_FIELDS = ("user_intention", "item_intention")
@@ -37,7 +37,7 @@ FIELDS = {
     "itemsearch": Fields([{"preference", *INTENTION_FIELDS}], [{"target"}], optional={"history", "titles"}),
     "preferenceobtain": Fields([{"history", "titles"}], [{"preference"}]),
 }
-QUESTION_FIELDS = {
+YES_NO_FIELDS = {
     "text": Fields([{"history"}, {"title"}]),
     "soft": Fields([{"history"}, {"title"}, {"user"}, {"item"}], optional={"history_ids"}),
     "codes": Fields([{"history"}, {"title"}, {"user"}, {"item"}]),
@@ -45,7 +45,7 @@ QUESTION_FIELDS = {
 
 
 @dataclass(frozen=True)
-class Phrasing:
+class PromptTemplate:
     """One way to say a task: a prompt and a response with fields in braces."""
 
     prompt: str
@@ -62,7 +62,9 @@ class Phrasing:
         return self.response in ("", TARGET)
 
 
-def read_prompts(path: str | Path = PROMPT_FILE, tasks: dict[str, Fields] = FIELDS) -> dict[str, list[Phrasing]]:
+def read_prompts(
+    path: str | Path = LCREC_PROMPT_FILE, tasks: dict[str, Fields] = FIELDS
+) -> dict[str, list[PromptTemplate]]:
     """Each of `tasks` -> its phrasings. InputError names the file, the task and the number of one that is wrong."""
     path = Path(path)
     try:
@@ -75,25 +77,25 @@ def read_prompts(path: str | Path = PROMPT_FILE, tasks: dict[str, Fields] = FIEL
         raise InputError(f"{path}: should map each task to a list of phrasings")
     prompts = {}
     for task, fields in tasks.items():
-        phrasings = content.get(task)
-        if not isinstance(phrasings, list) or not phrasings:
+        templates = content.get(task)
+        if not isinstance(templates, list) or not templates:
             raise InputError(f"{path}: task {task!r} has no phrasing; give it at least one")
-        prompts[task] = [_check(path, task, number, phrasing, fields) for number, phrasing in enumerate(phrasings)]
+        prompts[task] = [_check(path, task, number, template, fields) for number, template in enumerate(templates)]
     return prompts
 
 
-def _check(path: Path, task: str, number: int, phrasing: object, fields: Fields) -> Phrasing:
+def _check(path: Path, task: str, number: int, template: object, fields: Fields) -> PromptTemplate:
     where = f"{path}: {task} phrasing {number}"
     keys = {"prompt", "response"} if fields.response else {"prompt"}
     if (
-        not isinstance(phrasing, dict)
-        or set(phrasing) != keys
-        or not all(isinstance(v, str) for v in phrasing.values())
+        not isinstance(template, dict)
+        or set(template) != keys
+        or not all(isinstance(v, str) for v in template.values())
     ):
         raise InputError(f"{where} should have just {' and '.join(sorted(keys))}, each a text")
     for key, wanted, optional in (("prompt", fields.prompt, fields.optional), ("response", fields.response, set())):
         try:
-            found = _fields(phrasing.get(key, ""))
+            found = _fields(template.get(key, ""))
         except ValueError as error:
             raise InputError(f"{where}: {key} has a stray brace or a format ({error})") from None
         if unknown := found - optional.union(*wanted):
@@ -102,11 +104,11 @@ def _check(path: Path, task: str, number: int, phrasing: object, fields: Fields)
             if not found & choice:
                 lacking = " or ".join(f"{{{field}}}" for field in sorted(choice))
                 raise InputError(f"{where}: {key} lacks the field {lacking}")
-    if fields.response == [{"target"}] and phrasing["response"] != TARGET:
+    if fields.response == [{"target"}] and template["response"] != TARGET:
         raise InputError(f"{where}: the response must be {TARGET} and nothing else; other words belong to the prompt")
-    if task == "seqrec_history" and not phrasing["prompt"].endswith("{history}"):
+    if task == "seqrec_history" and not template["prompt"].endswith("{history}"):
         raise InputError(f"{where}: the prompt must end with {{history}}")
-    return Phrasing(**phrasing)
+    return PromptTemplate(**template)
 
 
 def _fields(text: str) -> set[str]:

@@ -34,7 +34,7 @@ ROWS_PER_USER = 8  # of a sample
 
 
 @dataclass(frozen=True)
-class PreferenceDataset:
+class RatingsDataset:
     """The three parts as `datasets.Dataset`s with the columns above, and the items' texts."""
 
     name: str
@@ -45,7 +45,7 @@ class PreferenceDataset:
     @property
     def num_users(self) -> int:
         """Rows of an embedding of users: the largest id and 1 for padding."""
-        return 1 + max(int(column(part, "uid").max()) for part in self.parts.values())
+        return 1 + max(int(to_numpy(part, "uid").max()) for part in self.parts.values())
 
     @property
     def num_items(self) -> int:
@@ -56,16 +56,16 @@ class PreferenceDataset:
         """Fingerprint of the training ratings; a checkpoint keeps it and refuses other data."""
         digest = hashlib.sha256()
         for name in ("uid", "iid", "label"):
-            digest.update(column(self.parts["train"], name).astype(np.int64).tobytes())
+            digest.update(to_numpy(self.parts["train"], name).astype(np.int64).tobytes())
         return digest.hexdigest()
 
 
-def column(part: Dataset, name: str) -> np.ndarray:
+def to_numpy(part: Dataset, name: str) -> np.ndarray:
     """A column of numbers, [rows]."""
     return part.with_format("arrow")[:][name].to_numpy()
 
 
-def last_liked(part: Dataset, length: int) -> np.ndarray:
+def liked_history(part: Dataset, length: int) -> np.ndarray:
     """int64 [rows, length]: the last `length` items of each history, oldest first, 0 in front of shorter ones."""
     lists = part.with_format("arrow")[:]["his"].combine_chunks()
     items, ends = lists.values.to_numpy(), lists.offsets.to_numpy()[1:]
@@ -74,14 +74,14 @@ def last_liked(part: Dataset, length: int) -> np.ndarray:
     return np.where(there, items[np.where(there, places, 0)] if len(items) else 0, 0).astype(np.int64)
 
 
-def sample(part: Dataset, count: int) -> Dataset:
+def sample_ratings(part: Dataset, count: int) -> Dataset:
     """About `count` rows: up to ROWS_PER_USER of each of as many users as that takes, all drawn at random, the same
     ones every time; all rows for 0. Rows of one user in plenty would make AUC a matter of a few users, single ones
     would leave UAUC without users."""
     if not 0 < count < len(part):
         return part
     draw = np.random.default_rng(0)
-    users = column(part, "uid")
+    users = to_numpy(part, "uid")
     order = draw.permutation(len(users))
     names, first = np.unique(users, return_inverse=True)
     place = draw.permutation(len(names))[first]  # of each row's user among the users
@@ -90,7 +90,7 @@ def sample(part: Dataset, count: int) -> Dataset:
     return part.select(np.sort(order[earlier < ROWS_PER_USER][:count]))
 
 
-def open_preferences(data_path: str | Path, name: str) -> PreferenceDataset:
+def open_ratings(data_path: str | Path, name: str) -> RatingsDataset:
     """Read preference dataset `name` below `data_path` and check every row.
 
     Raises:
@@ -110,7 +110,7 @@ def open_preferences(data_path: str | Path, name: str) -> PreferenceDataset:
             raise InputError(f"{folder / 'item.json'}: item {item!r} should be an object with a title")
     known = np.array([int(item) for item in items])
     parts = {part: _read_part(folder / f"{part}.parquet", known) for part in PARTS}
-    return PreferenceDataset(name, folder, parts, items)
+    return RatingsDataset(name, folder, parts, items)
 
 
 def _read_part(path: Path, known: np.ndarray) -> Dataset:

@@ -10,7 +10,7 @@ from reclingua.utils.errors import InputError
 ORDERS = ("group_by_length", "random", "sequential")
 
 
-class Batches(torch.utils.data.Sampler[list[int]]):
+class LengthGroupedBatchSampler(torch.utils.data.Sampler[list[int]]):
     """The batches of one process. Every sample is in one batch of one process in each epoch, every epoch has the same
     number of batches, and every process as many as the others (for which, where batches are single samples, some
     samples are taken twice).
@@ -39,10 +39,10 @@ class Batches(torch.utils.data.Sampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         processes: int = 1,
-        now: Callable[[], np.ndarray] | None = None,
+        epoch_lengths: Callable[[], np.ndarray] | None = None,
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.now = now or (lambda: self.lengths)
+        self.epoch_lengths = epoch_lengths or (lambda: self.lengths)
         self.order, self.seed, self.epoch, self.over = order, seed, 0, False
         self.rank, self.processes = rank, processes
         self.window = 0.0  # tokens of a packed batch, about
@@ -57,29 +57,29 @@ class Batches(torch.utils.data.Sampler[list[int]]):
                 f"--max_tokens_per_batch {max_tokens}: should be {least} at least, since a sample has up to {longest} "
                 f"tokens{' and packing needs room for two' if packed else ''}; or lower --max_his_len"
             )
-        self.borders = [0, samples]  # where a batch ends and the next begins
+        self.boundaries = [0, samples]  # where a batch ends and the next begins
         if not max_tokens:
             count = -(-samples // batch_size)
         elif packed:
             # A batch has the samples that begin within its share of all tokens: one sample more than that at most.
             count = -(-tokens // (max_tokens - longest + 1))
         else:
-            self.borders = self._filled(max_tokens)
-            count = len(self.borders) - 1
+            self.boundaries = self._filled(max_tokens)
+            count = len(self.boundaries) - 1
         self.steps = -(-count // processes)
         count = self.steps * processes
         self.taken = max(samples, count)
         if not max_tokens or samples < count:
-            self.borders = np.linspace(0, self.taken, count + 1).astype(int).tolist()
+            self.boundaries = np.linspace(0, self.taken, count + 1).astype(int).tolist()
         elif packed:
             self.window = tokens / count
         else:
-            self.borders = split_widest(self.borders, count)
+            self.boundaries = split_widest(self.boundaries, count)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """From now on there are none: training that goes on from its last step has nothing left to do."""
         self.over = True
 
@@ -94,33 +94,33 @@ class Batches(torch.utils.data.Sampler[list[int]]):
         if self.order != "sequential":
             draw.shuffle(order)
         if self.order == "group_by_length":
-            order = order[np.argsort(-self.now()[order], kind="stable")]
+            order = order[np.argsort(-self.epoch_lengths()[order], kind="stable")]
         order = np.resize(order, self.taken)
-        borders = self.borders
+        boundaries = self.boundaries
         if self.window:
             starts = np.cumsum(self.lengths[order]) - self.lengths[order]
             cuts = np.flatnonzero(np.diff(starts // self.window)) + 1
-            borders = split_widest([0, *cuts.tolist(), len(order)], self.steps * self.processes)
+            boundaries = split_widest([0, *cuts.tolist(), len(order)], self.steps * self.processes)
         steps = np.arange(self.steps)
         if self.order == "group_by_length":
             draw.shuffle(steps[1:])
         for step in steps * self.processes + self.rank:
-            yield order[borders[step] : borders[step + 1]].tolist()
+            yield order[boundaries[step] : boundaries[step + 1]].tolist()
 
     def _filled(self, max_tokens: int) -> list[int]:
         """Borders from the longest sample to the shortest: as many to a batch as its first one leaves room for.
 
         They hold in every epoch: if no sample is longer than it may be, neither is the n-th longest of them.
         """
-        lengths, borders = -np.sort(-self.lengths), [0]
-        while borders[-1] < len(lengths):
-            borders.append(borders[-1] + max_tokens // int(lengths[borders[-1]]))
-        return [*borders[:-1], len(lengths)]
+        lengths, boundaries = -np.sort(-self.lengths), [0]
+        while boundaries[-1] < len(lengths):
+            boundaries.append(boundaries[-1] + max_tokens // int(lengths[boundaries[-1]]))
+        return [*boundaries[:-1], len(lengths)]
 
 
-def split_widest(borders: list[int], count: int) -> list[int]:
+def split_widest(boundaries: list[int], count: int) -> list[int]:
     """The borders of `count` batches: those given, and the batch of most samples halved until there are enough."""
-    while len(borders) - 1 < count:
-        at = int(np.argmax(np.diff(borders)))
-        borders = [*borders[: at + 1], (borders[at] + borders[at + 1]) // 2, *borders[at + 1 :]]
-    return borders
+    while len(boundaries) - 1 < count:
+        at = int(np.argmax(np.diff(boundaries)))
+        boundaries = [*boundaries[: at + 1], (boundaries[at] + boundaries[at + 1]) // 2, *boundaries[at + 1 :]]
+    return boundaries

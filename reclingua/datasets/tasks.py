@@ -62,12 +62,12 @@ def train_samples(
     elif task == "seqrec_history":
         rows = _histories(dataset, max_his_len)
     elif task in ("item2index", "index2item"):
-        rows = (sample(task, item=item) for item in dataset.item_ids)
+        rows = (make_sample(task, item=item) for item in dataset.item_ids)
     elif task == "itemsearch":
         rows = _searches(dataset, texts, "train", max_his_len)
     else:
         rows = (
-            sample(task, user, dataset.train_history(user)[:-1][-max_his_len:], preferences=found)
+            make_sample(task, user, dataset.train_history(user)[:-1][-max_his_len:], preferences=found)
             for user, found in texts.preferences.items()
             if len(dataset.train_history(user)) > 1
         )
@@ -98,10 +98,10 @@ def held_out_samples(
         able = texts.preferences.keys() & set(dataset.test_users)
         return _of_rows(row for row in _searches(dataset, texts, part, max_his_len) if row[1] in able)
     held_out = ((user, *dataset.split(user, part)) for user in dataset.test_users)
-    return _of_rows(sample(task, user, history[-max_his_len:], item) for user, history, item in held_out)
+    return _of_rows(make_sample(task, user, history[-max_his_len:], item) for user, history, item in held_out)
 
 
-def sample(
+def make_sample(
     task: str,
     user: str = "",
     history: list[str] | None = None,
@@ -126,7 +126,7 @@ def _pairs(dataset: RecDataset, task: str, max_his_len: int) -> Iterator[tuple]:
     for user in dataset.histories:
         items = dataset.train_history(user)
         for at in range(1, len(items)):
-            yield sample(task, user, items[max(0, at - max_his_len) : at], items[at])
+            yield make_sample(task, user, items[max(0, at - max_his_len) : at], items[at])
 
 
 def _histories(dataset: RecDataset, max_his_len: int) -> Iterator[tuple]:
@@ -134,13 +134,13 @@ def _histories(dataset: RecDataset, max_his_len: int) -> Iterator[tuple]:
         items = dataset.train_history(user)
         parts = -(-(len(items) - 1) // max_his_len)
         for part in range(parts):
-            yield sample("seqrec_history", user, items, part=part, parts=parts)
+            yield make_sample("seqrec_history", user, items, part=part, parts=parts)
 
 
 def _searches(dataset: RecDataset, texts: UserTexts, part: str, max_his_len: int) -> Iterator[tuple]:
     for user, found in texts.intentions[part].items():
         said, queries = texts.preferences.get(user), [found.of_user, found.of_item]
-        yield sample("itemsearch", user, found.history[-max_his_len:], found.item, said, queries)
+        yield make_sample("itemsearch", user, found.history[-max_his_len:], found.item, said, queries)
 
 
 def stretch(items: list[str], part: int, parts: int, size: int, shift: float) -> list[str]:

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from reclingua.datasets.interactions import RecDataset, path_of
+from reclingua.datasets.interactions import RecDataset, dataset_file
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json, write_json
 
@@ -41,7 +41,7 @@ class UserTexts:
         return sha256(repr(self).encode()).hexdigest()
 
 
-def occasion(dataset: RecDataset, user: str, part: str) -> tuple[list[str], str]:
+def intention_context(dataset: RecDataset, user: str, part: str) -> tuple[list[str], str]:
     """(what the user had before, the item taken) that an intention of `part` is about.
 
     Of "test" the last item; of "train" the last one that training knows, so that nothing held out is told.
@@ -59,7 +59,7 @@ def read_users(dataset: RecDataset, user_file: str | Path = ".user.json") -> Use
     Raises:
         InputError: naming the file and the user; also where a text of "train" is about an item held out.
     """
-    path = path_of(dataset.folder, dataset.name, user_file)
+    path = dataset_file(dataset.folder, dataset.name, user_file)
     content = read_json(path, f"{PREFERENCES} and {INTENTIONS}; python -m data.intentions makes it")
     texts = UserTexts()
     for user, given in _section(content, PREFERENCES, path).items():

@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from reclingua.datasets.collators import encode_prompt, pad, plain_text
-from reclingua.datasets.prompts import Phrasing
-from reclingua.datasets.ratings import column, last_liked
+from reclingua.datasets.collators import encode_prompt, pad, sanitizer
+from reclingua.datasets.prompts import PromptTemplate
+from reclingua.datasets.ratings import liked_history, to_numpy
 from reclingua.utils.errors import InputError
 
 USER, ITEM, LIKED = 0, 1, 2  # whose soft tokens: the user's, the item's, the first liked item's; the others follow
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
     no: int
 
 
-def answer_after(tokenizer: PreTrainedTokenizerBase, ending: str) -> tuple[list[int], Answer]:
+def yes_no_token_ids(tokenizer: PreTrainedTokenizerBase, ending: str) -> tuple[list[int], Answer]:
     """The last words of a prompt as token ids, and the tokens that say Yes and No right after them.
 
     Whether a space belongs to the answer, stands alone, or melts into the words before it, is the tokenizer's own
@@ -62,7 +62,7 @@ def code_text(bits: torch.Tensor, how: str) -> str:
     return ".".join(str(int(text[at : at + 8], 2)) for at in range(0, len(text), 8))
 
 
-class Questions(torch.utils.data.Dataset):
+class YesNoDataset(torch.utils.data.Dataset):
     """A part of a preference dataset as questions.
 
     A sample has input_ids; soft (which soft token stands at a place: 0 none, else 1 + whose * soft_tokens + number of
@@ -79,7 +79,7 @@ class Questions(torch.utils.data.Dataset):
         soft_tokens: soft tokens for each id.
         read_length: liked items that the collaborative model reads.
         codes: texts of users and items by id, for phrasings that ask for codes.
-        cold_phrasing: for rows whose user or item training did not know; it has no ids.
+        cold_template: for rows whose user or item training did not know; it has no ids.
 
     Raises:
         InputError: phrasings that end so that Yes is another token each time; a question that is too long even
@@ -91,34 +91,34 @@ class Questions(torch.utils.data.Dataset):
         part: Dataset,
         titles: dict[int, str],
         tokenizer: PreTrainedTokenizerBase,
-        phrasings: list[Phrasing],
+        templates: list[PromptTemplate],
         max_his_len: int,
         his_sep: str,
         limit: int,
         soft_tokens: int = 1,
         read_length: int = 0,
         codes: tuple[dict[int, str], dict[int, str]] | None = None,
-        cold_phrasing: Phrasing | None = None,
+        cold_template: PromptTemplate | None = None,
         draw: bool = False,
         seed: int = 0,
     ):
         self.titles, self.tokenizer, self.codes = titles, tokenizer, codes
         self.max_his_len, self.his_sep, self.limit, self.soft_tokens = max_his_len, his_sep, limit, soft_tokens
         self.draw, self.seed, self.epoch, self.cut = draw, seed, 0, 0
-        self._plain = plain_text(tokenizer)
+        self._plain = sanitizer(tokenizer)
         self._encoded = lru_cache(2**18)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
-        written = [*phrasings, cold_phrasing] if cold_phrasing else phrasings
-        pieces, answers = zip(*(self._pieces(phrasing.prompt) for phrasing in written), strict=True)
+        written = [*templates, cold_template] if cold_template else templates
+        pieces, answers = zip(*(self._pieces(template.prompt) for template in written), strict=True)
         if len(set(answers)) > 1:
             odd = next(number for number, answer in enumerate(answers) if answer != answers[0])
             raise InputError(f"phrasing {odd} ends so that Yes is another token than after phrasing 0: end them alike")
-        self.pieces, self.cold_pieces = pieces[: len(phrasings)], pieces[-1] if cold_phrasing else None
+        self.pieces, self.cold_pieces = pieces[: len(templates)], pieces[-1] if cold_template else None
         self.answer: Answer = answers[0]
         self.users, self.items, self.labels, self.warm = (
-            column(part, name).astype(np.int64) for name in ("uid", "iid", "label", "not_cold")
+            to_numpy(part, name).astype(np.int64) for name in ("uid", "iid", "label", "not_cold")
         )
-        self.shown = last_liked(part, max_his_len)
-        self.read = last_liked(part, read_length) if read_length else None
+        self.shown = liked_history(part, max_his_len)
+        self.read = liked_history(part, read_length) if read_length else None
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -165,7 +165,7 @@ class Questions(torch.utils.data.Dataset):
             words = words[: len(words) - len(gap)]
             ids = self._encoded(words) if pieces else encode_prompt(self.tokenizer, words)
             pieces.append((ids, field, gap))
-        ids, answer = answer_after(self.tokenizer, ending)
+        ids, answer = yes_no_token_ids(self.tokenizer, ending)
         return [*pieces, (ids, None, "")], answer
 
     def _write(self, i: int, pieces: list) -> dict:
@@ -208,8 +208,8 @@ class Questions(torch.utils.data.Dataset):
         return self._plain(self.titles[int(item)])
 
 
-class QuestionCollator:
-    """Questions -> a batch, padded on the right, as `reclingua/models/yes_no.py` takes it.
+class YesNoCollator:
+    """Yes/No samples -> a batch, padded on the right, as `reclingua/models/yes_no.py` takes it.
 
     int64 input_ids, soft [batch, length]; last [batch], where each prompt ends; shared [batch], how many of its tokens
     are the same whatever item is asked about; users, items [batch]; liked [batch, max_his_len]; histories

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from reclingua.decoding.kv_cache import BeamBlock, BeamRows, beam_forward
+from reclingua.decoding.kv_cache import ReplicatedCacheDecoder, TreeAttentionDecoder, choose_decoder
 from reclingua.decoding.trie import Trie
 from reclingua.utils.errors import InputError
 
@@ -17,7 +17,7 @@ SCORES = ("full", "legal")
 
 
 @dataclass(frozen=True)
-class Recommendation:
+class ScoredItem:
     """An item and its score: the sum of the log-probabilities of the tokens of its index."""
 
     item: str
@@ -33,8 +33,8 @@ def beam_search(
     num_beams: int,
     excluded: torch.Tensor | None = None,
     score: str = "full",
-    forward: BeamBlock | BeamRows | None = None,
-) -> list[list[Recommendation]]:
+    forward: TreeAttentionDecoder | ReplicatedCacheDecoder | None = None,
+) -> list[list[ScoredItem]]:
     """The best items for each prompt, best first.
 
     Args:
@@ -57,8 +57,8 @@ def beam_search(
     """
     if model.training or score not in SCORES:
         raise ValueError(f"model.training {model.training}, score {score!r}: should be False, and one of {SCORES}")
-    forward = forward or beam_forward(model, input_ids.shape[1], trie, num_beams)
-    dead = trie.dead_states(excluded) if excluded is not None else None
+    forward = forward or choose_decoder(model, input_ids.shape[1], trie, num_beams)
+    dead = trie.exhausted_states(excluded) if excluded is not None else None
     batch, device = len(input_ids), input_ids.device
     states = torch.zeros((batch, 1), dtype=torch.int64, device=device)  # where each beam stands in the trie
     scores = torch.zeros((batch, 1), device=device)  # float32; -inf: there is no such beam
@@ -76,16 +76,16 @@ def beam_search(
         if not gains.masked_fill(~possible, 0).isfinite().all():
             raise InputError("the model's scores are not finite: its weights are broken, or its dtype is too narrow")
         if dead is not None:
-            possible &= ~trie.is_dead(children, dead)
+            possible &= ~trie.is_exhausted(children, dead)
         candidates = (scores.unsqueeze(2) + gains).masked_fill_(~possible, -torch.inf).flatten(1)
         children = children.flatten(1)
         items = trie.item[children].long()
 
         # Those that are an item compete for the list, the others for the beam.
         complete = candidates.masked_fill(items < 0, -torch.inf)
-        found_scores, order = _best(torch.cat([found_scores, complete], dim=1), num_beams)
+        found_scores, order = _stable_topk(torch.cat([found_scores, complete], dim=1), num_beams)
         found = torch.cat([found, items], dim=1).gather(1, order)
-        scores, order = _best(candidates.masked_fill(items >= 0, -torch.inf), num_beams)
+        scores, order = _stable_topk(candidates.masked_fill(items >= 0, -torch.inf), num_beams)
         # A score only falls: a list whose last item beats the best beam is final.
         if not (scores[:, 0] > found_scores[:, -1]).any():
             break
@@ -94,7 +94,7 @@ def beam_search(
         states = children.gather(1, order)
         logits = forward.step(trie.token[states].long(), parents=order // trie.width[level])
     return [
-        [Recommendation(trie.items[item], value) for item, value in zip(*row, strict=True) if value > -torch.inf]
+        [ScoredItem(trie.items[item], value) for item, value in zip(*row, strict=True) if value > -torch.inf]
         for row in zip(found.tolist(), found_scores.tolist(), strict=True)
     ]
 
@@ -105,7 +105,7 @@ def _log_normaliser(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.float().logsumexp(1) for part in rows]).view(*logits.shape[:2], 1)
 
 
-def _best(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _stable_topk(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest `count` scores of each row and where they are; of equal ones the first (top-k grants no order)."""
     values, order = scores.sort(dim=1, descending=True, stable=True)
     return values[:, :count], order[:, :count]

@@ -11,14 +11,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from reclingua.decoding.trie import Trie
-from reclingua.models.language import WORTH_A_PASS, attention_window, takes
+from reclingua.models.language import MIN_SHARED_PREFIX, accepts_argument, attention_window
 from reclingua.utils.errors import InputError
 from reclingua.utils.memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 
 
-class BeamBlock:
+class TreeAttentionDecoder:
     """All beams of a sample are one block of queries over one cache; nothing in it is copied or re-ordered.
 
     Every token that any beam took stays in the cache. Which of them a beam sees, the prompt and its own ancestors, is
@@ -33,7 +33,7 @@ class BeamBlock:
     def __init__(self, model: PreTrainedModel, room: int):
         self.model = model
         self.cache = DynamicCache(config=model.config)
-        self.cache.layers = [_RoomyLayer(room) for _ in self.cache.layers]
+        self.cache.layers = [PreallocatedLayer(room) for _ in self.cache.layers]
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits [batch, 1, vocabulary] after prompts padded on the left, int64 [batch, length] with their mask.
@@ -43,7 +43,7 @@ class BeamBlock:
         batch, length = input_ids.shape
         padding = length - attention_mask.sum(-1, keepdim=True)
         shared = _common_beginning(input_ids, padding)
-        if (batch - 1) * shared >= WORTH_A_PASS:
+        if (batch - 1) * shared >= MIN_SHARED_PREFIX:
             words = slice(int(padding[0]), int(padding[0]) + shared)
             _prefill(self.model, input_ids[:1, words], attention_mask[:1, words], self.cache)
             for layer in self.cache.layers:
@@ -83,14 +83,14 @@ class BeamBlock:
         return output.logits
 
 
-class BeamRows:
+class ReplicatedCacheDecoder:
     """Every beam is a row with a copy of its prompt's cache, re-ordered at each level: for any model with a cache."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """As in `BeamBlock`."""
+        """As in `TreeAttentionDecoder`."""
         output = _prefill(self.model, input_ids, attention_mask, None)
         self.cache, self.mask, self.beams = getattr(output, "past_key_values", None), attention_mask, 1
         if self.cache is None:
@@ -98,13 +98,17 @@ class BeamRows:
         return output.logits[:, -1:]
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        """As in `BeamBlock`."""
+        """As in `TreeAttentionDecoder`."""
         batch, beams = tokens.shape
         rows = (torch.arange(batch, device=tokens.device).unsqueeze(1) * self.beams + parents).flatten()
         self.beams = beams
         self.cache.reorder_cache(rows)
         self.mask = torch.cat([self.mask[rows], self.mask.new_ones((len(rows), 1))], dim=1)
-        positions = {"position_ids": self.mask.sum(-1, keepdim=True) - 1} if takes(self.model, "position_ids") else {}
+        positions = (
+            {"position_ids": self.mask.sum(-1, keepdim=True) - 1}
+            if accepts_argument(self.model, "position_ids")
+            else {}
+        )
         output = self.model(
             input_ids=tokens.reshape(-1, 1),
             attention_mask=self.mask,
@@ -115,7 +119,9 @@ class BeamRows:
         return output.logits.view(batch, beams, -1)
 
 
-def beam_forward(model: PreTrainedModel, length: int, trie: Trie, num_beams: int) -> BeamBlock | BeamRows:
+def choose_decoder(
+    model: PreTrainedModel, length: int, trie: Trie, num_beams: int
+) -> TreeAttentionDecoder | ReplicatedCacheDecoder:
     """For one search: the faster of the two ways that is right for the model.
 
     Args:
@@ -129,14 +135,14 @@ def beam_forward(model: PreTrainedModel, length: int, trie: Trie, num_beams: int
     elif length + trie.depth > window:
         reason = f"a prompt of {length} tokens and an index do not fit into its window of {window:.0f}"
     else:
-        return BeamBlock(model, room)
+        return TreeAttentionDecoder(model, room)
     if reason not in _said.setdefault(model, set()):
         _said[model].add(reason)
         logger.warning(
             "%s: %s; every beam gets a copy of its prompt's cache, which is slower and finds the same items",
             *(type(model).__name__, reason),
         )
-    return BeamRows(model)
+    return ReplicatedCacheDecoder(model)
 
 
 _said: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
@@ -147,7 +153,7 @@ def _block_is_right(model: PreTrainedModel, room: int) -> bool:
     """Try it once for each size of cache: what no document says of an architecture, a small forward pass does."""
     room = max(64, 1 << (room - 1).bit_length())
     if room not in (tried := _tried.setdefault(model, {})):
-        tried[room] = takes(model, "position_ids") and _try_block(model, room)
+        tried[room] = accepts_argument(model, "position_ids") and _try_block(model, room)
     return tried[room]
 
 
@@ -170,7 +176,7 @@ def _try_block(model: PreTrainedModel, room: int) -> bool:
         position_ids=torch.cat([0 * ones[:, :1], ones.cumsum(1) - 1], dim=1),
         use_cache=False,
     ).logits[:, -1]
-    block = BeamBlock(model, room)
+    block = TreeAttentionDecoder(model, room)
     try:
         block.prefill(prompt, torch.tensor([[0, 1, 1, 1]], device=model.device))
         block.step(first, torch.zeros_like(first))
@@ -204,11 +210,11 @@ def _prefill(
         attention_mask=attention_mask,
         past_key_values=cache,
         use_cache=True,
-        **{name: value for name, value in optional.items() if takes(model, name)},
+        **{name: value for name, value in optional.items() if accepts_argument(model, name)},
     )
 
 
-class _RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer in tensors that have room for all that comes, so that adding copies nothing old.
 
     For one search: things are added, never re-ordered or taken away.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from reclingua.utils.errors import InputError
 
-TENSORS = ("first_child", "token", "parent", "item", "leaf", "leaves", "level")
+TENSORS = ("first_child", "token", "parent", "item", "leaf", "num_leaves", "level")
 
 
 class Trie:
@@ -32,7 +32,7 @@ class Trie:
         parent [S]: the state above (the root: -1)
         item [S]: the item that ends in state s, -1 in a state that has children
         leaf [N]: the state in which an item ends
-        leaves [S]: how many items end in s or below
+        num_leaves [S]: how many items end in s or below
         level [depth + 2]: the states of level d are level[d] to level[d + 1] - 1
     """
 
@@ -103,16 +103,16 @@ class Trie:
             raise InputError(
                 f"the index of item {items[item[cut.argmax()]]!r} is the beginning of another item's index"
             )
-        leaves = (item >= 0).astype(np.int64)
+        num_leaves = (item >= 0).astype(np.int64)
         for a, b in zip(level[-2:0:-1], level[:1:-1], strict=True):
-            leaves += np.bincount(parent[a:b], weights=leaves[a:b], minlength=states).astype(np.int64)
+            num_leaves += np.bincount(parent[a:b], weights=num_leaves[a:b], minlength=states).astype(np.int64)
         arrays = {
             "first_child": np.concatenate([[1], 1 + np.cumsum(children)]),
             "token": token,
             "parent": parent,
             "item": item,
             "leaf": leaf,
-            "leaves": leaves,
+            "num_leaves": num_leaves,
             "level": np.array(level),
         }
         return cls(items, {name: torch.from_numpy(array.astype(np.int32)) for name, array in arrays.items()})
@@ -146,18 +146,18 @@ class Trie:
         return found.clamp(max=len(self.token) - 1), exists
 
     @cached_property
-    def numbers(self) -> dict[str, int]:
+    def item_to_number(self) -> dict[str, int]:
         """Item -> its number."""
         return {item: number for number, item in enumerate(self.items.tolist())}
 
     def item_numbers(self, lists: Sequence[Collection[str]]) -> torch.Tensor:
         """int64 [len(lists), longest]: the numbers of the items of each list, -1 for padding and unknown items."""
         width = max(map(len, lists), default=0)
-        rows = [[self.numbers.get(item, -1) for item in items] + [-1] * (width - len(items)) for items in lists]
+        rows = [[self.item_to_number.get(item, -1) for item in items] + [-1] * (width - len(items)) for items in lists]
         return torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(len(lists), width)
 
-    def dead_states(self, excluded: torch.Tensor) -> torch.Tensor:
-        """The states below which a sample has only excluded items, as sorted keys (see `is_dead`).
+    def exhausted_states(self, excluded: torch.Tensor) -> torch.Tensor:
+        """The states below which a sample has only excluded items, as sorted keys (see `is_exhausted`).
 
         Args:
             excluded: int64 [batch, any], item numbers, -1 for none; what stands twice counts once.
@@ -174,10 +174,10 @@ class Trie:
             above = self.parent[state]
             sample, state = sample[above > 0], above[above > 0].long()
         keys, dead_leaves = torch.cat(passed).unique(return_counts=True)
-        return keys[dead_leaves == self.leaves[keys % len(self.token)]]
+        return keys[dead_leaves == self.num_leaves[keys % len(self.token)]]
 
-    def is_dead(self, states: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-        """bool, like `states` [batch, ...]: is that state among the `dead_states` of its sample?"""
+    def is_exhausted(self, states: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """bool, like `states` [batch, ...]: is that state among the `exhausted_states` of its sample?"""
         if not len(dead):
             return torch.zeros_like(states, dtype=torch.bool)
         sample = torch.arange(len(states), device=self.device).view(-1, *[1] * (states.ndim - 1))
@@ -209,10 +209,10 @@ def _is_sound(items: object, tensors: dict[str, torch.Tensor]) -> bool:
     """Whether every state that a look-up can reach is there."""
     if not isinstance(items, list) or any(t.dtype != torch.int32 or t.ndim != 1 for t in tensors.values()):
         return False
-    first_child, token, parent, item, leaf, leaves, level = (tensors[name].long() for name in TENSORS)
+    first_child, token, parent, item, leaf, num_leaves, level = (tensors[name].long() for name in TENSORS)
     states, count = len(token), len(items)
     if not (
-        len(first_child) == states + 1 and len(parent) == len(item) == len(leaves) == states and len(leaf) == count
+        len(first_child) == states + 1 and len(parent) == len(item) == len(num_leaves) == states and len(leaf) == count
     ):
         return False
     ascending = (first_child.diff() >= 0).all() and (level.diff() > 0).all()
@@ -222,5 +222,7 @@ def _is_sound(items: object, tensors: dict[str, torch.Tensor]) -> bool:
         return False
     children = torch.arange(states).repeat_interleave(first_child.diff())
     return (
-        torch.equal(parent[1:], children) and torch.equal(item[leaf], torch.arange(count)) and bool(leaves[0] == count)
+        torch.equal(parent[1:], children)
+        and torch.equal(item[leaf], torch.arange(count))
+        and bool(num_leaves[0] == count)
     )

@@ -15,7 +15,7 @@ from reclingua.demo.yes_no import YesOrNo
 from reclingua.utils.errors import InputError
 
 HERE = Path(__file__).parent
-LOOK = {
+THEME = {
     "css_paths": HERE / "page.css",
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
 }
@@ -26,8 +26,8 @@ NOTHING_ASKED = "Ask about an item, or take a test rating."
 # How events are dealt with. Clicks that change a visit: all of them, one by one. Those that ask a model: of a
 # visitor's only the last that waits; they wait in the worker, which knows for how long.
 QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-CHANGES_A_VISIT = QUICK | {"concurrency_id": "visit", "concurrency_limit": 1, "trigger_mode": "multiple"}
-ASKS_A_MODEL = {
+SESSION_EVENTS = QUICK | {"concurrency_id": "visit", "concurrency_limit": 1, "trigger_mode": "multiple"}
+MODEL_EVENTS = {
     "concurrency_id": "model", "concurrency_limit": WAITING, "trigger_mode": "always_last", "api_visibility": "private"
 }  # fmt: skip
 # The value goes into the page as it is, so the parts below escape what they show. (A template of Gradio's own would
@@ -45,7 +45,7 @@ parts = Environment(
 
 
 @dataclass(frozen=True)
-class Visit:
+class Session:
     """What a visitor has put together so far."""
 
     history: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Visit:
     changed: bool = False  # whether the history is not the test user's own any more
 
     @property
-    def whose(self) -> str:
+    def owner_label(self) -> str:
         return f"Test user {self.user}{', history changed' if self.changed else ''}. " if self.user else ""
 
 
@@ -63,12 +63,12 @@ def part(name: str, *args: object) -> str:
     return getattr(parts.module, name)(*args)
 
 
-def spoken(name: str, *args: object) -> str:
+def aria_live(name: str, *args: object) -> str:
     """A part that a screen reader reads out when it has changed."""
     return f'<div aria-live="polite">{part(name, *args)}</div>'
 
 
-def panel(value: str) -> gr.HTML:
+def html_panel(value: str) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, elem_classes="part", js_on_load=PICK)
 
 
@@ -79,7 +79,7 @@ def picked(event: gr.EventData, catalogue: Catalogue) -> tuple[str, str]:
     return (item, role) if item in catalogue and isinstance(role, str) else ("", "")
 
 
-def told(work: Callable, *args):
+def or_gradio_error(work: Callable, *args):
     """work(*args); a warning on the page instead of an InputError."""
     try:
         return work(*args)
@@ -93,13 +93,13 @@ def reads(items: int, most: int) -> str:
     return f"{count}, a click takes one out{f'; the model reads the last {most:,}' if items > most else ''}."
 
 
-def shelf(
+def build_history_column(
     catalogue: Catalogue,
     roles: list[tuple[str, str]],
     anybody_said: str,
     user_said: str,
-    take: Callable[[str], Visit],
-    note: Callable[[Visit], str],
+    take: Callable[[str], Session],
+    note: Callable[[Session], str],
 ) -> gr.State:
     """The left column of a tab: search, history, test user. Returns the visit that is put together there.
 
@@ -113,107 +113,109 @@ def shelf(
     def find(query: str) -> str:
         return part("found", [(item, catalogue.title(item)) for item in catalogue.find(query)], roles)
 
-    def show(visit: Visit) -> str:
-        newest_first = [(item, catalogue.title(item)) for item in reversed(visit.history)]
-        return part("history", newest_first, note(visit))
+    def show(session: Session) -> str:
+        newest_first = [(item, catalogue.title(item)) for item in reversed(session.history)]
+        return part("history", newest_first, note(session))
 
-    def pick(visit: Visit, event: gr.EventData) -> Visit:
+    def pick(session: Session, event: gr.EventData) -> Session:
         item, role = picked(event, catalogue)
-        if role == "history" and item not in visit.history:
-            return replace(visit, history=(*visit.history, item), changed=True)
+        if role == "history" and item not in session.history:
+            return replace(session, history=(*session.history, item), changed=True)
         if role == "ask":
-            return replace(visit, item=item, liked=None)
-        return visit
+            return replace(session, item=item, liked=None)
+        return session
 
-    def drop(visit: Visit, event: gr.EventData) -> Visit:
+    def drop(session: Session, event: gr.EventData) -> Session:
         item, _ = picked(event, catalogue)
-        return replace(visit, history=tuple(each for each in visit.history if each != item), changed=True)
+        return replace(session, history=tuple(each for each in session.history if each != item), changed=True)
 
-    visit = gr.State(Visit())
+    session = gr.State(Session())
     query = gr.Textbox(label="Search titles", placeholder="words of a title", max_length=MOST_LETTERS)
-    results = panel(find(""))
+    results = html_panel(find(""))
     gr.Markdown("**History**, newest first")
-    history = panel(show(Visit()))
+    history = html_panel(show(Session()))
     with gr.Row():
         clear = gr.Button("Clear", size="sm")
         anybody = gr.Button(anybody_said, size="sm")
     user = gr.Textbox(label=user_said, placeholder="a user's id, then Enter", max_length=100)
     query.change(find, query, results, trigger_mode="always_last", **QUICK)
-    results.pick(pick, visit, visit, **CHANGES_A_VISIT)
-    history.pick(drop, visit, visit, **CHANGES_A_VISIT)
-    clear.click(lambda: Visit(), None, visit, **CHANGES_A_VISIT)
-    anybody.click(lambda: told(take, ""), None, visit, **CHANGES_A_VISIT)
-    user.submit(lambda name: told(take, name), user, visit, **CHANGES_A_VISIT)
-    visit.change(show, visit, history, **QUICK)
-    return visit
+    results.pick(pick, session, session, **SESSION_EVENTS)
+    history.pick(drop, session, session, **SESSION_EVENTS)
+    clear.click(lambda: Session(), None, session, **SESSION_EVENTS)
+    anybody.click(lambda: or_gradio_error(take, ""), None, session, **SESSION_EVENTS)
+    user.submit(lambda name: or_gradio_error(take, name), user, session, **SESSION_EVENTS)
+    session.change(show, session, history, **QUICK)
+    return session
 
 
-def search_tab(model: NextItem, worker: Worker) -> None:
+def next_item_tab(model: NextItem, worker: Worker) -> None:
     """Which item comes next?"""
 
-    def take(name: str) -> Visit:
+    def take(name: str) -> Session:
         user, history, taken = model.test_user(name)
-        return Visit(tuple(history), user, taken)
+        return Session(tuple(history), user, taken)
 
-    def note(visit: Visit) -> str:
-        if not visit.history:
-            return visit.whose + "Click titles above, or take a test user."
-        return visit.whose + reads(len(visit.history), model.max_his_len)
+    def note(session: Session) -> str:
+        if not session.history:
+            return session.owner_label + "Click titles above, or take a test user."
+        return session.owner_label + reads(len(session.history), model.max_his_len)
 
-    async def recommend(visit: Visit, who: str, k: int, exclude_seen: bool) -> str:
-        if not visit.history and who != "popularity":
-            return spoken("hint", NOTHING_YET)
+    async def recommend(session: Session, who: str, k: int, exclude_seen: bool) -> str:
+        if not session.history and who != "popularity":
+            return aria_live("hint", NOTHING_YET)
         try:
-            answer = await worker(model.ask, who, visit.history, k, exclude_seen, visit.item)
+            answer = await worker(model.ask, who, session.history, k, exclude_seen, session.item)
         except InputError as error:
-            return spoken("problem", str(error))
-        taken = model.catalogue.title(visit.item) if visit.item else ""
-        return spoken("ranking", answer, who, taken, exclude_seen and visit.item in visit.history)
+            return aria_live("problem", str(error))
+        taken = model.catalogue.title(session.item) if session.item else ""
+        return aria_live("ranking", answer, who, taken, exclude_seen and session.item in session.history)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            visit = shelf(model.catalogue, [("history", "add")], "A test user", "A test user by id", take, note)
+            session = build_history_column(
+                model.catalogue, [("history", "add")], "A test user", "A test user by id", take, note
+            )
         with gr.Column(scale=3, min_width=320):
             with gr.Row():
                 who = gr.Radio(model.recommenders, value=model.name, label="Recommended by", min_width=280)
                 sizes = [size for size in SIZES if size < model.num_beams] + [model.num_beams]
                 k = gr.Radio(sizes, value=sizes[:2][-1], label="Items", min_width=140)
             exclude_seen = gr.Checkbox(True, label="Leave out what is in the history")
-            listed = panel(spoken("hint", NOTHING_YET))
-    asked = [visit, who, k, exclude_seen]
-    gr.on([each.change for each in asked], recommend, asked, listed, **ASKS_A_MODEL)
+            listed = html_panel(aria_live("hint", NOTHING_YET))
+    asked = [session, who, k, exclude_seen]
+    gr.on([each.change for each in asked], recommend, asked, listed, **MODEL_EVENTS)
 
 
-def preference_tab(model: YesOrNo, worker: Worker) -> None:
+def yes_no_tab(model: YesOrNo, worker: Worker) -> None:
     """Will this user like this item?"""
 
-    def take(name: str) -> Visit:
+    def take(name: str) -> Session:
         rating = model.test_rating(name)
-        return Visit(tuple(rating.history), str(rating.user), rating.item, rating.liked)
+        return Session(tuple(rating.history), str(rating.user), rating.item, rating.liked)
 
-    def note(visit: Visit) -> str:
-        if not visit.history:
-            return visit.whose + "Nothing is liked so far: say what is, or take a test rating."
-        return visit.whose + reads(len(visit.history), model.record["max_his_len"])
+    def note(session: Session) -> str:
+        if not session.history:
+            return session.owner_label + "Nothing is liked so far: say what is, or take a test rating."
+        return session.owner_label + reads(len(session.history), model.record["max_his_len"])
 
-    async def answer(visit: Visit) -> str:
-        if visit.item is None:
-            return spoken("hint", NOTHING_ASKED)
-        user = int(visit.user) if visit.user else None
+    async def answer(session: Session) -> str:
+        if session.item is None:
+            return aria_live("hint", NOTHING_ASKED)
+        user = int(session.user) if session.user else None
         try:
-            found = await worker(model.ask, user, visit.history, visit.item)
+            found = await worker(model.ask, user, session.history, session.item)
         except InputError as error:
-            return spoken("problem", str(error))
-        return spoken("verdict", found, model.catalogue.title(visit.item), visit.liked, bool(visit.history))
+            return aria_live("problem", str(error))
+        return aria_live("verdict", found, model.catalogue.title(session.item), session.liked, bool(session.history))
 
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             roles = [("history", "liked"), ("ask", "ask")]
             said = "A test rating", "A test rating of the user with this id"
-            visit = shelf(model.catalogue, roles, *said, take, note)
+            session = build_history_column(model.catalogue, roles, *said, take, note)
         with gr.Column(scale=3, min_width=320):
-            answered = panel(spoken("hint", NOTHING_ASKED))
-    visit.change(answer, visit, answered, **ASKS_A_MODEL)
+            answered = html_panel(aria_live("hint", NOTHING_ASKED))
+    session.change(answer, session, answered, **MODEL_EVENTS)
 
 
 def build(models: dict[str, NextItem | YesOrNo], seconds: float) -> gr.Blocks:
@@ -225,5 +227,5 @@ def build(models: dict[str, NextItem | YesOrNo], seconds: float) -> gr.Blocks:
             for name, model in models.items():
                 searches = isinstance(model, NextItem)
                 with gr.Tab(f"{name} on {model.dataset.name}: {'what comes next?' if searches else 'Yes or No?'}"):
-                    (search_tab if searches else preference_tab)(model, worker)
+                    (next_item_tab if searches else yes_no_tab)(model, worker)
     return page.queue(max_size=WAITING, api_open=False)

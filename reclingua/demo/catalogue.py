@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Mapping
 
-from reclingua.utils.text import cut
+from reclingua.utils.text import shorten
 
 MOST_LETTERS = 100  # of a query that are read; nobody types more on purpose
 SHOWN_LETTERS = 160  # of a title
@@ -40,4 +40,4 @@ class Catalogue:
 
     def title(self, item: str) -> str:
         """The item's title, a long one cut."""
-        return cut(self.titles[item], SHOWN_LETTERS)
+        return shorten(self.titles[item], SHOWN_LETTERS)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from reclingua.baselines import baselines_of
+from reclingua.baselines import fit_baselines
 from reclingua.datasets.collators import encode_prompt
 from reclingua.datasets.interactions import RecDataset
-from reclingua.datasets.tasks import COLUMNS, sample, seqrec_of
+from reclingua.datasets.tasks import COLUMNS, make_sample, seqrec_of
 from reclingua.demo.catalogue import Catalogue
 from reclingua.inference import loading
 from reclingua.inference.loading import instructions_of, open_indexed, phrasings_of
@@ -67,16 +67,16 @@ class NextItem:
         self.dataset: RecDataset = open_indexed(folder, record, "seqrec", data_path, dataset, index_file)
         self.name, self.num_beams, self.max_his_len = record["method"], num_beams, record["max_his_len"]
         self.task = seqrec_of(record["supervise"])
-        phrasings, answerable = phrasings_of(folder, record, self.task)
-        self.phrasing = phrasings[answerable[0]]
+        templates, answerable = phrasings_of(folder, record, self.task)
+        self.template = templates[answerable[0]]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, tokenizer = loading.open_model(folder, record, self.device, base_model)
         token_ids = index_token_ids(tokenizer, self.dataset.index)
         self.trie = trie_of(token_ids, tokenizer, self.task)
         samples = Dataset(COLUMNS.arrow_schema.empty_table())  # they come one by one, see _search
-        prompts = {self.task: phrasings}
+        prompts = {self.task: templates}
         self.instructions = instructions_of(record, samples, self.dataset, tokenizer, prompts, token_ids)
-        self.baselines = baselines_of(self.dataset)
+        self.baselines = fit_baselines(self.dataset)
         self.recommenders = [self.name, *self.baselines]
         titles = {item: self.dataset.title(item) for item in self.dataset.item_ids}
         self.catalogue = Catalogue(titles, self.baselines["popularity"].counts)
@@ -111,15 +111,15 @@ class NextItem:
         return Answer(rows[:k], unit, len(rows), place, time.perf_counter() - began)
 
     def _search(self, history: list[str], exclude_seen: bool) -> list[tuple[str, str]]:
-        asked = dict(zip(COLUMNS, sample(self.task, history=history[-self.max_his_len :]), strict=True))
-        prompt = encode_prompt(self.instructions.tokenizer, self.instructions.prompt(asked, self.phrasing))
-        loading.check_room(self.model, len(prompt) + self.trie.depth)
+        asked = dict(zip(COLUMNS, make_sample(self.task, history=history[-self.max_his_len :]), strict=True))
+        prompt = encode_prompt(self.instructions.tokenizer, self.instructions.prompt(asked, self.template))
+        loading.check_context_length(self.model, len(prompt) + self.trie.depth)
         excluded = [history] if exclude_seen else None
         (found,) = recommend(
             self.model,
             self.instructions,
             [asked],
-            self.phrasing,
+            self.template,
             self.trie,
             self.num_beams,
             batch_size=1,

@@ -12,12 +12,12 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from reclingua.datasets.ratings import COLUMNS, column
+from reclingua.datasets.ratings import COLUMNS, to_numpy
 from reclingua.demo.catalogue import Catalogue
 from reclingua.inference.loading import open_asked, questions_of
 from reclingua.inference.scorer import ask
 from reclingua.models.language import load_tokenizer
-from reclingua.models.registry import name_of
+from reclingua.models.registry import run_name
 from reclingua.utils.errors import InputError
 
 
@@ -62,12 +62,12 @@ class YesOrNo:
         self.model, self.dataset = open_asked(folder, record, data_path, dataset, base_model, collab)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(folder)
-        self.name = name_of(self.model, record["method"])
+        self.name = run_name(self.model, record["method"])
         self.test = self.dataset.parts["test"]
-        self.test_users = column(self.test, "uid")
+        self.test_users = to_numpy(self.test, "uid")
         train = self.dataset.parts["train"]
-        self.known_users = set(column(train, "uid").tolist())
-        counts = Counter(map(str, column(train, "iid").tolist()))
+        self.known_users = set(to_numpy(train, "uid").tolist())
+        counts = Counter(map(str, to_numpy(train, "iid").tolist()))
         self.catalogue = Catalogue({item: str(about["title"]) for item, about in self.dataset.items.items()}, counts)
         self.known_items = set(counts)
 

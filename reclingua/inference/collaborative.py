@@ -6,27 +6,27 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from reclingua.datasets.ratings import PreferenceDataset, column, last_liked
+from reclingua.datasets.ratings import RatingsDataset, liked_history, to_numpy
 from reclingua.metrics.roc import auc, uauc
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.utils.errors import InputError
 
 
-def inputs_of(part: Dataset, model: CollaborativeModel) -> dict[str, torch.Tensor]:
+def model_inputs(part: Dataset, model: CollaborativeModel) -> dict[str, torch.Tensor]:
     """What `model.forward` takes for all rows of a part, on the model's device."""
     tensors = {
-        "users": torch.from_numpy(column(part, "uid").astype(np.int64)),
-        "items": torch.from_numpy(column(part, "iid").astype(np.int64)),
-        "labels": torch.from_numpy(column(part, "label").astype(np.float32)),
+        "users": torch.from_numpy(to_numpy(part, "uid").astype(np.int64)),
+        "items": torch.from_numpy(to_numpy(part, "iid").astype(np.int64)),
+        "labels": torch.from_numpy(to_numpy(part, "label").astype(np.float32)),
     }
     if model.history_length:
-        tensors["histories"] = torch.from_numpy(last_liked(part, model.history_length))
+        tensors["histories"] = torch.from_numpy(liked_history(part, model.history_length))
     return {name: tensor.to(model.device) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def score(model: CollaborativeModel, inputs: dict[str, torch.Tensor], batch_size: int = 8192) -> np.ndarray:
-    """Logits float [rows] of `inputs_of` a part, by the model in evaluation mode."""
+    """Logits float [rows] of `model_inputs` a part, by the model in evaluation mode."""
     was_training = model.training
     model.eval()
     inputs = {name: tensor.split(batch_size) for name, tensor in inputs.items() if name != "labels"}
@@ -35,14 +35,14 @@ def score(model: CollaborativeModel, inputs: dict[str, torch.Tensor], batch_size
     return torch.cat(scores).float().cpu().numpy()
 
 
-def measure(part: Dataset, scores: np.ndarray) -> dict[str, dict]:
+def auc_metrics(part: Dataset, scores: np.ndarray) -> dict[str, dict]:
     """{"test": ..., "warm": ..., "cold": ...}, each with auc, uauc, users_counted, users_left_out, samples.
 
     Warm rows are those whose user and item were both seen in training. A figure that does not exist is None: no rows,
     or labels of one kind only.
     """
-    warm = column(part, "not_cold") == 1
-    users, labels = column(part, "uid"), column(part, "label")
+    warm = to_numpy(part, "not_cold") == 1
+    users, labels = to_numpy(part, "uid"), to_numpy(part, "label")
     results = {}
     for name, rows in (("test", np.ones_like(warm)), ("warm", warm), ("cold", ~warm)):
         figures = {"auc": math.nan, "uauc": math.nan, "users_counted": 0, "users_left_out": 0}
@@ -53,7 +53,7 @@ def measure(part: Dataset, scores: np.ndarray) -> dict[str, dict]:
     return results
 
 
-def check_fits(model: CollaborativeModel, dataset: PreferenceDataset) -> None:
+def check_same_dataset(model: CollaborativeModel, dataset: RatingsDataset) -> None:
     """InputError unless the model was trained on `dataset` and has a row for each of its users and items."""
     config = model.config
     for kind, size, needed in (

@@ -8,20 +8,20 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import RecDataset, open_dataset
-from reclingua.datasets.prompts import Phrasing
-from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences
-from reclingua.datasets.yes_no import Questions, code_text
-from reclingua.models.collaborative import MODELS as COLLABORATIVE
-from reclingua.models.language import fingerprint, load_model, load_tokenizer
+from reclingua.datasets.prompts import PromptTemplate
+from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
+from reclingua.datasets.yes_no import YesNoDataset, code_text
+from reclingua.models.collaborative import COLLABORATIVE_MODELS
+from reclingua.models.language import base_fingerprint, load_model, load_tokenizer
 from reclingua.models.lora import load_lora
-from reclingua.models.registry import METHODS as YESNO
-from reclingua.models.registry import open_model as open_yes_no_model
+from reclingua.models.registry import YES_NO_METHODS
+from reclingua.models.registry import load_yes_no_model as open_yes_no_model
 from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 
 OF_RECORD = {"prompts", "tasks", "lora", "supervise", "max_text_len"}  # what a model that generates was tuned with
 
@@ -32,16 +32,16 @@ def read_record(folder: Path) -> dict:
     Raises:
         InputError: the folder holds no model of finetune.py or pretrain.py.
     """
-    record = read_json(folder / RECORD, "the record of a model trained by finetune.py or pretrain.py")
+    record = read_json(folder / METADATA_FILE, "the record of a model trained by finetune.py or pretrain.py")
     if (folder / "latest").exists() and not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder}: holds a training state of DeepSpeed; make a model of it: "
             f"python -m convert.zero_to_fp32 {folder} FOLDER"
         )
     if not isinstance(record.get("method"), str):
-        raise InputError(f"{folder / RECORD}: names no method; train the model again")
-    if record["method"] not in ("lcrec", *YESNO, *COLLABORATIVE):
-        raise InputError(f"{folder / RECORD}: was made by {record['method']!r}, which is no method")
+        raise InputError(f"{folder / METADATA_FILE}: names no method; train the model again")
+    if record["method"] not in ("lcrec", *YES_NO_METHODS, *COLLABORATIVE_MODELS):
+        raise InputError(f"{folder / METADATA_FILE}: was made by {record['method']!r}, which is no method")
     return record
 
 
@@ -66,13 +66,13 @@ def open_indexed(
     return dataset
 
 
-def phrasings_of(folder: Path, record: dict, task: str) -> tuple[list[Phrasing], list[int]]:
+def phrasings_of(folder: Path, record: dict, task: str) -> tuple[list[PromptTemplate], list[int]]:
     """The phrasings of `task`, and the numbers of those that are answered by an item; InputError if none is."""
-    phrasings = [Phrasing(**phrasing) for phrasing in record["prompts"][task]]
-    answerable = [number for number, phrasing in enumerate(phrasings) if phrasing.names_target]
+    templates = [PromptTemplate(**template) for template in record["prompts"][task]]
+    answerable = [number for number, template in enumerate(templates) if template.names_target]
     if not answerable:
         raise InputError(f"{folder}: was tuned on no phrasing of {task} that is answered by {{target}} alone")
-    return phrasings, answerable
+    return templates, answerable
 
 
 def instructions_of(
@@ -80,11 +80,11 @@ def instructions_of(
     samples: datasets.Dataset,
     dataset: RecDataset,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: dict[str, list[Phrasing]],
+    prompts: dict[str, list[PromptTemplate]],
     token_ids: dict[str, list[int]],
-) -> Instructions:
+) -> InstructionDataset:
     """Samples put as they were in training; `prompts` are the phrasings of their tasks."""
-    return Instructions(
+    return InstructionDataset(
         samples,
         dataset,
         tokenizer,
@@ -107,14 +107,14 @@ def open_asked(
     name: str | None,
     base_model: str | None = None,
     collab: str | None = None,
-) -> tuple[YesNoModel, PreferenceDataset]:
+) -> tuple[YesNoModel, RatingsDataset]:
     """A tuned model and its ratings; InputError if it knows the users and items of others.
 
     Args:
         base_model, collab: where these models are now, if they have moved.
     """
     model = open_yes_no_model(folder, record["method"], base_model=base_model, collab=collab)
-    dataset = open_preferences(data_path, name or record["dataset"])
+    dataset = open_ratings(data_path, name or record["dataset"])
     if record["method"] != "tallrec" and record["ratings_sha256"] != dataset.sha256():
         raise InputError(f"{folder}: knows the users and items of other ratings than those of {dataset.folder}")
     return model, dataset
@@ -144,13 +144,13 @@ def open_model(
         model = load_base(record | ({"base_model": base_model} if base_model else {}), device)
     except InputError as error:
         raise InputError(f"{error}; say where the base model of {folder} is now by --base_model") from None
-    if fingerprint(model) != record["base_sha256"]:
+    if base_fingerprint(model) != record["base_sha256"]:
         raise InputError(f"{base_model or record['base_model']}: is not the base model that {folder} was tuned on")
     model = load_lora(model, tokenizer, folder).eval()
     return model if record["load_in_4bit"] or record["load_in_8bit"] else model.to(device), tokenizer
 
 
-def check_room(model: PreTrainedModel, tokens: int) -> None:
+def check_context_length(model: PreTrainedModel, tokens: int) -> None:
     """InputError if a sample has more tokens than the model reads."""
     limit = getattr(model.config, "max_position_embeddings", 0)
     if limit and tokens > limit:
@@ -161,38 +161,38 @@ def check_room(model: PreTrainedModel, tokens: int) -> None:
 
 def questions_of(
     rows: Dataset,
-    dataset: PreferenceDataset,
+    dataset: RatingsDataset,
     tokenizer: PreTrainedTokenizerBase,
     model: YesNoModel,
     record: dict,
-    phrasing: int | None = 0,
+    template: int | None = 0,
     cold_text_only: bool = False,
     seed: int = 0,
-) -> Questions:
+) -> YesNoDataset:
     """The rows as questions in the way that `record` tells, with one of its phrasings; None: drawn for each epoch."""
-    phrasings = [Phrasing(**each) for each in record["prompts"]]
+    templates = [PromptTemplate(**each) for each in record["prompts"]]
     codes = None
     if record["method"] == "binllm":
         texts = []
         for name, codes_of in (("uid", model.collab.user_codes), ("iid", model.collab.item_codes)):
-            ids = torch.from_numpy(np.unique(column(rows, name)).astype(np.int64))
+            ids = torch.from_numpy(np.unique(to_numpy(rows, name)).astype(np.int64))
             bits = codes_of(ids.to(model.device))
             texts.append(
                 {n: code_text(code, record["code_format"]) for n, code in zip(ids.tolist(), bits, strict=True)}
             )
         codes = tuple(texts)
-    return Questions(
+    return YesNoDataset(
         rows,
         {int(item): str(about["title"]) for item, about in dataset.items.items()},
         tokenizer,
-        phrasings if phrasing is None else [phrasings[phrasing]],
+        templates if template is None else [templates[template]],
         record["max_his_len"],
         record["his_sep"],
         limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
         soft_tokens=getattr(model.config, "soft_tokens", 1),
         read_length=model.collab.history_length if model.collab is not None else 0,
         codes=codes,
-        cold_phrasing=Phrasing(**record["text_prompts"][0]) if cold_text_only else None,
-        draw=phrasing is None,
+        cold_template=PromptTemplate(**record["text_prompts"][0]) if cold_text_only else None,
+        draw=template is None,
         seed=seed,
     )

@@ -9,11 +9,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reclingua.datasets.collators import encode_prompt, prompt_batch
-from reclingua.datasets.instructions import Instructions
-from reclingua.datasets.prompts import Phrasing
-from reclingua.decoding.beam_search import Recommendation, beam_search
+from reclingua.datasets.instructions import InstructionDataset
+from reclingua.datasets.prompts import PromptTemplate
+from reclingua.decoding.beam_search import ScoredItem, beam_search
 from reclingua.decoding.trie import Trie
-from reclingua.utils.memory import while_memory_lasts
+from reclingua.utils.memory import run_with_oom_retry
 
 
 def trie_of(token_ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, task: str) -> Trie:
@@ -23,9 +23,9 @@ def trie_of(token_ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase,
 
 def recommend(
     model: PreTrainedModel,
-    instructions: Instructions,
+    instructions: InstructionDataset,
     samples: datasets.Dataset,
-    phrasing: Phrasing,
+    template: PromptTemplate,
     trie: Trie,
     num_beams: int,
     batch_size: int,
@@ -33,7 +33,7 @@ def recommend(
     score: str = "full",
     split: bool = False,
     show_progress: bool = True,
-) -> list[list[Recommendation]]:
+) -> list[list[ScoredItem]]:
     """For each sample the best `num_beams` items, best first.
 
     Samples of similar length share a batch, the longest first. If memory runs out the batch is halved and the same
@@ -50,24 +50,24 @@ def recommend(
     Raises:
         InputError: memory does not suffice for one sample.
     """
-    prompts = [encode_prompt(instructions.tokenizer, instructions.prompt(sample, phrasing)) for sample in samples]
+    prompts = [encode_prompt(instructions.tokenizer, instructions.prompt(sample, template)) for sample in samples]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if split:
         batches = batches[distributed.get_rank() :: distributed.get_world_size()]
     trie.to(model.device)
 
-    def search(rows: list[int]) -> list[list[Recommendation]]:
+    def search(rows: list[int]) -> list[list[ScoredItem]]:
         batch = prompt_batch(instructions.tokenizer, [prompts[i] for i in rows]).to(model.device)
         numbers = trie.item_numbers([excluded[i] for i in rows]) if excluded is not None else None
         return beam_search(model, **batch, trie=trie, num_beams=num_beams, excluded=numbers, score=score)
 
-    found: dict[int, list[Recommendation]] = {}
+    found: dict[int, list[ScoredItem]] = {}
     was_training = model.training
     model.eval()
     bar = tqdm(total=sum(map(len, batches)), desc="search", unit="user", disable=None if show_progress else True)
     try:
-        for rows, lists in while_memory_lasts(search, batches, "user", "take fewer beams (--num_beams)"):
+        for rows, lists in run_with_oom_retry(search, batches, "user", "take fewer beams (--num_beams)"):
             found.update(zip(rows, lists, strict=True))
             bar.update(len(rows))
     finally:
@@ -79,14 +79,14 @@ def recommend(
 
 
 def _merge(
-    found: dict[int, list[Recommendation]], trie: Trie, num_beams: int, samples: int, device: torch.device
-) -> list[list[Recommendation]]:
+    found: dict[int, list[ScoredItem]], trie: Trie, num_beams: int, samples: int, device: torch.device
+) -> list[list[ScoredItem]]:
     """The lists of all processes, each sample from the one that searched for it."""
     items = torch.full((samples, num_beams), -1)
     scores = torch.full((samples, num_beams), -torch.inf)
     times = torch.zeros(samples, dtype=torch.int64)
     for i, ranked in found.items():
-        items[i, : len(ranked)] = torch.tensor([trie.numbers[r.item] for r in ranked], dtype=torch.int64)
+        items[i, : len(ranked)] = torch.tensor([trie.item_to_number[r.item] for r in ranked], dtype=torch.int64)
         scores[i, : len(ranked)] = torch.tensor([r.score for r in ranked])
         times[i] += 1
     items, scores, times = items.to(device), scores.to(device), times.to(device)
@@ -95,6 +95,6 @@ def _merge(
     if (times != 1).any():
         raise RuntimeError(f"sample {int((times != 1).nonzero()[0])} was not measured exactly once")
     return [
-        [Recommendation(trie.items[n], value) for n, value in zip(*row, strict=True) if n >= 0]
+        [ScoredItem(trie.items[n], value) for n, value in zip(*row, strict=True) if n >= 0]
         for row in zip(items.tolist(), scores.tolist(), strict=True)
     ]

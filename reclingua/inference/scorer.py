@@ -5,13 +5,13 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from reclingua.datasets.yes_no import QuestionCollator, Questions
+from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
 from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError
-from reclingua.utils.memory import while_memory_lasts
+from reclingua.utils.memory import run_with_oom_retry
 
 
-def batches_of(questions: Questions, batch_size: int, by_beginning: bool) -> list[list[int]]:
+def batches_of(questions: YesNoDataset, batch_size: int, by_beginning: bool) -> list[list[int]]:
     """Rows of each batch: neighbours in what comes before the item (or in length), the longest first."""
     places = []
     for i in range(len(questions)):
@@ -25,7 +25,7 @@ def batches_of(questions: Questions, batch_size: int, by_beginning: bool) -> lis
 
 
 def ask(
-    model: YesNoModel, questions: Questions, batch_size: int, split: bool = False, show_progress: bool = True
+    model: YesNoModel, questions: YesNoDataset, batch_size: int, split: bool = False, show_progress: bool = True
 ) -> np.ndarray:
     """Logits of Yes, float32 [rows], by the model in evaluation mode.
 
@@ -36,8 +36,8 @@ def ask(
     Raises:
         InputError: memory does not suffice for one row; a logit is no number.
     """
-    collate = QuestionCollator(questions.tokenizer)
-    batches = batches_of(questions, batch_size, model.shares_beginnings)
+    collate = YesNoCollator(questions.tokenizer)
+    batches = batches_of(questions, batch_size, model.supports_prefix_sharing)
     if split:
         batches = batches[distributed.get_rank() :: distributed.get_world_size()]
     scores = torch.zeros(len(questions), device=model.device)
@@ -54,7 +54,7 @@ def ask(
         total=sum(map(len, batches)), desc="ask", unit="row", disable=None if show_progress else True, leave=False
     )
     try:
-        for rows, logits in while_memory_lasts(answer, batches, "row", "take a smaller model, or shorter histories"):
+        for rows, logits in run_with_oom_retry(answer, batches, "row", "take a smaller model, or shorter histories"):
             scores[rows] = logits
             bar.update(len(rows))
     finally:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
-class Prepared:
+class TrainingSetup:
     """
     Args:
         train, valid: samples as tokens, with `set_epoch` and `lengths`.

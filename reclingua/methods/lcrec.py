@@ -10,18 +10,18 @@ from torch import distributed
 from torch.nn import functional
 from transformers.utils import is_flash_attn_2_available
 
-from reclingua.datasets.collators import Collator
-from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.collators import CausalLMCollator
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import RecDataset, open_dataset
-from reclingua.datasets.prompts import FIELDS, PROMPT_FILE, Phrasing, read_prompts
+from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, PromptTemplate, read_prompts
 from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_of, train_samples
 from reclingua.datasets.user_texts import read_users
-from reclingua.inference.loading import check_room, load_base
+from reclingua.inference.loading import check_context_length, load_base
 from reclingua.inference.recommender import recommend, trie_of
-from reclingua.methods import Prepared
+from reclingua.methods import TrainingSetup
 from reclingua.metrics import parse_metrics, ranking_metrics
-from reclingua.models.language import fingerprint, keeps_packed_apart, load_tokenizer
-from reclingua.models.lora import with_lora
+from reclingua.models.language import base_fingerprint, load_tokenizer, supports_packing
+from reclingua.models.lora import add_lora_adapter
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
 from reclingua.training.arguments import (
     DataArguments,
@@ -35,10 +35,10 @@ from reclingua.training.checkpoints import checkpoint_to_resume
 from reclingua.utils.errors import InputError
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
-OF_TRAINING = (
+TRAINING_KEYS = (
     "train_prompt_sample_num", "train_data_sample_num", "only_train_response", "packing", "embedding_dropout"
 )  # fmt: skip
-LOW_RANK = (32, "all-linear")  # alpha and target layers where the flags say none
+LORA_DEFAULTS = (32, "all-linear")  # alpha and target layers where the flags say none
 
 
 def prepare(
@@ -48,24 +48,25 @@ def prepare(
     lora_args: LoraArguments,
     training_args: TuningArguments,
     log: Callable[[str], None],
-) -> Prepared:
+) -> TrainingSetup:
     """Samples, model and evaluation by search, from the flags; InputError for those that cannot be."""
     check_flags(model_args, data_args, method_args, lora_args, training_args)
     seqrec = seqrec_of(method_args.supervise)
-    phrasings, counts = per_task(method_args)
+    templates, counts = parse_per_task_counts(method_args)
 
     # ---- Data ----
-    needs = ["index", "items"] if set(TEXT_TASKS) & set(phrasings) else ["index"]
+    needs = ["index", "items"] if set(TEXT_TASKS) & set(templates) else ["index"]
     dataset = open_dataset(data_args.data_path, data_args.dataset, needs, data_args.index_file)
-    texts = read_users(dataset, data_args.user_file) if set(USER_TASKS) & set(phrasings) else None
+    texts = read_users(dataset, data_args.user_file) if set(USER_TASKS) & set(templates) else None
     prompts = read_prompts(
-        data_args.prompt_file or PROMPT_FILE, {task: FIELDS[task] for task in dict.fromkeys([seqrec, *phrasings])}
+        data_args.prompt_file or LCREC_PROMPT_FILE,
+        {task: FIELDS[task] for task in dict.fromkeys([seqrec, *templates])},
     )
     if data_args.max_his_len == -1:
         data_args.max_his_len = max(map(len, dataset.histories.values()))
     parts = [
         train_samples(dataset, task, data_args.max_his_len, texts, counts[task], training_args.seed)
-        for task in phrasings
+        for task in templates
     ]
     samples = concatenate_datasets(parts)
     valid = held_out_samples(dataset, "valid", seqrec, data_args.max_his_len)
@@ -74,7 +75,7 @@ def prepare(
         f"{len(samples):,} training samples, {len(valid):,} valid"
     )
     if len(parts) > 1:
-        log("  " + ", ".join(f"{task} {len(part):,}" for task, part in zip(phrasings, parts, strict=True)))
+        log("  " + ", ".join(f"{task} {len(part):,}" for task, part in zip(templates, parts, strict=True)))
     if dataset.too_short:
         log(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out of valid and test")
 
@@ -84,9 +85,9 @@ def prepare(
     checkpoint = checkpoint_to_resume(training_args, record)
     tokenizer = load_tokenizer(model_args.base_model)
     model = load_base(record, device=training_args.device)
-    record["base_sha256"] = fingerprint(model)
+    record["base_sha256"] = base_fingerprint(model)
     about = {item: dataset.text(item) for item in dataset.index} if dataset.items else None
-    if training_args.use_liger_kernel and not liger_knows(model.config.model_type):
+    if training_args.use_liger_kernel and not liger_supports(model.config.model_type):
         raise InputError(f"--use_liger_kernel: Liger has no kernels for {model.config.model_type!r}; leave it out")
     new_tokens = extend_vocabulary(model, tokenizer, dataset.index, about, training_args.seed)
     model.config.use_cache = False  # training needs none; the search asks for it
@@ -94,7 +95,7 @@ def prepare(
     index_tokens = sorted({token for ids in token_ids.values() for token in ids})
     log(f"{model_args.base_model}: {model.num_parameters():,} parameters, {new_tokens:,} new tokens")
     if lora_args.lora:
-        model = with_lora(model, index_tokens, **record["lora"])
+        model = add_lora_adapter(model, index_tokens, **record["lora"])
         log(f"  trained are {model.num_parameters(only_trainable=True):,}: LoRA weights and the rows of code tokens")
         if training_args.ddp_find_unused_parameters is None:
             training_args.ddp_find_unused_parameters = False  # what is frozen is none of DDP's, the rest is used
@@ -105,7 +106,7 @@ def prepare(
 
     # ---- Samples -> tokens ----
     instructions = {
-        part: Instructions(
+        part: InstructionDataset(
             rows,
             dataset,
             tokenizer,
@@ -116,18 +117,18 @@ def prepare(
             max_text_len=data_args.max_text_len,
             add_prefix=data_args.add_prefix,
             only_response=method_args.only_train_response,
-            phrasings_per_sample=phrasings if part == "train" else None,
+            templates_per_sample=templates if part == "train" else None,
             seed=training_args.seed,
         )
         for part, rows in (("train", samples), ("valid", valid))
     }
 
     lengths = {part: rows.lengths(longest=True) for part, rows in instructions.items()}
-    check_room(model, max(max(found) for found in lengths.values()))
+    check_context_length(model, max(max(found) for found in lengths.values()))
 
     # ---- Packing ----
     packing = method_args.packing
-    if packing and not keeps_packed_apart(model):
+    if packing and not supports_packing(model):
         raise InputError(f"{model_args.base_model}: its attention does not keep packed samples apart; omit --packing")
     flash = training_args.device.type == "cuda" and training_args.bf16 and is_flash_attn_2_available()
     flash = packing and flash and model._supports_flash_attn
@@ -161,12 +162,12 @@ def prepare(
             [[r.item for r in found] for found in lists], [targets[i] for i in chosen], EVAL_METRICS
         )
 
-    return Prepared(
+    return TrainingSetup(
         model=model,
         tokenizer=tokenizer,
         train=instructions["train"],
         valid=instructions["valid"],
-        collator=Collator(tokenizer, packing, one_row=flash),
+        collator=CausalLMCollator(tokenizer, packing, flatten=flash),
         lengths=lengths["train"],
         measure=rank,
         record=record,
@@ -177,7 +178,7 @@ def prepare(
     )
 
 
-def liger_knows(model_type: str) -> bool:
+def liger_supports(model_type: str) -> bool:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # there only with a GPU
 
     return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -208,7 +209,7 @@ def check_flags(
         raise InputError(f"--metric_for_best_model {best}: should be hit@10, ndcg@10 or loss")
 
 
-def per_task(args: MethodArguments) -> tuple[dict[str, int], dict[str, int]]:
+def parse_per_task_counts(args: MethodArguments) -> tuple[dict[str, int], dict[str, int]]:
     """Task -> phrasings per sample, and task -> number of samples (0: all); InputError for lists that don't match."""
     tasks = [task.strip().lower() for task in args.tasks.split(",")]
     if unknown := [task for task in tasks if task not in TASKS]:
@@ -235,7 +236,7 @@ def record_of(
     data_args: DataArguments,
     method_args: MethodArguments,
     lora_args: LoraArguments,
-    prompts: dict[str, list[Phrasing]],
+    prompts: dict[str, list[PromptTemplate]],
 ) -> dict:
     """What a test must know to ask the model as it was trained, and to refuse another index."""
     return {
@@ -246,16 +247,16 @@ def record_of(
         "base_dtype": model_args.base_dtype or "float32",
         "load_in_4bit": bool(model_args.load_in_4bit),
         "load_in_8bit": model_args.load_in_8bit,
-        "lora": lora_args.low_rank(*LOW_RANK) if lora_args.lora else None,
+        "lora": lora_args.low_rank(*LORA_DEFAULTS) if lora_args.lora else None,
         "dataset": dataset.name,
         "supervise": method_args.supervise,
-        "tasks": list(per_task(method_args)[0]),
-        **{flag: getattr(method_args, flag) for flag in OF_TRAINING},
+        "tasks": list(parse_per_task_counts(method_args)[0]),
+        **{flag: getattr(method_args, flag) for flag in TRAINING_KEYS},
         "max_his_len": data_args.max_his_len,
         "his_sep": data_args.his_sep,
         "add_prefix": data_args.add_prefix,
         "max_text_len": data_args.max_text_len,
-        "prompts": {task: [asdict(phrasing) for phrasing in phrasings] for task, phrasings in prompts.items()},
+        "prompts": {task: [asdict(template) for template in templates] for task, templates in prompts.items()},
         "index_sha256": dataset.sha256("index"),
         "histories_sha256": dataset.sha256("histories"),
         "items_sha256": dataset.sha256("items"),

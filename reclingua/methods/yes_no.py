@@ -9,15 +9,15 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
-from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, read_prompts
-from reclingua.datasets.ratings import PreferenceDataset, column, open_preferences, sample
-from reclingua.datasets.yes_no import QuestionCollator
-from reclingua.inference.collaborative import check_fits, inputs_of
+from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, read_prompts
+from reclingua.datasets.ratings import RatingsDataset, open_ratings, sample_ratings, to_numpy
+from reclingua.datasets.yes_no import YesNoCollator
+from reclingua.inference.collaborative import check_same_dataset, model_inputs
 from reclingua.inference.loading import questions_of
 from reclingua.inference.scorer import ask
-from reclingua.methods import Prepared
+from reclingua.methods import TrainingSetup
 from reclingua.metrics.roc import auc, uauc
-from reclingua.models.collaborative import fingerprint, load
+from reclingua.models.collaborative import load_collaborative, weights_sha256
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.hash import HashedMF
 from reclingua.models.collaborative.mf import MF, MFConfig
@@ -25,7 +25,7 @@ from reclingua.models.collm import CoLLM
 from reclingua.models.cora import CoRA
 from reclingua.models.language import load_tokenizer
 from reclingua.models.lora import add_lora
-from reclingua.models.registry import METHODS
+from reclingua.models.registry import YES_NO_METHODS
 from reclingua.models.yes_no import YesNoConfig, YesNoModel, open_language
 from reclingua.training.arguments import (
     DataArguments,
@@ -39,13 +39,13 @@ from reclingua.training.arguments import (
 from reclingua.training.checkpoints import checkpoint_to_resume
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 
-TUNES_LORA = ("tallrec", "binllm")  # what these train is LoRA weights, and nothing else
-READS_COLLAB = ("collm", "binllm", "cora")
-LEVEL_ROWS = 32  # of train, by which the level of the logits before training is known
-SCALE_ROWS = 4096  # of train, by which the scale of collaborative vectors is known
-LOW_RANK = (16, "q_proj,v_proj")  # alpha and target layers where the flags say none
+LORA_METHODS = ("tallrec", "binllm")  # what these train is LoRA weights, and nothing else
+CF_METHODS = ("collm", "binllm", "cora")
+OFFSET_SAMPLES = 32  # of train, by which the level of the logits before training is known
+NORMALIZATION_SAMPLES = 4096  # of train, by which the scale of collaborative vectors is known
+LORA_DEFAULTS = (16, "q_proj,v_proj")  # alpha and target layers where the flags say none
 PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts begin with
 
 
@@ -57,34 +57,34 @@ def prepare(
     args: YesNoArguments,
     training_args: TuningArguments,
     log: Callable[[str], None],
-) -> Prepared:
-    """Questions, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
+) -> TrainingSetup:
+    """Samples, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
     method = method_args.method
     check_flags(method, model_args, data_args, method_args, lora_args, args, training_args)
     training_args.metric_for_best_model, training_args.greater_is_better = args.select_by, True
 
     # ---- Data ----
-    dataset = open_preferences(data_args.data_path, data_args.dataset)
-    _, task = METHODS[method]
+    dataset = open_ratings(data_args.data_path, data_args.dataset)
+    _, task = YES_NO_METHODS[method]
     prompts = read_prompts(
-        data_args.prompt_file or QUESTION_FILE, {name: QUESTION_FIELDS[name] for name in {"text", task}}
+        data_args.prompt_file or YES_NO_PROMPT_FILE, {name: YES_NO_FIELDS[name] for name in {"text", task}}
     )
     train, valid = dataset.parts["train"], dataset.parts["valid"]
     count = int(method_args.train_data_sample_num)
     if 0 < count < len(train):
         train = train.shuffle(seed=training_args.seed).select(range(count))
-    valid = sample(valid, args.valid_samples)
+    valid = sample_ratings(valid, args.valid_samples)
     for part, rows in (("train", train), ("valid", valid)):
-        if len(set(column(rows, "label").tolist())) < 2:
+        if len(set(to_numpy(rows, "label").tolist())) < 2:
             raise InputError(f"{dataset.folder}: the {len(rows)} rows taken of {part} are all of one label; take more")
-    liked = column(train, "label").mean()
+    liked = to_numpy(train, "label").mean()
     log(
         f"{dataset.name}: {len(train):,} of {len(dataset.parts['train']):,} training rows, "
         f"{len(valid):,} of {len(dataset.parts['valid']):,} valid"
     )
 
     # ---- Model ----
-    model = build(method, model_args, lora_args, args, dataset)
+    model = build_model(method, model_args, lora_args, args, dataset)
     tokenizer = load_tokenizer(args.init_from or model_args.base_model)
     record = {
         "method": method,
@@ -98,8 +98,8 @@ def prepare(
         "train_data_sample_num": count,
         "max_his_len": data_args.max_his_len,
         "his_sep": data_args.his_sep,
-        "prompts": [asdict(phrasing) for phrasing in prompts[task]],
-        "text_prompts": [asdict(phrasing) for phrasing in prompts["text"]],
+        "prompts": [asdict(template) for template in prompts[task]],
+        "text_prompts": [asdict(template) for template in prompts["text"]],
         "seed": training_args.seed,
         **asdict(lora_args),
         **{flag: value for flag, value in asdict(args).items() if flag not in ("patience", "save_full")},
@@ -110,8 +110,8 @@ def prepare(
 
     # ---- Rows -> tokens ----
     questions = {
-        part: questions_of(rows, dataset, tokenizer, model, record, phrasing, seed=training_args.seed)
-        for part, rows, phrasing in (("train", train, None), ("valid", valid, 0))
+        part: questions_of(rows, dataset, tokenizer, model, record, template, seed=training_args.seed)
+        for part, rows, template in (("train", train, None), ("valid", valid, 0))
     }
     lengths = {part: rows.lengths(longest=True) for part, rows in questions.items()}
     model.config.answer = questions["train"].answer.yes
@@ -119,14 +119,14 @@ def prepare(
     log(f"the score is the logit of {answers[0]!r} (token {model.config.answer}); no is {answers[1]!r}")
     model.to(training_args.device)
     shuffled = np.random.default_rng(0).permutation(len(train))
-    if "bridge" in model.config.trained and method != "softprompt":  # whose embeddings are all alike
-        inputs = inputs_of(train.select(shuffled[:SCALE_ROWS]), model.collab)
-        model.learn_scale(inputs["users"], inputs["items"], inputs.get("histories"))
-    some = questions_of(train.select(shuffled[:LEVEL_ROWS]), dataset, tokenizer, model, record)
-    level = ask(model, some, LEVEL_ROWS, show_progress=False).mean()
+    if "projector" in model.config.trained and method != "softprompt":  # whose embeddings are all alike
+        inputs = model_inputs(train.select(shuffled[:NORMALIZATION_SAMPLES]), model.collab)
+        model.fit_normalization(inputs["users"], inputs["items"], inputs.get("histories"))
+    some = questions_of(train.select(shuffled[:OFFSET_SAMPLES]), dataset, tokenizer, model, record)
+    level = ask(model, some, OFFSET_SAMPLES, show_progress=False).mean()
     model.config.offset = float(level - np.log(liked / (1 - liked)))
     sizes = {
-        part: sum(w.numel() for name, w in model.named_parameters() if model.part_of(name) == part)
+        part: sum(w.numel() for name, w in model.named_parameters() if model.component_of(name) == part)
         for part in model.config.trained
     }
     log(
@@ -138,7 +138,7 @@ def prepare(
             log(f"  {rows.cut:,} prompts of {part} exceeded {rows.limit:,} tokens: their oldest titles are left out")
 
     # ---- Evaluation: ask about the rows of valid ----
-    users, labels = (column(valid, name) for name in ("uid", "label"))
+    users, labels = (to_numpy(valid, name) for name in ("uid", "label"))
 
     def measure() -> dict[str, float]:
         device = training_args.device.type
@@ -165,12 +165,12 @@ def prepare(
             )
         return figures
 
-    return Prepared(
+    return TrainingSetup(
         model=model,
         tokenizer=tokenizer,
         train=questions["train"],
         valid=questions["valid"],
-        collator=QuestionCollator(tokenizer),
+        collator=YesNoCollator(tokenizer),
         lengths=lengths["train"],
         measure=measure,
         record=record,
@@ -191,16 +191,16 @@ def check_flags(
     """InputError for flags that contradict each other or the method."""
     if not method_args.train_data_sample_num.isdecimal():
         raise InputError(f"--train_data_sample_num {method_args.train_data_sample_num}: should be one whole number")
-    if method in READS_COLLAB and not args.collab:
+    if method in CF_METHODS and not args.collab:
         raise InputError(f"--collab is required with --method {method}: a folder made by python pretrain.py")
     refuse_flags(method, data_args, ["index_file", "user_file", "max_text_len", "add_prefix"])
     refuse_flags(method, model_args, ["load_in_8bit"])
-    heard = {"collab": method in READS_COLLAB, "soft_tokens": METHODS[method][0] is CoLLM}
+    heard = {"collab": method in CF_METHODS, "soft_tokens": YES_NO_METHODS[method][0] is CoLLM}
     heard |= {"code_format": method == "binllm"}
     refuse_flags(method, args, [flag for flag, listens in heard.items() if not listens])
     if args.init_from and args.one_stage:
         raise InputError("--one_stage trains both stages at once: leave --init_from out")
-    if args.one_stage and (method in TUNES_LORA or lora_args.lora is False):
+    if args.one_stage and (method in LORA_METHODS or lora_args.lora is False):
         raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
     if (args.train_collab or args.collab_from_scratch) and method not in ("collm", "cora"):
         raise InputError(f"--train_collab and --collab_from_scratch are for collm and cora, not for {method}")
@@ -212,26 +212,26 @@ def check_flags(
         raise InputError(f"--metric_for_best_model means nothing with --method {method}: give --select_by auc or uauc")
     if args.patience and not training_args.load_best_model_at_end:
         raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
-    if lora_args.lora is False and method in TUNES_LORA and model_args.load_in_4bit:
+    if lora_args.lora is False and method in LORA_METHODS and model_args.load_in_4bit:
         raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
     if args.save_full and model_args.load_in_4bit:
         raise InputError("--save_full is for weights in full, not with --load_in_4bit")
 
 
-def build(
+def build_model(
     method: str,
     model_args: ModelArguments,
     lora_args: LoraArguments,
     args: YesNoArguments,
-    dataset: PreferenceDataset,
+    dataset: RatingsDataset,
 ) -> YesNoModel:
     """The model that is to be trained: on its first stage where there is one, with its collaborative model."""
-    kind, _ = METHODS[method]
-    lora = (method in TUNES_LORA or args.one_stage) if lora_args.lora is None else lora_args.lora
+    kind, _ = YES_NO_METHODS[method]
+    lora = (method in LORA_METHODS or args.one_stage) if lora_args.lora is None else lora_args.lora
     how = {"load_in_4bit": model_args.load_in_4bit, "base_dtype": model_args.base_dtype}
-    low_rank = lora_args.low_rank(*LOW_RANK)
+    low_rank = lora_args.low_rank(*LORA_DEFAULTS)
     if args.init_from:
-        first = read_json(Path(args.init_from) / RECORD, "the record of a first stage, from --method tallrec")
+        first = read_json(Path(args.init_from) / METADATA_FILE, "the record of a first stage, from --method tallrec")
         if first.get("method") != "tallrec":
             raise InputError(f"--init_from {args.init_from}: was made by {first.get('method')!r}; give one of tallrec")
         earlier = YesNoModel.from_pretrained(args.init_from, base_model=model_args.base_model, **how)
@@ -245,30 +245,32 @@ def build(
     if lora and not config.lora:
         config.lora = low_rank
         add_lora(language, **config.lora)
-    elif lora and kind is not CoRA and low_rank != config.lora and low_rank != LoraArguments().low_rank(*LOW_RANK):
+    elif (
+        lora and kind is not CoRA and low_rank != config.lora and low_rank != LoraArguments().low_rank(*LORA_DEFAULTS)
+    ):
         raise InputError(
             f"--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of {args.init_from} are "
             "trained on as they are; leave these flags out"
         )
-    trained = {"lora"} if lora else {"language"} if method in TUNES_LORA else set()
+    trained = {"lora"} if lora else {"language"} if method in LORA_METHODS else set()
     collab = None
-    if method in READS_COLLAB:
-        collab = load(args.collab)
-        check_fits(collab, dataset)
+    if method in CF_METHODS:
+        collab = load_collaborative(args.collab)
+        check_same_dataset(collab, dataset)
         if method == "binllm" and not isinstance(collab, HashedMF):
             raise InputError(
                 f"{args.collab}: is a model of type {collab.config.model_type!r}; binllm reads one of hash"
             )
-        config.collab, config.collab_sha256 = args.collab, fingerprint(collab)
+        config.collab, config.collab_sha256 = args.collab, weights_sha256(collab)
         if args.collab_from_scratch:
-            collab = like_new(collab)
+            collab = reinitialized(collab)
     elif method in ("softprompt", "personprompt"):
         rows = {"num_users": dataset.num_users, "num_items": dataset.num_items}
         rows = {name: 2 for name in rows} if method == "softprompt" else rows
         collab = MF(MFConfig(**rows, embedding_size=PROMPT_WIDTH, initializer_range=0.1))
         trained |= {"collab"}
-    if method not in TUNES_LORA:
-        trained |= {"bridge"} | ({"collab"} if args.train_collab or args.collab_from_scratch else set())
+    if method not in LORA_METHODS:
+        trained |= {"projector"} | ({"collab"} if args.train_collab or args.collab_from_scratch else set())
     saved = trained | {"language"} & set(config.saved or ()) | ({"lora"} if config.lora else set())
     own = {}
     if kind is CoLLM:
@@ -280,7 +282,7 @@ def build(
     return kind(kind.config_class(**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, collab)
 
 
-def like_new(model: CollaborativeModel) -> CollaborativeModel:
+def reinitialized(model: CollaborativeModel) -> CollaborativeModel:
     """A model of the same kind and size, with new weights; what is no weight, such as a graph, is kept."""
     new = type(model)(model.config)
     for name, buffer in model.named_buffers():

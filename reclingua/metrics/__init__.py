@@ -23,7 +23,7 @@ def parse_metrics(names: str) -> list[tuple[str, int]]:
     return parsed
 
 
-def load(name: str) -> evaluate.Metric:
+def load_metric(name: str) -> evaluate.Metric:
     """The metric in folder metrics/`name`: hit, ndcg, auc or uauc."""
     return evaluate.load(str(FOLDER / name))
 
@@ -40,5 +40,5 @@ def ranking_metrics(
     results = {}
     for metric in sorted({metric for metric, _ in names}):
         cutoffs = [k for name, k in names if name == metric]
-        results |= load(metric).compute(predictions=predictions, references=references, k=cutoffs)
+        results |= load_metric(metric).compute(predictions=predictions, references=references, k=cutoffs)
     return {f"{metric}@{k}": float(results[f"{metric}@{k}"]) for metric, k in names}

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-def measure(index: Mapping[str, Sequence[str]], categories: Mapping[str, set[str]] | None = None) -> dict:
-    """Figures of an index, with what its prefixes have to do with categories (item -> categories) where given."""
+def index_statistics(index: Mapping[str, Sequence[str]], categories: Mapping[str, set[str]] | None = None) -> dict:
+    """BootstrapMetrics of an index, with what its prefixes have to do with categories (item -> categories) where given."""
     index = {item: tuple(codes) for item, codes in index.items()}
     owners = Counter(index.values())
     depth = max(map(len, owners))

@@ -22,7 +22,7 @@ AFTER_HEAD: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 
 
 @contextmanager
-def patched(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+def patched_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Inside it `module` computes `forward`."""
     before = module.__dict__.get("forward")  # an instance's own, as some wrappers leave it
     module.forward = forward
@@ -34,7 +34,7 @@ def patched(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator
             module.forward = before
 
 
-class LabelHead:
+class ChunkedCrossEntropy:
     """Makes the output head of a model compute the loss of the labels instead of the logits of every position.
 
     While `where(labels)` lasts, a forward pass of the model (or of a wrapper of it) leaves the sum of the labels'
@@ -54,11 +54,11 @@ class LabelHead:
         # In float32: the logits, their log-probabilities, and the gradients of both.
         self.chunk = max(1, max_logits_mb * 2**20 // (4 * 4 * len(self.head.weight)))
         self.loss: torch.Tensor | None = None
-        if not self._explains(model):
+        if not self._matches_model(model):
             raise ValueError(f"{type(model).__name__} makes its logits in a way of its own")
 
     @contextmanager
-    def where(self, labels: torch.Tensor) -> Iterator[None]:
+    def at_labels(self, labels: torch.Tensor) -> Iterator[None]:
         """Inside it the head looks at the positions before a label alone.
 
         Args:
@@ -75,7 +75,7 @@ class LabelHead:
             # Returned as well, so that a wrapper that looks at a model's outputs (DDP) sees what they depend on.
             return self.loss.view(1, 1, 1)
 
-        with patched(self.head, forward):
+        with patched_forward(self.head, forward):
             yield
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class LabelHead:
         return logits
 
     @torch.no_grad()
-    def _explains(self, model: PreTrainedModel) -> bool:
+    def _matches_model(self, model: PreTrainedModel) -> bool:
         """Whether the model's logits are what this class computes from the head's input."""
         given = []
         hook = self.head.register_forward_pre_hook(lambda module, args: given.append(args[0]))

@@ -29,9 +29,9 @@ class CoLLM(YesNoModel):
 
     config_class = CoLLMConfig
 
-    def join(self) -> None:
+    def build_projector(self) -> None:
         """One network for all embeddings of the same width: d -> 10 d -> ReLU -> soft_tokens x hidden."""
-        super().join()
+        super().build_projector()
         embedding = self.get_input_embeddings()
         out, spread = self.config.soft_tokens * embedding.embedding_dim, embedding.weight.float().std().item()
         self.maps = nn.ModuleDict()
@@ -42,7 +42,7 @@ class CoLLM(YesNoModel):
             nn.init.normal_(last.bias, std=spread)
             self.maps[str(d)] = nn.Sequential(nn.Linear(d, 10 * d), nn.ReLU(), last)
 
-    def words(
+    def embed_inputs(
         self,
         input_ids: torch.Tensor,
         soft: torch.Tensor,
@@ -60,7 +60,7 @@ class CoLLM(YesNoModel):
             self._map("user", self.collab.user_vectors(users, histories, items)),
             self._map("item", self.collab.item_vectors(items)),
         ]
-        if self.trains_in_parts or int(soft.max()) > 2 * self.config.soft_tokens:
+        if self.is_zero3 or int(soft.max()) > 2 * self.config.soft_tokens:
             liked = liked if liked.shape[1] else torch.zeros_like(items)[:, None]
             tokens.append(self._map("item", self.collab.item_vectors(liked)))
         rows, places = soft.nonzero(as_tuple=True)
@@ -69,5 +69,5 @@ class CoLLM(YesNoModel):
 
     def _map(self, whose: str, vectors: torch.Tensor) -> torch.Tensor:
         """[batch, width], or [batch, items, width] -> soft tokens [batch, soft_tokens (x items), hidden]."""
-        mapped = self.maps[str(vectors.shape[-1])](self.standardised(whose, vectors))
+        mapped = self.maps[str(vectors.shape[-1])](self.normalize(whose, vectors))
         return mapped.reshape(len(vectors), -1, self.get_input_embeddings().embedding_dim)

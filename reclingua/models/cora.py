@@ -40,10 +40,10 @@ class CoRA(YesNoModel):
     """Adds weights made from user and item to linear layers of the language model."""
 
     config_class = CoRAConfig
-    shares_beginnings = False  # the same words become something else for every user and item
+    supports_prefix_sharing = False  # the same words become something else for every user and item
 
-    def join(self) -> None:
-        super().join()
+    def build_projector(self) -> None:
+        super().build_projector()
         config = self.config
         width = self.collab.user_width + self.collab.item_width
         if width % config.num_heads:
@@ -108,8 +108,8 @@ class CoRA(YesNoModel):
         Args:
             with_ids: bool [pairs], where False the pair adds nothing.
         """
-        user = self.standardised("user", self.collab.user_vectors(users, histories, items))
-        item = self.standardised("item", self.collab.item_vectors(items))
+        user = self.normalize("user", self.collab.user_vectors(users, histories, items))
+        item = self.normalize("item", self.collab.item_vectors(items))
         known = torch.cat([user, item], -1)
         queries = self.queries.expand(len(known), -1, -1)
         read = self.qformer(query_embeds=queries, encoder_hidden_states=known[:, None]).last_hidden_state

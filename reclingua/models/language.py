@@ -22,7 +22,7 @@ from reclingua.utils.errors import InputError
 if TYPE_CHECKING:
     pass
 
-WORTH_A_PASS = 64  # tokens to be saved by a forward pass of its own
+MIN_SHARED_PREFIX = 64  # tokens to be saved by a forward pass of its own
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -85,13 +85,13 @@ def attention_window(model: PreTrainedModel) -> float:
     return min((layer.get_max_length() for layer in layers if layer.is_sliding), default=float("inf"))
 
 
-def takes(model: PreTrainedModel, argument: str) -> bool:
+def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's forward knows the argument."""
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's forward takes all
     return argument in inspect.signature(wrapped.forward).parameters
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def base_fingerprint(model: PreTrainedModel) -> str:
     """Of a base model: its weights' names and shapes, and some of its words."""
     digest = sha256()
     for name, weight in model.named_parameters():
@@ -105,7 +105,7 @@ def first_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def keeps_packed_apart(model: PreTrainedModel) -> bool:
+def supports_packing(model: PreTrainedModel) -> bool:
     """Whether samples that stand one after another in a row, told apart by `position_ids` alone, ignore each other."""
     was_training = model.training
     model.eval()

@@ -13,7 +13,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from reclingua.models.language import first_line
-from reclingua.models.vocabulary import make_room
+from reclingua.models.vocabulary import resize_embeddings
 from reclingua.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
             weight.data = weight.data.float()
 
 
-def with_lora(
+def add_lora_adapter(
     model: PreTrainedModel, tokens: list[int], rank: int, alpha: float, dropout: float, targets: Sequence[str]
 ) -> "PeftModel":
     """`model` with LoRA weights and rows of its own for the new tokens, all float32; the rest is frozen.
@@ -93,10 +93,10 @@ def with_lora(
 
 
 def load_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> "PeftModel":
-    """The base `model` with the adapter that `with_lora` left in `folder`; InputError if none can be loaded."""
+    """The base `model` with the adapter that `add_lora_adapter` left in `folder`; InputError if none can be loaded."""
     from peft import PeftModel
 
-    make_room(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     try:
         return PeftModel.from_pretrained(model, folder)
     except Exception as error:

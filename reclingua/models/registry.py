@@ -7,7 +7,7 @@ from reclingua.models.cora import CoRA
 from reclingua.models.yes_no import YesNoModel
 
 # Method -> its model, and the phrasings it asks with (config/prompts/yes_no.yaml).
-METHODS: dict[str, tuple[type[YesNoModel], str]] = {
+YES_NO_METHODS: dict[str, tuple[type[YesNoModel], str]] = {
     "tallrec": (YesNoModel, "text"),
     "collm": (CoLLM, "soft"),
     "binllm": (YesNoModel, "codes"),
@@ -17,11 +17,11 @@ METHODS: dict[str, tuple[type[YesNoModel], str]] = {
 }
 
 
-def name_of(model: YesNoModel, method: str) -> str:
+def run_name(model: YesNoModel, method: str) -> str:
     """What its results are called: collm-mf, cora-sasrec, binllm, ..."""
     return f"{method}-{model.collab.config.model_type}" if method in ("collm", "cora") else method
 
 
-def open_model(folder: Path, method: str, **where) -> YesNoModel:
+def load_yes_no_model(folder: Path, method: str, **where) -> YesNoModel:
     """A tuned model, for evaluation; see `YesNoModel.from_pretrained`."""
-    return METHODS[method][0].from_pretrained(folder, **where)
+    return YES_NO_METHODS[method][0].from_pretrained(folder, **where)

@@ -35,7 +35,7 @@ def index_token_ids(tokenizer: PreTrainedTokenizerBase, index: Mapping[str, list
     return {item: [vocabulary[code] for code in codes] for item, codes in index.items()}
 
 
-def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the model a row for every token; new rows are random."""
     rows = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
     if rows > model.get_input_embeddings().weight.shape[0]:
@@ -77,7 +77,7 @@ def extend_vocabulary(
             "rename the codes, for example to <a_1>"
         )
     tokenizer.add_tokens([AddedToken(code, normalized=False, special=False) for code in codes])
-    make_room(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(codes))
     old = torch.tensor(sorted(set(vocabulary.values()) - set(ids.tolist())))
     words = _words_of_codes(tokenizer, index, texts, codes) if texts else None

@@ -14,16 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from reclingua.models.chunked_loss import patched
-from reclingua.models.collaborative import MODELS as COLLABORATIVE
-from reclingua.models.collaborative import fingerprint, load
+from reclingua.models.chunked_loss import patched_forward
+from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborative, weights_sha256
 from reclingua.models.collaborative.base import CollaborativeModel, CollaborativeOutput
-from reclingua.models.language import WORTH_A_PASS, attention_window, load_model, takes
+from reclingua.models.language import MIN_SHARED_PREFIX, accepts_argument, attention_window, load_model
 from reclingua.models.lora import add_lora
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
-PARTS = ("language", "lora", "bridge", "collab")
+PARTS = ("language", "lora", "projector", "collab")
 
 
 class YesNoConfig(PreTrainedConfig):
@@ -72,20 +71,20 @@ class YesNoModel(PreTrainedModel):
     config_class = YesNoConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    shares_beginnings = True  # whether what two prompts begin with is the same for both
+    supports_prefix_sharing = True  # whether what two prompts begin with is the same for both
 
     def __init__(self, config: YesNoConfig, language: PreTrainedModel, collab: CollaborativeModel | None = None):
         super().__init__(config)
         self.language, self.collab = language, collab
         config.hidden_size = self.get_input_embeddings().embedding_dim
-        self.join()
+        self.build_projector()
         for module in self.modules():
             module._is_hf_initialized = True  # all weights have their values; nothing is to be drawn anew
         self.post_init()
-        self.settle()
+        self.freeze_parameters()
 
-    def join(self) -> None:
-        """Make what stands between the language model and the collaborative one, the part "bridge"."""
+    def build_projector(self) -> None:
+        """Make what stands between the language model and the collaborative one, the part "projector"."""
         if self.collab is None:
             return
         for name, width in (("user", self.collab.user_width), ("item", self.collab.item_width)):
@@ -93,8 +92,10 @@ class YesNoModel(PreTrainedModel):
             self.register_buffer(f"{name}_std", torch.ones(width))
 
     @torch.no_grad()
-    def learn_scale(self, users: torch.Tensor, items: torch.Tensor, histories: torch.Tensor | None = None) -> None:
-        """Called before training with some of its rows, int64 [rows]: from then on `standardised` knows their scale.
+    def fit_normalization(
+        self, users: torch.Tensor, items: torch.Tensor, histories: torch.Tensor | None = None
+    ) -> None:
+        """Called before training with some of its rows, int64 [rows]: from then on `normalize` knows their scale.
 
         Embeddings of collaborative models spread by .01 (items of DIN) or by 1 (users of SASRec); a network that is to
         read both should not have to find that out.
@@ -105,27 +106,29 @@ class YesNoModel(PreTrainedModel):
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-8, std, 1.0))
 
-    def standardised(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
-        """Vectors [..., width] of a "user" or an "item" on the scale that `learn_scale` has learned."""
+    def normalize(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors [..., width] of a "user" or an "item" on the scale that `fit_normalization` has learned."""
         return ((vectors - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")).to(vectors.dtype)
 
     @staticmethod
-    def part_of(name: str) -> str:
+    def component_of(name: str) -> str:
         """Which of PARTS a parameter belongs to."""
         part = name.partition(".")[0]
         if part == "language":
             return "lora" if ".lora_" in name else part
-        return part if part in PARTS else "bridge"
+        return part if part in PARTS else "projector"
 
-    def settle(self) -> None:
+    def freeze_parameters(self) -> None:
         """Let gradients go to the parts that are trained, in float32, and know what is to be saved."""
         config = self.config
         for name, weight in self.named_parameters():
-            trained = self.part_of(name) in config.trained
+            trained = self.component_of(name) in config.trained
             weight.requires_grad_(trained and weight.is_floating_point())
             if trained and weight.is_floating_point():
                 weight.data = weight.data.float()
-        self._keys_to_ignore_on_save = {name for name in self.state_dict() if self.part_of(name) not in config.saved}
+        self._keys_to_ignore_on_save = {
+            name for name in self.state_dict() if self.component_of(name) not in config.saved
+        }
         self.train(self.training)
 
     @property
@@ -152,7 +155,7 @@ class YesNoModel(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.language.get_output_embeddings()
 
-    def words(self, input_ids: torch.Tensor, **about) -> torch.Tensor:
+    def embed_inputs(self, input_ids: torch.Tensor, **about) -> torch.Tensor:
         """What the language model reads: the tokens, or, float [batch, length, hidden], their embeddings."""
         return input_ids
 
@@ -174,16 +177,16 @@ class YesNoModel(PreTrainedModel):
                 are computed once for rows that begin alike.
             labels: float [batch], 1 liked, 0 not.
             num_items_in_batch: what the summed loss is divided by (default: the rows).
-            about: what else a `data.questions.QuestionCollator` gives.
+            about: what else a `data.questions.YesNoCollator` gives.
 
         Returns:
             logits float32 [batch]; the loss, binary cross-entropy, where there are labels.
         """
-        words = self.words(input_ids, **about)
-        if shared is None or not shared.any() or not self._may_share():
+        words = self.embed_inputs(input_ids, **about)
+        if shared is None or not shared.any() or not self._can_share_prefix():
             logits = self._yes(words, last)
         else:
-            logits = self._yes_after(self._can_skip(shared), input_ids, words, last)
+            logits = self._logits_after_prefix(self._can_skip(shared), input_ids, words, last)
         loss = None
         if labels is not None:
             count = len(labels) if num_items_in_batch is None else num_items_in_batch
@@ -195,31 +198,31 @@ class YesNoModel(PreTrainedModel):
         return logits - self.config.offset
 
     @property
-    def trains_in_parts(self) -> bool:
+    def is_zero3(self) -> bool:
         """Whether ZeRO-3 gathers weights in every pass: then the data of a batch must not tell how many there are, or
         one process would wait for another."""
         return self.training and hasattr(next(self.parameters()), "ds_id")
 
-    def _may_share(self) -> bool:
+    def _can_share_prefix(self) -> bool:
         """Whether what prompts begin with can be computed apart: no gradient is to go through it."""
         learns = torch.is_grad_enabled() and self.tunes_language
-        if learns or self.trains_in_parts or not self.shares_beginnings or self.language.is_activation_checkpointing:
+        if learns or self.is_zero3 or not self.supports_prefix_sharing or self.language.is_activation_checkpointing:
             return False
         return attention_window(self.language) > 0
 
     def _can_skip(self, shared: torch.Tensor) -> torch.Tensor:
         """`shared`, or the least of it for all rows, where a model counts places in a cache instead of positions."""
         slides = attention_window(self.language) < float("inf")
-        counts = slides or not takes(self.language, "position_ids")
+        counts = slides or not accepts_argument(self.language, "position_ids")
         return shared.min().expand(len(shared)) if counts else shared
 
-    def _yes_after(
+    def _logits_after_prefix(
         self, shared: torch.Tensor, input_ids: torch.Tensor, words: torch.Tensor, last: torch.Tensor
     ) -> torch.Tensor:
         """As `_yes`; each distinct beginning, `shared` tokens of a row, is computed once, without gradients."""
         longest, places = int(shared.max()), torch.arange(input_ids.shape[1], device=input_ids.device)
         beginnings = torch.where(places < shared[:, None], input_ids, input_ids[0, 0])[:, :longest]
-        cache = self._beginnings(beginnings)
+        cache = self._prefix_cache(beginnings)
         # What follows, moved to the left: place `shared` of each row becomes place 0.
         rest = shared[:, None] + torch.arange(int((last - shared).max()) + 1, device=last.device)
         rows, where = torch.arange(len(last), device=last.device)[:, None], rest.clamp(max=input_ids.shape[1] - 1)
@@ -231,12 +234,12 @@ class YesNoModel(PreTrainedModel):
         return self._yes(words[rows, where], last - shared, cache, **given)
 
     @torch.no_grad()
-    def _beginnings(self, ids: torch.Tensor) -> DynamicCache:
+    def _prefix_cache(self, ids: torch.Tensor) -> DynamicCache:
         """Keys and values of int64 ids [batch, length]: each distinct row once, and once what all begin with."""
         rows, row_of = torch.unique(ids, dim=0, return_inverse=True)
         cache, done = DynamicCache(config=self.language.config), 0
         common = int((rows == rows[:1]).all(0).cumprod(0).sum())
-        if (len(rows) - 1) * common >= WORTH_A_PASS:
+        if (len(rows) - 1) * common >= MIN_SHARED_PREFIX:
             self._yes(rows[:1, :common], row_of[:1] * 0, cache)
             cache.batch_repeat_interleave(len(rows))
             done = common
@@ -259,14 +262,14 @@ class YesNoModel(PreTrainedModel):
 
         given["inputs_embeds" if words.is_floating_point() else "input_ids"] = words
         # What a model does to its logits after the head (caps, scales) it does to this one as well.
-        with patched(head, forward):
+        with patched_forward(head, forward):
             return self.language(**given, past_key_values=cache, use_cache=cache is not None).logits[:, 0, 0]
 
-    def keep_everything(self) -> None:
+    def include_base_weights(self) -> None:
         """From now on a saved folder holds the language model and the collaborative model, too."""
         self.config.saved = list(PARTS)
         self.config.base_config = self.language.config.to_dict()
-        self.settle()
+        self.freeze_parameters()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes) -> "YesNoModel":
@@ -301,7 +304,7 @@ class YesNoModel(PreTrainedModel):
                 "the model it was tuned from?"
             ) from None
         tied = model.all_tied_weights_keys
-        missing = [name for name in found.missing_keys if cls.part_of(name) in config.saved and name not in tied]
+        missing = [name for name in found.missing_keys if cls.component_of(name) in config.saved and name not in tied]
         if wrong := [*missing, *found.unexpected_keys]:
             raise InputError(f"{folder}: its weights are not those of its config ({wrong[0]}); train it again")
         return model.eval()
@@ -325,9 +328,9 @@ def open_collab(config: YesNoConfig, folder: str | Path) -> CollaborativeModel |
     if not config.collab_config:
         return None
     if "collab" in config.saved:
-        kind = COLLABORATIVE[config.collab_config["model_type"]]
+        kind = COLLABORATIVE_MODELS[config.collab_config["model_type"]]
         return kind(kind.config_class.from_dict(config.collab_config))
-    model = load(config.collab)
-    if fingerprint(model) != config.collab_sha256:
+    model = load_collaborative(config.collab)
+    if weights_sha256(model) != config.collab_sha256:
         raise InputError(f"{config.collab}: is not the model that {folder} was trained with; see --collab")
     return model

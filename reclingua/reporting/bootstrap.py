@@ -16,7 +16,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Figures:
+class BootstrapMetrics:
     """What was measured of some users, as a function of how often each of them counts.
 
     statistic: float64 [draws, users], how often each user was drawn -> float64 [draws, figures], NaN where a figure
@@ -51,12 +51,12 @@ class Figures:
         return percentiles(self.resampled())
 
 
-def means(names: list[str], values: np.ndarray) -> Figures:
-    """Figures that are means over users, of values float64 [users, figures]."""
-    return Figures(names, lambda weights: weights @ values / len(values), len(values), values.size)
+def means(names: list[str], values: np.ndarray) -> BootstrapMetrics:
+    """BootstrapMetrics that are means over users, of values float64 [users, figures]."""
+    return BootstrapMetrics(names, lambda weights: weights @ values / len(values), len(values), values.size)
 
 
-def differences(figures: Figures, other: Figures) -> list[tuple[float, float, float, bool]]:
+def differences(figures: BootstrapMetrics, other: BootstrapMetrics) -> list[tuple[float, float, float, bool]]:
     """For each figure (`figures` - `other`, lower end, upper end, whether it is real), paired: both on the same draws.
 
     Real is a difference whose interval does not hold 0.

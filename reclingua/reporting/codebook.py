@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reclingua.datasets.interactions import RecDataset, read_embeddings
-from reclingua.metrics.index import measure
+from reclingua.metrics.index import index_statistics
 
 GROUPS = 10  # largest first codes that get a colour and a line with titles
 POINTS = 5_000  # on the map
@@ -37,7 +37,7 @@ def describe(
     """
     items = dataset.item_ids
     codes = [dataset.index[item] for item in items]
-    levels = measure(dataset.index)["levels"]
+    levels = index_statistics(dataset.index)["levels"]
     for at, level in enumerate(levels):
         counts = Counter(tokens[at] for tokens in codes if len(tokens) > at)
         level["items"] = sorted(counts.values(), reverse=True)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from reclingua.reporting import next_item, plots, yes_no
-from reclingua.reporting.bootstrap import Figures, differences
+from reclingua.reporting.bootstrap import BootstrapMetrics, differences
 from reclingua.reporting.details import Run
 from reclingua.reporting.html import Section, Table, number, with_interval
 from reclingua.utils.errors import InputError
@@ -25,15 +25,15 @@ def check_alike(runs: list[Run]) -> None:
                 "only runs on one dataset can be compared"
             )
         module = KINDS[run.kind]
-        for name, values in module.who(run).items():
-            if not np.array_equal(values, module.who(first)[name]):
+        for name, values in module.paired_keys(run).items():
+            if not np.array_equal(values, module.paired_keys(first)[name]):
                 raise InputError(
                     f"{run.file}: its {name} are not those of {first.file}; test both on the same data, with one "
                     "--test_task and --sample_num"
                 )
 
 
-def figures_of(runs: dict[str, Run]) -> dict[str, Figures]:
+def figures_of(runs: dict[str, Run]) -> dict[str, BootstrapMetrics]:
     """Name of a run -> what all of them measured."""
     first = next(iter(runs.values()))
     if first.kind == "preference":

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from reclingua.datasets.interactions import RecDataset
-from reclingua.datasets.ratings import column
+from reclingua.datasets.ratings import to_numpy
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
@@ -60,7 +60,7 @@ def folder_of(results_file: Path) -> Path:
     return results_file.with_name(f"{results_file.name}-report")
 
 
-def of_search(
+def next_item_details(
     dataset: RecDataset,
     method: str,
     users: Sequence[str],
@@ -93,19 +93,19 @@ def _places(lists: list[list[str]], targets: Sequence[str]) -> list[int]:
     return [ranked.index(target) + 1 if target in ranked else 0 for ranked, target in zip(lists, targets, strict=True)]
 
 
-def of_preferences(dataset: str, method: str, part: Dataset, scores: np.ndarray) -> dict:
+def yes_no_details(dataset: str, method: str, part: Dataset, scores: np.ndarray) -> dict:
     """Evidence of rows of a preference dataset; `scores` [rows] are log-odds, kept to the last bit."""
     columns = {"users": "uid", "items": "iid", "labels": "label", "warm": "not_cold"}
     return {
         "kind": "preference",
         "dataset": dataset,
         "method": method,
-        **{name: column(part, of).tolist() for name, of in columns.items()},
+        **{name: to_numpy(part, of).tolist() for name, of in columns.items()},
         "scores": scores.tolist(),
     }
 
 
-def curves_of(ckpt_path: Path) -> dict | None:
+def training_curves(ckpt_path: Path) -> dict | None:
     """What was logged in training, from <ckpt>/run.json; None where a checkpoint has no such file.
 
     {"over": "step" or "epoch", "loss": [[at, value], ...], "valid": {name: [[at, value], ...]}}

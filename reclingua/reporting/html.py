@@ -4,10 +4,10 @@ import base64
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reclingua.utils.files import whole_file
+from reclingua.utils.files import atomic_write
 
 TEMPLATE = "report.html.jinja"
-NONE = "–"
+MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ def write_page(path: Path, title: str, summary: str, sections: list[Section], fa
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.get_template(TEMPLATE).render(title=title, summary=summary, sections=sections, facts=facts)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace")
 
 
 def write_pictures(folder: Path, sections: list[Section]) -> None:
     """Each picture as <folder>/<name>.png."""
     for picture in (picture for section in sections for picture in section.pictures):
-        with whole_file(folder / f"{picture.name}.png") as temporary:
+        with atomic_write(folder / f"{picture.name}.png") as temporary:
             temporary.write_bytes(picture.png)
 
 
 def number(value: float | None) -> str:
     """A figure with four digits; a dash where there is none."""
-    return NONE if value is None or value != value else f"{value:.4f}"
+    return MISSING if value is None or value != value else f"{value:.4f}"
 
 
 def with_interval(value: float | None, low: float, high: float) -> str:

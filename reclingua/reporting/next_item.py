@@ -4,18 +4,20 @@ import numpy as np
 
 from reclingua.metrics import parse_metrics
 from reclingua.reporting import plots
-from reclingua.reporting.bootstrap import LEVEL, Figures, differences, means
+from reclingua.reporting.bootstrap import LEVEL, BootstrapMetrics, differences, means
 from reclingua.reporting.curves import training
 from reclingua.reporting.details import BASELINES, Run
-from reclingua.reporting.html import NONE, Section, Table, with_interval
+from reclingua.reporting.html import MISSING, Section, Table, with_interval
 from reclingua.reporting.plots import Line
-from reclingua.reporting.prompts import phrasings
+from reclingua.reporting.prompts import templates
 from reclingua.utils.errors import InputError
 
 BINS = 4  # of users
 
 
-def figures(run: Run, metrics: list[str] | None = None, users: np.ndarray | None = None) -> dict[str, Figures]:
+def figures(
+    run: Run, metrics: list[str] | None = None, users: np.ndarray | None = None
+) -> dict[str, BootstrapMetrics]:
     """Of each baseline and, last, of the model: `metrics` (default: those of the results) as means over `users`.
 
     The model's figures are means over its phrasings, as `mean_results` has them.
@@ -46,7 +48,7 @@ def check(run: Run) -> None:
             raise InputError(f"{run.file}: its figures are not those of the evidence beside it; run test.py again")
 
 
-def who(run: Run) -> dict[str, np.ndarray]:
+def paired_keys(run: Run) -> dict[str, np.ndarray]:
     """What must be alike in runs that are compared: users and what they took."""
     return {"users": run.evidence["users"], "targets": run.evidence["targets"]}
 
@@ -97,10 +99,10 @@ def _metrics(run: Run) -> Section:
 
 def difference(value: float, low: float, high: float, real: bool) -> str:
     """ "+0.0148 [+0.0021, +0.0276] *"."""
-    return NONE if value != value else f"{value:+.4f} [{low:+.4f}, {high:+.4f}]{' *' if real else ''}"
+    return MISSING if value != value else f"{value:+.4f} [{low:+.4f}, {high:+.4f}]{' *' if real else ''}"
 
 
-def hits_by_k(each: Figures) -> Line:
+def hits_by_k(each: BootstrapMetrics) -> Line:
     ks = [int(name[4:]) for name in each.names]
     return Line(ks, each.values(), *each.intervals())
 
@@ -122,8 +124,8 @@ def bins_of(values: np.ndarray, most: int = BINS) -> list[tuple[str, np.ndarray]
     quantiles = np.unique(np.quantile(values, np.arange(1, most) / most, method="inverted_cdf"))
     at = np.searchsorted(quantiles, values)
     groups = []
-    for number_of in np.unique(at):
-        mask = at == number_of
+    for step_of in np.unique(at):
+        mask = at == step_of
         low, high = values[mask].min(), values[mask].max()
         groups.append((f"{low:,}" if low == high else f"{low:,}–{high:,}", mask))
     return groups
@@ -159,7 +161,7 @@ def _by_users(run: Run, key: str, title: str, unit: str, name: str) -> Section:
 def _phrasings(run: Run) -> list[Section]:
     names = list(run.results["mean_results"])
     figures = [[found[name] for name in names] for found in run.results["all_prompt_results"]]
-    return phrasings(run, names, figures, "All other figures of this page are means over these.")
+    return templates(run, names, figures, "All other figures of this page are means over these.")
 
 
 def _index(run: Run) -> list[Section]:

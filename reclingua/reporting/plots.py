@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from reclingua.reporting.html import Picture
-from reclingua.utils.text import cut
+from reclingua.utils.text import shorten
 
 COLOURS = {"popularity": "#8c8c8c", "co-occurrence": "#d97706"}  # the same in all pictures
 MODEL = "#2563eb"
@@ -63,7 +63,7 @@ def _colours(names: Iterable[str]) -> list[str]:
 def _shown(name: str) -> str:
     """A name as a picture has room for it."""
     name = f" {name}" if name.startswith("_") else name  # matplotlib leaves such names out of a legend
-    return cut(name, LONGEST)
+    return shorten(name, LONGEST)
 
 
 def lines(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from reclingua.reporting.details import Run
 from reclingua.reporting.html import Section, Table, number
-from reclingua.utils.text import cut
+from reclingua.utils.text import shorten
 
 LONGEST = 400  # letters of a text
 
 
-def phrasings(run: Run, columns: list[str], figures: list[Sequence[float | None]], others: str) -> list[Section]:
+def templates(run: Run, columns: list[str], figures: list[Sequence[float | None]], others: str) -> list[Section]:
     """Each one's text; of several also their `figures` [phrasings][columns] and the spread of these.
 
     `others`: what the other figures of the page are, said where there are several phrasings.
@@ -18,7 +18,7 @@ def phrasings(run: Run, columns: list[str], figures: list[Sequence[float | None]
     if not texts:
         return []
     names = [f"phrasing {at}" for at in run.results["test_prompt_ids"]]
-    said = [[name, cut(" ".join(text.split()), LONGEST)] for name, text in zip(names, texts, strict=True)]
+    said = [[name, shorten(" ".join(text.split()), LONGEST)] for name, text in zip(names, texts, strict=True)]
     asked = Table("Text of each phrasing", ["", "text"], said, texts=(1,))
     if len(texts) == 1:
         return [Section("Phrasings", tables=[asked])]

@@ -4,12 +4,12 @@ import numpy as np
 
 from reclingua.metrics.roc import auc_of_groups
 from reclingua.reporting import plots
-from reclingua.reporting.bootstrap import LEVEL, Figures, Statistic
+from reclingua.reporting.bootstrap import LEVEL, BootstrapMetrics, Statistic
 from reclingua.reporting.curves import training
 from reclingua.reporting.details import Run
 from reclingua.reporting.html import Section, Table, number, with_interval
 from reclingua.reporting.plots import Line
-from reclingua.reporting.prompts import phrasings
+from reclingua.reporting.prompts import templates
 from reclingua.utils.errors import InputError
 
 PARTS = {"test": "all", "warm": "warm", "cold": "cold"}
@@ -23,7 +23,7 @@ def parts_of(run: Run) -> dict[str, np.ndarray]:
     return {"test": np.ones(len(warm), bool), "warm": warm, "cold": ~warm}
 
 
-def figures(run: Run) -> dict[str, Figures]:
+def figures(run: Run) -> dict[str, BootstrapMetrics]:
     """AUC and UAUC of all, warm and cold ratings, by the model's name."""
     evidence = run.evidence
     names, user = np.unique(evidence["users"], return_inverse=True)
@@ -42,7 +42,7 @@ def figures(run: Run) -> dict[str, Figures]:
         return np.stack(columns, axis=1)
 
     said = [f"{kind} {part}" for part in PARTS.values() for kind in ("AUC", "UAUC")]
-    return {run.method: Figures(said, statistic, len(names), len(user))}
+    return {run.method: BootstrapMetrics(said, statistic, len(names), len(user))}
 
 
 def auc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> Statistic:
@@ -84,7 +84,7 @@ def check(run: Run) -> None:
         raise InputError(f"{run.file}: its figures are not those of the evidence beside it; run test.py again")
 
 
-def who(run: Run) -> dict[str, np.ndarray]:
+def paired_keys(run: Run) -> dict[str, np.ndarray]:
     """What must be alike in runs that are compared: ratings and what they say."""
     return {name: run.evidence[name] for name in ("users", "items", "labels", "warm")}
 
@@ -137,7 +137,7 @@ def _phrasings(run: Run) -> list[Section]:
     keys = [(part, kind) for part in PARTS for kind in ("auc", "uauc")]
     figures = [[found[part][kind] for part, kind in keys] for found in run.results.get("all_prompt_results", [])]
     columns = [f"{kind.upper()} {PARTS[part]}" for part, kind in keys]
-    return phrasings(run, columns, figures, "All other figures of this page are those of the first.")
+    return templates(run, columns, figures, "All other figures of this page are those of the first.")
 
 
 def roc(labels: np.ndarray, scores: np.ndarray) -> Line:

@@ -17,7 +17,7 @@ from reclingua.datasets.tasks import SUPERVISE, TASKS
 from reclingua.datasets.yes_no import CODE_FORMATS
 from reclingua.models.language import DTYPES
 from reclingua.training.zero import check_deepspeed
-from reclingua.utils.errors import InputError, one_line
+from reclingua.utils.errors import InputError, one_line_errors
 
 METHODS = ("lcrec", "tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
 
@@ -273,7 +273,7 @@ def parse(dataclasses: list[type], description: str, argv: list[str] | None = No
             argv = preset_flags(argv[at + 1], known) + argv
         elif word.startswith("--config="):
             argv = preset_flags(word.partition("=")[2], known) + argv
-    namespace = vars(one_line(parser).parse_args(argv))
+    namespace = vars(one_line_errors(parser).parse_args(argv))
     try:
         return tuple(cls(**{f.name: namespace[f.name] for f in fields(cls) if f.init}) for cls in dataclasses)
     except (ValueError, TypeError, ImportError) as error:

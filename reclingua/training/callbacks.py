@@ -8,12 +8,12 @@ from torch import distributed
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-from reclingua.datasets.samplers import Batches
+from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.training.throughput import Throughput
 from reclingua.utils.errors import InputError
 
 
-class NewEpoch(TrainerCallback):
+class SetEpochCallback(TrainerCallback):
     """Tells samples and batches which epoch it is, also after a resume in the middle of one."""
 
     def __init__(self, *listeners: Callable[[int], None]):
@@ -24,18 +24,18 @@ class NewEpoch(TrainerCallback):
             set_epoch(int(state.epoch or 0))
 
 
-class NoStepTooMany(TrainerCallback):
+class StopAtMaxStepsCallback(TrainerCallback):
     """Where training goes on from its last step in the middle of an epoch: the Trainer would do one more."""
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: LengthGroupedBatchSampler):
         self.batches = batches
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step >= state.max_steps:
-            self.batches.end()
+            self.batches.stop()
 
 
-class Stopwatch(TrainerCallback):
+class ThroughputCallback(TrainerCallback):
     """Runs while there is training."""
 
     def __init__(self, throughput: Throughput):
@@ -48,7 +48,7 @@ class Stopwatch(TrainerCallback):
         self.throughput.stop()
 
 
-class LogLines(TrainerCallback):
+class ConsoleLogCallback(TrainerCallback):
     """The training log in words, one line at a time, under the progress bar of a terminal or without one."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -64,7 +64,7 @@ class LogLines(TrainerCallback):
                 tqdm.write(where + "   ".join(shown))
 
 
-class StopsWithoutLoss(TrainerCallback):
+class StopOnNanCallback(TrainerCallback):
     """Ends a run whose loss is no number any more: what it would train from there on is worth nothing."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -80,7 +80,7 @@ class Preempted(Exception):
     """Training was told to end, and a checkpoint of where it was is written."""
 
 
-class SavesWhenTold(TrainerCallback):
+class SaveOnSigtermCallback(TrainerCallback):
     """Once `told`, as by the SIGTERM that a preempted job gets: ends the step, saves, and leaves by `Preempted`."""
 
     def __init__(self):
@@ -111,7 +111,7 @@ class SavesWhenTold(TrainerCallback):
             raise Preempted
 
 
-class QuietProgress(ProgressCallback):
+class ProgressBarCallback(ProgressCallback):
     """The Trainer's progress bar without its dump of the log and without a second bar, which moves the cursor."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:

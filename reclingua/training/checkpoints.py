@@ -12,11 +12,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import output_folder, read_json
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 
 # In the output folder, where a checkpoint is until all processes have written their part; what begins with a _ is left
 # out when the Trainer pushes that folder to the hub.
-UNFINISHED = "_unfinished"
+STAGING_DIR = "_unfinished"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What Rust (safetensors) and C++ (torch.save) say then.
 SAID_OF_IT = (*(f"os error {number}" for number in NO_SPACE), "PytorchStreamWriter", "inline_container")
@@ -35,10 +35,10 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
         for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if folder.name.rpartition("-")[2].isdecimal() and (folder / "trainer_state.json").exists()
     ]
-    return sorted(found, key=number_of)
+    return sorted(found, key=step_of)
 
 
-def number_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -47,7 +47,7 @@ def checkpoint_to_resume(args: transformers.TrainingArguments, record: dict) -> 
     output_folder(Path(args.output_dir))
     newest = newest_checkpoint(args.output_dir)
     if args.resume_from_checkpoint is None:
-        if newest or any((Path(args.output_dir) / name).exists() for name in (RECORD, "config.json")):
+        if newest or any((Path(args.output_dir) / name).exists() for name in (METADATA_FILE, "config.json")):
             raise InputError(
                 f"{args.output_dir}: holds a model of an earlier run; go on with --resume_from_checkpoint auto, "
                 "or choose another --output_dir"
@@ -58,7 +58,7 @@ def checkpoint_to_resume(args: transformers.TrainingArguments, record: dict) -> 
         return None
     if not (checkpoint / "trainer_state.json").exists():
         raise InputError(f"{checkpoint}: is not a whole checkpoint to go on from; name a checkpoint-N folder, or auto")
-    theirs = read_json(checkpoint / RECORD, "the record of a RecLingua checkpoint")
+    theirs = read_json(checkpoint / METADATA_FILE, "the record of a RecLingua checkpoint")
     if differing := [key for key, value in record.items() if theirs.get(key) != value]:
         raise InputError(f"{checkpoint}: was made with another {differing[0]}; train into another --output_dir")
     check_shards(checkpoint, args)
@@ -82,7 +82,7 @@ def check_shards(checkpoint: Path, args: transformers.TrainingArguments) -> None
         )
 
 
-def forget(output_dir: Path, limit: int | None, *kept: str) -> None:
+def rotate_checkpoints(output_dir: Path, limit: int | None, *kept: str) -> None:
     """Delete the oldest checkpoints until `limit` are left, those by the names `kept` in any case; none without limit.
 
     One that is to go is moved out of sight first: no half of it is ever to be seen.
@@ -92,14 +92,14 @@ def forget(output_dir: Path, limit: int | None, *kept: str) -> None:
     found = checkpoints_in(output_dir)
     others = [folder for folder in found if folder.name not in kept]
     too_many = max(0, len(found) - max(limit, len(set(kept))))
-    unfinished = output_dir / UNFINISHED
+    unfinished = output_dir / STAGING_DIR
     unfinished.mkdir(exist_ok=True)
     for folder in others[:too_many]:
         folder.rename(unfinished / folder.name)
     shutil.rmtree(unfinished)
 
 
-def publish(unfinished: Path, checkpoint: Path) -> None:
+def commit_checkpoint(unfinished: Path, checkpoint: Path) -> None:
     """Give a folder that is complete its name, in place of one that has it by now; where it was is taken away."""
     before = unfinished.with_name(f"{unfinished.name}.before")
     if checkpoint.exists():
@@ -109,7 +109,7 @@ def publish(unfinished: Path, checkpoint: Path) -> None:
 
 
 @contextmanager
-def says_when_full(output_dir: str | Path, unfinished: Path | None = None) -> Iterator[None]:
+def report_disk_full(output_dir: str | Path, unfinished: Path | None = None) -> Iterator[None]:
     """Turns a disk that is full into an InputError, and makes room by taking `unfinished` away."""
     try:
         yield

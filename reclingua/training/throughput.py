@@ -33,7 +33,7 @@ class Throughput:
         self.device = device
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
         self.seconds, self.since = 0.0, None
-        self.flops = flops_of(model)
+        self.flops = training_flops(model)
 
     def add(self, labels: torch.Tensor, lengths: torch.Tensor, slots: int) -> None:
         """One batch: labels, int64 [rows, length], -100 where there is none, or float [samples]; tokens of each sample
@@ -63,7 +63,7 @@ class Throughput:
 
     def figures(self, accelerator: Accelerator) -> dict[str, float]:
         """targets_per_second, tokens_per_second and padding (share) over all processes, peak_memory_gb of this one;
-        on a GPU also tflops and peak_share of one device."""
+        on a GPU also tflops and mfu of one device."""
         targets, tokens, squares, slots = accelerator.reduce(self.counts, "sum").tolist()
         seconds = max(self.seconds, 1e-9)
         figures = {
@@ -79,7 +79,7 @@ class Throughput:
         figures["tflops"] = flops / seconds / accelerator.num_processes / 1e12
         name = torch.cuda.get_device_name(self.device)
         if peak := next((value for word, value in PEAK_TFLOPS.items() if re.search(rf"\b{word}\b", name)), None):
-            figures["peak_share"] = figures["tflops"] / peak
+            figures["mfu"] = figures["tflops"] / peak
         return figures
 
     def _now(self) -> float:
@@ -88,7 +88,7 @@ class Throughput:
         return time.perf_counter()
 
 
-def flops_of(model: PreTrainedModel) -> tuple[float, float, float]:
+def training_flops(model: PreTrainedModel) -> tuple[float, float, float]:
     """Operations of a training step that the samples need, per target, per token, and per token squared of a sample.
 
     Forward pass and the gradients of inputs and weights: 6 operations for each weight and row that meets it, 4 where
@@ -104,13 +104,13 @@ def flops_of(model: PreTrainedModel) -> tuple[float, float, float]:
     return 6.0 * head.weight.numel(), float(body), 6.0 * config.num_hidden_layers * width
 
 
-def in_words(figures: dict[str, float]) -> str:
+def format_throughput(figures: dict[str, float]) -> str:
     """One line of `Throughput.figures`."""
     words = (
         f"{figures['targets_per_second']:,.0f} targets/s, {figures['tokens_per_second']:,.0f} tokens/s, "
         f"{figures['padding']:.1%} padding, peak memory {figures['peak_memory_gb']:.1f} GB"
     )
     if "tflops" in figures:
-        share = f" ({figures['peak_share']:.1%} of this GPU's peak in bf16)" if "peak_share" in figures else ""
+        share = f" ({figures['mfu']:.1%} of this GPU's peak in bf16)" if "mfu" in figures else ""
         words += f", {figures['tflops']:,.1f} TFLOP/s{share}"
     return words

@@ -13,24 +13,24 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from reclingua.datasets.samplers import Batches
-from reclingua.models.chunked_loss import LabelHead
+from reclingua.datasets.samplers import LengthGroupedBatchSampler
+from reclingua.models.chunked_loss import ChunkedCrossEntropy
 from reclingua.training.callbacks import (
-    LogLines,
-    NewEpoch,
-    NoStepTooMany,
-    QuietProgress,
-    SavesWhenTold,
-    StopsWithoutLoss,
-    Stopwatch,
+    ConsoleLogCallback,
+    ProgressBarCallback,
+    SaveOnSigtermCallback,
+    SetEpochCallback,
+    StopAtMaxStepsCallback,
+    StopOnNanCallback,
+    ThroughputCallback,
 )
-from reclingua.training.checkpoints import UNFINISHED, forget, publish, says_when_full
+from reclingua.training.checkpoints import STAGING_DIR, commit_checkpoint, report_disk_full, rotate_checkpoints
 from reclingua.training.throughput import Throughput
-from reclingua.training.zero import stay_apart, weights_to_save, whole
-from reclingua.utils.metadata import RECORD
+from reclingua.training.zero import gather_state_dict, gathered_parameters, saves_sharded_state
+from reclingua.utils.metadata import METADATA_FILE
 
 
-def outlives_sigterm(worker: int) -> None:
+def ignore_sigterm(worker: int) -> None:
     """For processes that read samples: SIGTERM is often sent to all, and without them no step could be ended."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -49,7 +49,7 @@ class RecTrainer(transformers.Trainer):
     def __init__(
         self,
         *args,
-        batches: Batches,
+        batches: LengthGroupedBatchSampler,
         max_logits_mb: int | None,
         measure: Callable[[], dict[str, float]] | None,
         record: dict,
@@ -57,12 +57,12 @@ class RecTrainer(transformers.Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.batches, self.measure, self.record = batches, measure, record
-        self.checkpoints_go_to: str | None = None
+        self.staging_dir: str | None = None
         self.kept: int | None = None  # checkpoints beside the best
-        self.label_head, self.labels_are_tokens = None, max_logits_mb is not None
+        self.chunked_loss, self.labels_are_tokens = None, max_logits_mb is not None
         if self.labels_are_tokens:
             try:
-                self.label_head = LabelHead(self.model, max_logits_mb)
+                self.chunked_loss = ChunkedCrossEntropy(self.model, max_logits_mb)
                 self.compute_loss_func = self._mean_over_targets
             except ValueError as error:  # then the model's own loss it is
                 if self.is_world_process_zero():
@@ -70,14 +70,14 @@ class RecTrainer(transformers.Trainer):
         self.throughput = Throughput(self.model, self.args.device)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
-            self.add_callback(QuietProgress)
-        self.add_callback(LogLines)
-        self.add_callback(StopsWithoutLoss)
-        self.preemption = SavesWhenTold()
+            self.add_callback(ProgressBarCallback)
+        self.add_callback(ConsoleLogCallback)
+        self.add_callback(StopOnNanCallback)
+        self.preemption = SaveOnSigtermCallback()
         self.add_callback(self.preemption)
-        self.add_callback(NewEpoch(self.train_dataset.set_epoch, batches.set_epoch))
-        self.add_callback(NoStepTooMany(batches))
-        self.add_callback(Stopwatch(self.throughput))
+        self.add_callback(SetEpochCallback(self.train_dataset.set_epoch, batches.set_epoch))
+        self.add_callback(StopAtMaxStepsCallback(batches))
+        self.add_callback(ThroughputCallback(self.throughput))
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """Raises:
@@ -108,7 +108,7 @@ class RecTrainer(transformers.Trainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
-            worker_init_fn=outlives_sigterm,
+            worker_init_fn=ignore_sigterm,
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -118,13 +118,13 @@ class RecTrainer(transformers.Trainer):
         lengths = inputs.pop("lengths")
         if model.training:
             self.throughput.add(inputs["labels"], lengths, inputs["input_ids"].numel())
-        if self.label_head is None:
+        if self.chunked_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.label_head.where(inputs["labels"]):
+        with self.chunked_loss.at_labels(inputs["labels"]):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _mean_over_targets(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        loss, self.label_head.loss = self.label_head.loss, None  # or its gradients would outlive the update
+        loss, self.chunked_loss.loss = self.chunked_loss.loss, None  # or its gradients would outlive the update
         # ZeRO-3 gathers a module's weights for the backward pass when the gradient reaches what the module returned.
         return (loss + 0 * outputs.logits.sum()) / num_items_in_batch
 
@@ -139,7 +139,7 @@ class RecTrainer(transformers.Trainer):
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         else:  # what is measured tells the loss, too
             output = EvalLoopOutput(None, None, {}, len(dataloader.dataset))
-        with whole(self.deepspeed):
+        with gathered_parameters(self.deepspeed):
             found = self.measure() if self.measure else {}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
@@ -147,27 +147,27 @@ class RecTrainer(transformers.Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Under another name until every process has written its part: a checkpoint is complete or invisible."""
         output_dir = Path(self.args.output_dir)
-        unfinished, name = output_dir / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self.throughput.paused(), says_when_full(output_dir, unfinished):
+        unfinished, name = output_dir / STAGING_DIR, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.throughput.paused(), report_disk_full(output_dir, unfinished):
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
             self.accelerator.wait_for_everyone()
-            self.checkpoints_go_to = str(unfinished)
+            self.staging_dir = str(unfinished)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self.checkpoints_go_to = None
+                self.staging_dir = None
             if self.state.best_global_step == self.state.global_step and self.state.best_model_checkpoint:
                 self.state.best_model_checkpoint = str(output_dir / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
-                publish(unfinished / name, output_dir / name)
-                forget(output_dir, self.kept, name, Path(self.state.best_model_checkpoint or name).name)
+                commit_checkpoint(unfinished / name, output_dir / name)
+                rotate_checkpoints(output_dir, self.kept, name, Path(self.state.best_model_checkpoint or name).name)
             self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial) -> str:
-        return self.checkpoints_go_to or super()._get_output_dir(trial)
+        return self.staging_dir or super()._get_output_dir(trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """With DeepSpeed, the weights of all processes: as a model, or as training states, which they are part of."""
@@ -175,8 +175,8 @@ class RecTrainer(transformers.Trainer):
             super().save_model(output_dir, _internal_call)
             return
         output_dir = output_dir or self.args.output_dir
-        apart = stay_apart(self.deepspeed, self.model)
-        self._save(output_dir, {} if apart else weights_to_save(self.deepspeed, self.model))
+        apart = saves_sharded_state(self.deepspeed, self.model)
+        self._save(output_dir, {} if apart else gather_state_dict(self.deepspeed, self.model))
         if apart and not _internal_call:  # a checkpoint has the training states anyway
             self.deepspeed.save_checkpoint(output_dir)
         if self.args.push_to_hub and not _internal_call:
@@ -189,7 +189,7 @@ class RecTrainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save and self.kept == 1:
                 best = Path(self.state.best_model_checkpoint).name
-                forget(Path(self.args.output_dir), 1, best, best)
+                rotate_checkpoints(Path(self.args.output_dir), 1, best, best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -197,4 +197,6 @@ class RecTrainer(transformers.Trainer):
             return  # every process comes here, one writes
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the record says the same in the open
-        (folder / RECORD).write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / METADATA_FILE).write_text(
+            json.dumps(self.record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

@@ -40,7 +40,7 @@ def check_deepspeed(config: str | dict, on_cpu: bool) -> None:
 
 
 @contextmanager
-def loaded_whole(args: transformers.TrainingArguments) -> Iterator[None]:
+def without_zero3_init(args: transformers.TrainingArguments) -> Iterator[None]:
     """Inside it models are loaded whole, not in the pieces of ZeRO-3."""
     if args.deepspeed:
         unset_hf_deepspeed_config()
@@ -51,14 +51,14 @@ def loaded_whole(args: transformers.TrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
-def check_shareable(model: PreTrainedModel, args: transformers.TrainingArguments) -> None:
+def check_zero3_support(model: PreTrainedModel, args: transformers.TrainingArguments) -> None:
     """InputError for weights that ZeRO-3 cannot take apart."""
     quantised = not all(weight.is_floating_point() for weight in model.parameters())
     if args.deepspeed and args.hf_deepspeed_config.is_zero3() and quantised:
         raise InputError("ZeRO-3 cannot share out weights in 4 or 8 bits; take --deepspeed config/ds_z2_bf16.json")
 
 
-def whole(engine: torch.nn.Module | None):
+def gathered_parameters(engine: torch.nn.Module | None):
     """A context in which every process has all weights of a model that ZeRO-3 has taken apart; else it does nothing.
 
     They may be read there, by each process in its own time, but not changed.
@@ -70,7 +70,7 @@ def whole(engine: torch.nn.Module | None):
     return unwrap_model_for_generation(engine)
 
 
-def stay_apart(engine: torch.nn.Module, model: PreTrainedModel) -> bool:
+def saves_sharded_state(engine: torch.nn.Module, model: PreTrainedModel) -> bool:
     """Whether what is saved are the training states of all processes, of which `convert.zero_to_fp32` makes a model.
 
     So `stage3_gather_16bit_weights_on_model_save` false tells ZeRO-3. What saves only a part of itself, as an adapter
@@ -80,7 +80,7 @@ def stay_apart(engine: torch.nn.Module, model: PreTrainedModel) -> bool:
     return not gathers and not _saves_a_part(model)
 
 
-def weights_to_save(engine: torch.nn.Module, model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+def gather_state_dict(engine: torch.nn.Module, model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     """What a folder of `model` is to hold, on the CPU, by name; None: all its weights as they are.
 
     All processes have to call it, the first one gets the weights: those of a whole model in the dtype that it computes

@@ -13,7 +13,7 @@ class InputError(Exception):
     """The user's input is wrong; the message is one line that names the file or record and says what to do."""
 
 
-def one_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Make a parser report a bad flag as every other bad input: one line, without the usage."""
 
     def error(message: str) -> NoReturn:
@@ -23,7 +23,7 @@ def one_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
+def cli_main(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a script's main: an InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
 
     @wraps(main)

@@ -10,10 +10,10 @@ from reclingua.utils.errors import InputError
 def read_json(path: Path, what: str) -> dict:
     """A JSON object that is not empty; `what` names it in the message of the InputError raised otherwise."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_reject_duplicates)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it should hold {what}") from None
-    except _Twin as error:
+    except _DuplicateKey as error:
         raise InputError(f"{path}: the key {error.args[0]!r} is there twice; keep one") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}; repair the file") from None
@@ -28,26 +28,26 @@ def read_json(path: Path, what: str) -> dict:
     return content
 
 
-class _Twin(Exception):
+class _DuplicateKey(Exception):
     """A key that a JSON object has twice."""
 
 
-def _without_twins(pairs: list[tuple[str, object]]) -> dict:
+def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _Twin(next(key for key in keys if keys.count(key) > 1))
+        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
     return content
 
 
 def write_json(path: Path, content: dict | list, indent: int | None = None) -> None:
     """Write to a temporary file beside `path`, then rename: the file is whole or not there."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
-class whole_file:  # noqa: N801 (used like a function)
-    """`with whole_file(path) as temporary:` gives a temporary path that becomes `path` if all went well."""
+class atomic_write:  # noqa: N801 (used like a function)
+    """`with atomic_write(path) as temporary:` gives a temporary path that becomes `path` if all went well."""
 
     def __init__(self, path: Path):
         self.path = Path(path)

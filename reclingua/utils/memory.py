@@ -13,7 +13,7 @@ from reclingua.utils.errors import InputError
 Result = TypeVar("Result")
 
 
-def while_memory_lasts(
+def run_with_oom_retry(
     work: Callable[[list[int]], Result], batches: list[list[int]], unit: str, advice: str
 ) -> Iterator[tuple[list[int], Result]]:
     """(rows, what came of them) for all batches, in smaller ones from the first that does not fit into memory.

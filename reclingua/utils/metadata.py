@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import transformers
 
-RECORD = "reclingua.json"  # in every checkpoint: how its prompts are made and what it was trained on
+METADATA_FILE = "reclingua.json"  # in every checkpoint: how its prompts are made and what it was trained on
 
 
-def run_facts(flags: Mapping[str, object], started: float) -> dict:
+def run_metadata(flags: Mapping[str, object], started: float) -> dict:
     """`flags` with their values; `started` is the `time.monotonic()` at which the run began."""
     return {
         "seconds": round(time.monotonic() - started, 1),

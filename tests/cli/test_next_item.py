@@ -23,7 +23,7 @@ from reclingua.training.arguments import (
     refuse_flags,
 )
 from reclingua.utils.errors import InputError
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 from tests.helpers.models import make_model, make_tokenizer
 from tests.helpers.scripts import SPARSE, flags, run_main
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_tells_how_it_was_made(tuned):
     run = json.loads((tuned / "run.json").read_text())
     assert run["arguments"]["supervise"] == "history" and run["seed"] == 42 and run["seconds"] > 0
     assert run["versions"]["torch"] == torch.__version__
-    assert json.loads((tuned / RECORD).read_text())["dataset"] == "toy"
+    assert json.loads((tuned / METADATA_FILE).read_text())["dataset"] == "toy"
     assert not list(tuned.rglob("training_args.bin"))
 
 

@@ -14,7 +14,7 @@ import pretrain
 import test as test_script
 from convert.scratch import train_tokenizer
 from reclingua.models.collm import CoLLM
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 from tests.helpers.scripts import measure, predictions, run_main, second, torchrun, tune
 from tests.helpers.toys import write_preferences
 
@@ -24,7 +24,7 @@ def test_every_method_trains_saves_and_is_measured(script, studio, tmp_path, met
     code, out, error = script(finetune.main, *second(studio, method, tmp_path / "out"))
     assert code == 0, error
     assert "the score is the logit of" in out and "valid auc" in out and "valid uauc" in out
-    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    record = json.loads((tmp_path / "out" / METADATA_FILE).read_text())
     assert record["method"] == method and len(record["prompts"]) >= 4
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert size < 4_000_000 and not list((tmp_path / "out").rglob("training_args.bin"))
@@ -68,17 +68,17 @@ def test_the_model_learns_what_its_collaborative_model_knows(script, studio, tmp
 @pytest.mark.parametrize(
     "method, more, trained",
     [
-        ("collm", ("--train_collab",), ["bridge", "collab"]),
-        ("collm", ("--collab_from_scratch",), ["bridge", "collab"]),
-        ("collm", ("--one_stage",), ["bridge", "lora"]),
-        ("collm", ("--lora", "--soft_tokens", 2), ["bridge", "lora"]),
-        ("cora", ("--one_stage", "--train_collab"), ["bridge", "collab", "lora"]),
+        ("collm", ("--train_collab",), ["projector", "collab"]),
+        ("collm", ("--collab_from_scratch",), ["projector", "collab"]),
+        ("collm", ("--one_stage",), ["projector", "lora"]),
+        ("collm", ("--lora", "--soft_tokens", 2), ["projector", "lora"]),
+        ("cora", ("--one_stage", "--train_collab"), ["projector", "collab", "lora"]),
         ("tallrec", ("--lora", "False"), ["language"]),
         ("binllm", ("--code_format", "dotted", "--select_by", "uauc"), ["lora"]),
-        ("collm", ("--collab", "sasrec"), ["bridge"]),
-        ("cora", ("--gradient_checkpointing", "--max_tokens_per_batch", 2000), ["bridge"]),
-        ("collm", ("--base_dtype", "bfloat16", "--gradient_accumulation_steps", 2), ["bridge"]),
-        ("collm", ("--save_full",), ["bridge"]),
+        ("collm", ("--collab", "sasrec"), ["projector"]),
+        ("cora", ("--gradient_checkpointing", "--max_tokens_per_batch", 2000), ["projector"]),
+        ("collm", ("--base_dtype", "bfloat16", "--gradient_accumulation_steps", 2), ["projector"]),
+        ("collm", ("--save_full",), ["projector"]),
     ],
 )
 def test_ways_to_train(script, workshop, studio, tmp_path, method, more, trained):
@@ -130,7 +130,7 @@ def test_predictions_repeat_the_results_for_every_phrasing(script, studio):
     spread = {"phrasing 3": areas[3], "mean": sum(areas) / 4, "lowest": min(areas), "highest": max(areas)}
     for name, area in spread.items():
         assert f'<th scope="row">{name}</th><td>{area:.4f}</td>' in page
-    for asked in json.loads((studio / "tallrec" / RECORD).read_text())["prompts"]:
+    for asked in json.loads((studio / "tallrec" / METADATA_FILE).read_text())["prompts"]:
         assert f'<td class="text">{" ".join(asked["prompt"].split())[:200]}' in page
 
 
@@ -260,7 +260,7 @@ def test_the_second_stage_keeps_how_the_first_held_its_base(script, workshop, st
         run = json.loads((out / "run.json").read_text())
         valid = next(line["eval_auc"] for line in run["log"] if "eval_auc" in line)
         model = CoLLM.from_pretrained(out)
-        dtypes = {w.dtype for key, w in model.named_parameters() if model.part_of(key) == "language"}
+        dtypes = {w.dtype for key, w in model.named_parameters() if model.component_of(key) == "language"}
         assert dtypes == {torch.bfloat16} and 0 <= valid <= 1
     flags = tune(studio, "collm", tmp_path / "x", "--init_from", tmp_path / "whole", "--load_in_4bit")
     code, _, error = script(finetune.main, *flags)
@@ -288,7 +288,7 @@ def test_a_test_of_other_ratings_is_refused(script, studio, tmp_path, refused):
     write_preferences(tmp_path, users=20, name="liked")
     message = refused(test_script.main, "--ckpt_path", tmp_path / "out", "--data_path", tmp_path)
     assert "knows the users and items of other ratings" in message
-    record = json.loads((tmp_path / "out" / RECORD).read_text())
-    (tmp_path / "out" / RECORD).write_text(json.dumps(record | {"method": "telepathy"}))
+    record = json.loads((tmp_path / "out" / METADATA_FILE).read_text())
+    (tmp_path / "out" / METADATA_FILE).write_text(json.dumps(record | {"method": "telepathy"}))
     message = refused(test_script.main, "--ckpt_path", tmp_path / "out", "--data_path", studio)
     assert "made by 'telepathy', which is no method" in message

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import test as test_script
-from convert.make_delta import as_bits
-from convert.shards import PIECE, Spec, Writer, plan, read_weights, side_by_side
+from convert.make_delta import bitwise_view
+from convert.shards import PIECE, Spec, Writer, paired_chunks, plan, read_weights
 from tests.helpers.models import make_model
 from tests.helpers.weights import made, merged, same_bits, weights_of, write_model
 
@@ -96,7 +96,7 @@ def test_any_two_numbers_of_16_bits(tmp_path_factory, patterns):
         write_delta(folder / "delta", found, pairs)
         pairs = {"a": (pairs["a"][0], read_weights(folder / "delta")["a"])}
         add(folder / "merged", found, pairs, read_corrections(folder / "delta", found, pairs))
-        assert torch.equal(as_bits(load_file(folder / "merged" / "model.safetensors")["a"]), as_bits(other))
+        assert torch.equal(bitwise_view(load_file(folder / "merged" / "model.safetensors")["a"]), bitwise_view(other))
 
 
 def test_a_tuned_model_published_as_a_delta_is_measured_alike(workshop, tuned, script, tmp_path):
@@ -216,12 +216,12 @@ def test_pieces_of_two_tensors(tmp_path):
     """Of other sizes: each comes whole, the checksum at the end, whoever listens no further."""
     stored = read_weights(write_model(tmp_path / "model", {"one": torch.randn(9, 2), "other": torch.randn(50)}))
     one, other = stored["one"], stored["other"]
-    pieces = list(side_by_side({"a": (one, other), "b": (None, other)}))
+    pieces = list(paired_chunks({"a": (one, other), "b": (None, other)}))
     assert [piece.name for piece in pieces] == ["a", "b"] and pieces[1].base is None
     assert torch.equal(pieces[0].base, one.read()) and torch.equal(pieces[0].other, other.read())
-    (reverse,) = side_by_side({"a": (other, one)})
+    (reverse,) = paired_chunks({"a": (other, one)})
     assert len(pieces[0].checksum) == len(reverse.checksum) == 32 and pieces[0].checksum != reverse.checksum
-    next(side_by_side({"a": (one, other)} | {str(n): (one, other) for n in range(50)}))
+    next(paired_chunks({"a": (one, other)} | {str(n): (one, other) for n in range(50)}))
 
 
 def test_a_writer_that_is_not_given_all(tmp_path):

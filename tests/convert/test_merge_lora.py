@@ -12,7 +12,7 @@ import test as test_script
 from convert import merge_lora
 from reclingua.inference import loading
 from reclingua.models import registry
-from reclingua.models.language import fingerprint, load_model
+from reclingua.models.language import base_fingerprint, load_model
 from reclingua.models.lora import load_lora
 from tests.helpers.models import make_model
 from tests.helpers.scripts import flags, run_main
@@ -88,7 +88,7 @@ def test_rows_of_code_tokens_too(toy, tmp_path, script, architecture):
     tokenizer.save_pretrained(tmp_path / "adapter")
     base = load_model(tmp_path / "base")
     record = {"method": "lcrec", "lora": {"rank": 4}, "base_model": str(tmp_path / "base"), "base_dtype": "float32"}
-    record |= {"load_in_4bit": False, "load_in_8bit": False, "base_sha256": fingerprint(base)}
+    record |= {"load_in_4bit": False, "load_in_8bit": False, "base_sha256": base_fingerprint(base)}
     (tmp_path / "adapter" / "reclingua.json").write_text(json.dumps(record))
     merge(script, tmp_path / "adapter", tmp_path / "merged")
     again, merged = load_lora(base, tokenizer, tmp_path / "adapter").eval(), load_model(tmp_path / "merged")
@@ -120,7 +120,7 @@ def test_over_a_base_in_few_bits(workshop, script, tmp_path, bits):
 def test_answers_of_yes_and_no(liked, script, tmp_path, method):
     said = merge(script, liked / method, tmp_path / "merged")
     assert "merged into" in said
-    model = registry.open_model(tmp_path / "merged", method)
+    model = registry.load_yes_no_model(tmp_path / "merged", method)
     assert not model.config.lora and not any("lora" in name for name in model.state_dict())
     shutil.move(liked / "hash", liked / "moved")  # the folder holds all it needs
     merged = results_of(script, tmp_path / "merged", liked, tmp_path)

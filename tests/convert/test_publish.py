@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import constants
 
 from convert import make_delta, merge_delta
-from convert.folders import name_of
+from convert.folders import public_name
 from tests.helpers.weights import made, write_model
 
 TOKEN = "hf_secretsecretsecret"
@@ -172,6 +172,6 @@ def test_results_that_are_none(two, refused, tmp_path, content, said):
 
 
 def test_what_a_base_is_called():
-    assert name_of("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0f1e") == "Qwen/Qwen3-0.6B"
-    assert name_of("/home/me/llama-7b/") == "llama-7b"
-    assert name_of("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert public_name("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0f1e") == "Qwen/Qwen3-0.6B"
+    assert public_name("/home/me/llama-7b/") == "llama-7b"
+    assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"

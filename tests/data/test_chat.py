@@ -91,7 +91,7 @@ def test_a_reply_that_drips_is_given_up():
 def test_long_texts_and_histories_are_cut_to_the_models_context(toy, edit, tiny):
     edit("item", lambda item: {i: {"title": f"Toy {i} " * 50, "description": "x" * 5000} for i in item})
     dataset = open_dataset(toy, "toy", ["items"])
-    prompts = intentions.read_prompts(intentions.PROMPT_FILE, intentions.FIELDS)
+    prompts = intentions.read_prompts(intentions.LCREC_PROMPT_FILE, intentions.FIELDS)
     planner = intentions.Planner(dataset, prompts, LocalChat(tiny, Sampling()), 20)
     requests = [request for asked in planner.plan(["0", "1"]).values() for request in asked]
     assert all(len(planner.chat._encode(request.prompt)) + 64 <= 512 for request in requests)

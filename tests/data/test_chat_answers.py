@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.chat_answers import Journal, Request, clean, fault
+from data.chat_answers import Request, ResponseCache, clean_answer, rejection_reason
 from reclingua.utils.errors import InputError
 
 CLEAN = {
@@ -22,13 +22,13 @@ CLEAN = {
 
 @pytest.mark.parametrize("answer", CLEAN)
 def test_answers_are_cleaned(answer):
-    assert clean(answer, complete=True) == CLEAN[answer]
+    assert clean_answer(answer, complete=True) == CLEAN[answer]
 
 
 def test_an_answer_that_was_cut_off_ends_with_its_last_sentence():
-    assert clean("A light. It is for wor", complete=False) == "A light."
-    assert clean("A light for wor", complete=False) == ""
-    assert clean("A light for work\n\nIt is ma", complete=False) == "A light for work"
+    assert clean_answer("A light. It is for wor", complete=False) == "A light."
+    assert clean_answer("A light for wor", complete=False) == ""
+    assert clean_answer("A light for work\n\nIt is ma", complete=False) == "A light for work"
 
 
 LAMP = Request("Product: Acme G7 Lamp (Seven). Bright.\nWhat is it that you see here, in a few words?",
@@ -53,30 +53,30 @@ FAULTS = {
 
 @pytest.mark.parametrize("text", FAULTS)
 def test_answers_are_checked(text):
-    assert fault(text, LAMP) == FAULTS[text]
+    assert rejection_reason(text, LAMP) == FAULTS[text]
 
 
 @given(before=st.text(max_size=30), title=st.text(min_size=1, max_size=60), after=st.text(max_size=30))
 def test_a_title_told_as_it_is_never_passes(before, title, after):
     if any(c.isalnum() for c in title):
-        text = clean(f"{before} {title} {after}", complete=True)
+        text = clean_answer(f"{before} {title} {after}", complete=True)
         if title in text:
-            assert fault(text, Request("prompt", "phrasing", title)) is not None
+            assert rejection_reason(text, Request("prompt", "phrasing", title)) is not None
 
 
 def test_refused_answers_are_remembered(tmp_path):
     request = Request("prompt", "phrasing")
     for _ in range(2):
-        with Journal(tmp_path / "journal", {"model": "m"}) as journal:
+        with ResponseCache(tmp_path / "journal", {"model": "m"}) as journal:
             journal.add(request, "", "too long")
-    with Journal(tmp_path / "journal", {"model": "m"}) as journal:
+    with ResponseCache(tmp_path / "journal", {"model": "m"}) as journal:
         assert journal.refused[request.key] == 2 and journal.faults == {"too long": 2} and len(journal) == 2
-        assert journal.settled(request, 2) and not journal.settled(request, 3)
+        assert journal.is_done(request, 2) and not journal.is_done(request, 3)
 
 
 def test_a_journal_is_one_runs_own(tmp_path):
-    with Journal(tmp_path / "journal", {"model": "m"}):
-        with pytest.raises(InputError, match="another run is writing to it"), Journal(tmp_path / "journal", {}):
+    with ResponseCache(tmp_path / "journal", {"model": "m"}):
+        with pytest.raises(InputError, match="another run is writing to it"), ResponseCache(tmp_path / "journal", {}):
             pass
     assert list(tmp_path.iterdir()) == []  # nothing to keep
 
@@ -94,7 +94,7 @@ def test_a_journal_is_one_runs_own(tmp_path):
 def test_other_journals_are_refused(tmp_path, content, message):
     path = tmp_path / "journal"
     path.write_text(content)
-    with pytest.raises(InputError, match=message), Journal(path, {"model": "m", "seed": 1}):
+    with pytest.raises(InputError, match=message), ResponseCache(path, {"model": "m", "seed": 1}):
         pass
     assert path.read_text() == content
 
@@ -104,9 +104,9 @@ def test_any_journal_is_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("journal") / "journal"
     path.write_bytes(b'{"model": "m"}\n' + content)
     try:
-        with Journal(path, {"model": "m"}) as journal:
+        with ResponseCache(path, {"model": "m"}) as journal:
             journal.add(Request("prompt", "phrasing"), "text", None)
     except InputError:
         return
-    with Journal(path, {"model": "m"}) as again:
+    with ResponseCache(path, {"model": "m"}) as again:
         assert again.texts == journal.texts

@@ -118,7 +118,7 @@ def test_real_users_prompts_hold_no_title_held_out(shared):
     dataset = open_dataset(shared / "data", "Industrial", ["items"])
     planner = intentions.Planner(
         dataset,
-        intentions.read_prompts(intentions.PROMPT_FILE, intentions.FIELDS),
+        intentions.read_prompts(intentions.LCREC_PROMPT_FILE, intentions.FIELDS),
         Endpoint("http://h/v1", "m", Sampling()),
         20,
     )
@@ -384,8 +384,8 @@ def test_with_smollm2(script, where, smollm2, shared):
 
 def bad_prompts(change):
     def flags(toy, tmp_path):
-        prompts = intentions.read_prompts(intentions.PROMPT_FILE, intentions.FIELDS)
-        content = {task: [{"prompt": phrasing.prompt} for phrasing in given] for task, given in prompts.items()}
+        prompts = intentions.read_prompts(intentions.LCREC_PROMPT_FILE, intentions.FIELDS)
+        content = {task: [{"prompt": template.prompt} for template in given] for task, given in prompts.items()}
         change(content)
         (tmp_path / "prompts.yaml").write_text(json.dumps(content))
         return "--endpoint", "http://h/v1", "--model", "m", "--prompt_file", tmp_path / "prompts.yaml"

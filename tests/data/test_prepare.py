@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import prepare
-from data.cleaning import clean, natural_title
-from data.filtering import keep_core
+from data.cleaning import clean_text, natural_title
+from data.filtering import filter_core
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.ratings import open_preferences
+from reclingua.datasets.ratings import open_ratings
 
 # ---- RecBole files ----
 
@@ -94,12 +94,12 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_cleaned(text):
-    assert clean(text) == TEXTS[text]
+    assert clean_text(text) == TEXTS[text]
 
 
 @given(st.text(st.sampled_from("<>&;/!-ab #x1script \n"), max_size=200))
 def test_clean_text_stays_as_it_is(text):
-    once = clean(text)
+    once = clean_text(text)
     assert once == " ".join(once.split())
     assert "<script>" not in once and "&amp;" not in once
 
@@ -107,7 +107,7 @@ def test_clean_text_stays_as_it_is(text):
 @pytest.mark.parametrize("piece", ["<", "<script", "<!--", "&amp;", "&", "<b ", "</script>", "<!"])
 def test_cleaning_long_text_takes_no_time(piece):
     started = time.monotonic()
-    clean(piece * 50_000)
+    clean_text(piece * 50_000)
     assert time.monotonic() - started < 5
 
 
@@ -238,7 +238,7 @@ def test_every_source_gives_preferences(tmp_path, script, source):
     task = ("--task", "preference", "--months", 1, 1, 1, "--liked_above", 4, "--start", "2017-07-01")
     code, out, error = script(prepare.main, *flags(tmp_path, source, where, *task))
     assert code == 0 and "left out: 2 ratings of what the user had rated before" in out, error
-    parts = open_preferences(tmp_path / "out", "D").parts
+    parts = open_ratings(tmp_path / "out", "D").parts
     assert {part: rows["label"] for part, rows in parts.items()} == dict.fromkeys(parts, [0, 1, 0, 1])
     assert parts["train"]["his"] == [[], [], [2], [2]] and parts["test"]["not_cold"] == [0] * 4
 
@@ -535,5 +535,5 @@ def test_k_core_is_a_fixed_point(pairs, k):
         con.execute("CREATE TABLE rated (u INTEGER, i INTEGER)")
         if pairs:
             con.executemany("INSERT INTO rated VALUES (?, ?)", pairs)
-        assert keep_core(con, k) == len(pairs) - len(left)
+        assert filter_core(con, k) == len(pairs) - len(left)
         assert sorted(con.execute("SELECT u, i FROM rated").fetchall()) == sorted(left)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import prepare
-from reclingua.datasets.ratings import COLUMNS, column, last_liked, open_preferences
+from reclingua.datasets.ratings import COLUMNS, liked_history, open_ratings, to_numpy
 from reclingua.utils.errors import InputError
 from tests.helpers.scripts import run_main
 from tests.helpers.toys import write_preferences
@@ -32,14 +32,14 @@ def rewrite(folder, part, change):
 
 
 def test_opens_and_counts(liked):
-    dataset = open_preferences(liked, "liked")
+    dataset = open_ratings(liked, "liked")
     assert (dataset.num_users, dataset.num_items) == (41, 31)
     assert dataset.parts["train"].column_names == list(COLUMNS)
-    assert set(column(dataset.parts["test"], "label").tolist()) == {0, 1}
+    assert set(to_numpy(dataset.parts["test"], "label").tolist()) == {0, 1}
 
 
 def test_last_liked_pads_in_front(liked):
-    dataset = open_preferences(liked, "liked")
+    dataset = open_ratings(liked, "liked")
     test = dataset.parts["test"]
     for part in (
         test,
@@ -48,16 +48,16 @@ def test_last_liked_pads_in_front(liked):
         test.select([9, 2, 7]),
         test.shuffle(),
     ):
-        assert column(part, "iid").tolist() == part["iid"]
+        assert to_numpy(part, "iid").tolist() == part["iid"]
         for length in (1, 3, 50):
             expected = [([0] * length + row)[-length:] for row in part["his"]]
-            assert last_liked(part, length).tolist() == expected
+            assert liked_history(part, length).tolist() == expected
 
 
 def test_last_liked_of_empty_histories(liked):
     rewrite(liked, "valid", lambda rows: [row | {"his": []} for row in rows])
     # A column of empty lists alone has no item type of its own in the file.
-    assert not last_liked(open_preferences(liked, "liked").parts["valid"], 4).any()
+    assert not liked_history(open_ratings(liked, "liked").parts["valid"], 4).any()
 
 
 BAD_ROWS = {
@@ -78,7 +78,7 @@ def test_bad_rows_are_named(liked, case):
     changed, message = BAD_ROWS[case]
     rewrite(liked, "valid", lambda rows: rows[3].update(changed))
     with pytest.raises(InputError, match="valid.parquet") as raised:
-        open_preferences(liked, "liked")
+        open_ratings(liked, "liked")
     assert message in str(raised.value)
 
 
@@ -100,7 +100,7 @@ def test_bad_parts_are_named(liked, case):
     else:
         rewrite(liked, "test", change)
     with pytest.raises(InputError, match="test.parquet") as raised:
-        open_preferences(liked, "liked")
+        open_ratings(liked, "liked")
     assert message in str(raised.value)
 
 
@@ -108,30 +108,30 @@ def test_bad_parts_are_named(liked, case):
 def test_items_are_numbers_from_1(liked, item):
     (liked / "liked/item.json").write_text(json.dumps({"1": {"title": "A"}, item: {"title": "B"}}))
     with pytest.raises(InputError, match="item.json: item .* should be a number from 1 to 999999999"):
-        open_preferences(liked, "liked")
+        open_ratings(liked, "liked")
 
 
 def test_the_fingerprint_is_of_the_training_ratings(liked):
-    before = open_preferences(liked, "liked").sha256()
+    before = open_ratings(liked, "liked").sha256()
     rewrite(liked, "valid", lambda rows: rows[:50])
-    assert open_preferences(liked, "liked").sha256() == before
+    assert open_ratings(liked, "liked").sha256() == before
     rewrite(liked, "train", lambda rows: rows[5].update(label=1 - rows[5]["label"]))
-    assert open_preferences(liked, "liked").sha256() != before
+    assert open_ratings(liked, "liked").sha256() != before
 
 
 def test_bad_files_are_named(liked):
     with pytest.raises(InputError, match="nothing: no such dataset folder"):
-        open_preferences(liked, "nothing")
+        open_ratings(liked, "nothing")
     (liked / "liked/test.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="test.parquet: not a readable parquet file"):
-        open_preferences(liked, "liked")
+        open_ratings(liked, "liked")
     (liked / "liked/test.parquet").unlink()
     with pytest.raises(InputError, match="test.parquet: no such file"):
-        open_preferences(liked, "liked")
+        open_ratings(liked, "liked")
     for content, message in (({"x": {"title": "X"}}, "item 'x' should be a number"), ({"1": {}}, "with a title")):
         (liked / "liked/item.json").write_text(json.dumps(content))
         with pytest.raises(InputError, match=message):
-            open_preferences(liked, "liked")
+            open_ratings(liked, "liked")
 
 
 # ---- From raw ratings ----
@@ -175,7 +175,7 @@ def test_prepare_splits_by_time(tmp_path, script):
     code, out, error = prepared(tmp_path, script, *WINDOW)
     assert code == 0, error
     assert "10 ratings read, 8 kept" in out and "train 2001-01-01 to 2001-02-28" in out
-    dataset = open_preferences(tmp_path / "out", "mini")
+    dataset = open_ratings(tmp_path / "out", "mini")
     # Raw users 7, 8, 9 are 1, 2, 3; raw items 1, 2, 3, 5 are 1, 2, 3, 4.
     rows = {
         part: [tuple(row.values()) for row in dataset.parts[part].remove_columns("timestamp")]
@@ -201,7 +201,7 @@ def test_prepare_counts_the_first_rating_of_an_item(tmp_path, script):
     code, out, _ = prepared(tmp_path, script, *WINDOW)
     assert code == 0 and "13 ratings read, 8 kept" in out
     assert "left out: 3 ratings of what the user had rated before" in out
-    train = open_preferences(tmp_path / "out", "mini").parts["train"]
+    train = open_ratings(tmp_path / "out", "mini").parts["train"]
     assert train["label"] == [0, 1, 1, 1] and train["his"] == [[], [], [], [3]]
 
 
@@ -307,7 +307,7 @@ def test_prepare_reads_amazon_reviews(tmp_path, script, compress):
         prepare.main, *AMAZON, "--liked_above", 4, "--raw_path", tmp_path / "raw", "--data_path", tmp_path
     )
     assert code == 0 and "2 ratings of items without a title" in out, error
-    dataset = open_preferences(tmp_path, "Books")
+    dataset = open_ratings(tmp_path, "Books")
     assert [item["title"] for item in dataset.items.values()] == ["Book 1", "Book 2", "Book 5"]
     assert dataset.items["1"]["description"] == "A book."
     assert {part: len(rows) for part, rows in dataset.parts.items()} == {"train": 2, "valid": 2, "test": 2}
@@ -339,7 +339,7 @@ def test_prepare_refuses_bad_amazon_files(tmp_path, refused):
 
 def test_the_papers_split_comes_out_of_its_ratings(shared, tmp_path):
     """Train, valid and test written as one raw file: every row, history and cold mark comes out as published."""
-    published = open_preferences(shared / "data", "ml-1m")
+    published = open_ratings(shared / "data", "ml-1m")
     ratings = pd.concat([rows.to_pandas() for rows in published.parts.values()])
     ratings = ratings.sort_values("timestamp", kind="stable")  # ties of a user stay in order
     raw = tmp_path / "raw"
@@ -350,7 +350,7 @@ def test_the_papers_split_comes_out_of_its_ratings(shared, tmp_path):
     (raw / "movies.dat").write_text("".join(movies), encoding="latin-1", errors="replace")
     flags = ("--task", "preference", "--source", "movielens", "--dataset", "ml-1m", "--raw_path", raw)
     run_main(prepare.main, *flags, "--data_path", tmp_path, "--start", "2001-06-01")
-    ours = open_preferences(tmp_path, "ml-1m")
+    ours = open_ratings(tmp_path, "ml-1m")
     for part, rows in published.parts.items():
         assert ours.parts[part].data.table.equals(rows.data.table), part
     assert ours.sha256() == published.sha256()
@@ -360,8 +360,10 @@ def test_ml_100k_as_preferences(tmp_path):
     window = ("--months", 4, 1.5, 1.5, "--start", "1997-10-01")
     flags = ("--task", "preference", "--dataset", "ml-100k", "--data_path", tmp_path, *window)
     run_main(prepare.main, *flags)
-    dataset = open_preferences(tmp_path, "ml-100k")
+    dataset = open_ratings(tmp_path, "ml-100k")
     assert {part: len(rows) for part, rows in dataset.parts.items()} == {"train": 60290, "valid": 15544, "test": 17462}
     train, test = dataset.parts["train"], dataset.parts["test"]
-    warm = np.isin(column(test, "uid"), column(train, "uid")) & np.isin(column(test, "iid"), column(train, "iid"))
-    assert (column(test, "not_cold") == warm).all()
+    warm = np.isin(to_numpy(test, "uid"), to_numpy(train, "uid")) & np.isin(
+        to_numpy(test, "iid"), to_numpy(train, "iid")
+    )
+    assert (to_numpy(test, "not_cold") == warm).all()

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reclingua.datasets.collators import IGNORE, Collator, encode_prompt, prompt_batch
-from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.collators import IGNORE, CausalLMCollator, encode_prompt, prompt_batch
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
 from reclingua.datasets.tasks import held_out_samples, seqrec_of, stretch, train_samples
 from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError
@@ -27,7 +27,7 @@ def build(toy, supervise, bos=False, part="train", his_sep=", ", **kwargs):
         samples = held_out_samples(dataset, part, task, max_his_len=3)
     token_ids = index_token_ids(tokenizer, dataset.index)
     tokens = {token for ids in token_ids.values() for token in ids}
-    return dataset, Instructions(samples, dataset, tokenizer, read_prompts(), tokens, 3, his_sep, **kwargs)
+    return dataset, InstructionDataset(samples, dataset, tokenizer, read_prompts(), tokens, 3, his_sep, **kwargs)
 
 
 def learned(sample):
@@ -92,14 +92,14 @@ def test_history_learns_every_item_after_the_first(toy, bos, his_sep):
 def test_a_history_is_asked_as_it_was_learned(toy, his_sep, add_prefix):
     """The prompt of a test is a beginning of a training text, token by token, up to where the item goes."""
     _, instructions = build(toy, "history", his_sep=his_sep, add_prefix=add_prefix)
-    phrasing = instructions.prompts["seqrec_history"][0]
+    template = instructions.prompts["seqrec_history"][0]
     items = ["<a_0><b_0>", "<a_1><b_1>", "<a_2><b_2>"]
     row = instructions.samples[0] | {"history": ["0", "4"], "item": "8"}
-    prompt = instructions.tokenizer(instructions.prompt(row, phrasing)).input_ids
-    whole = instructions._whole(items, phrasing)
+    prompt = instructions.tokenizer(instructions.prompt(row, template)).input_ids
+    whole = instructions._whole(items, template)
     assert whole["input_ids"][: len(prompt)] == prompt
-    assert instructions.answered(row, phrasing)["input_ids"] == whole["input_ids"]
-    assert instructions.answered(row, phrasing)["labels"][-2:] == whole["labels"][-2:] == whole["input_ids"][-2:]
+    assert instructions.answered(row, template)["input_ids"] == whole["input_ids"]
+    assert instructions.answered(row, template)["labels"][-2:] == whole["labels"][-2:] == whole["input_ids"][-2:]
 
 
 def test_phrasings_depend_on_seed_and_epoch_alone(toy):
@@ -116,7 +116,7 @@ def test_phrasings_depend_on_seed_and_epoch_alone(toy):
 
 
 def test_each_sample_can_have_several_phrasings(toy):
-    _, instructions = build(toy, "next", phrasings_per_sample={"seqrec": 3})
+    _, instructions = build(toy, "next", templates_per_sample={"seqrec": 3})
     assert len(instructions) == 3 * len(instructions.samples)
 
 
@@ -132,7 +132,7 @@ def test_held_out_items_never_train(toy):
 def test_batches_are_padded_and_masked(toy):
     _, instructions = build(toy, "next")
     rows = [instructions[0], instructions[2]]
-    batch = Collator(instructions.tokenizer)(rows)
+    batch = CausalLMCollator(instructions.tokenizer)(rows)
     for at, row in enumerate(rows):
         length = len(row["input_ids"])
         assert batch["attention_mask"][at].sum() == length
@@ -192,5 +192,5 @@ def test_bad_prompt_files(tmp_path, message):
 
 def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text(PROMPT_FILE.read_text().replace("Items of one user", "Eines Nutzers Dinge"))
+    path.write_text(LCREC_PROMPT_FILE.read_text().replace("Items of one user", "Eines Nutzers Dinge"))
     assert read_prompts(path)["seqrec_history"][0].prompt.startswith("Eines")

@@ -8,7 +8,7 @@ import pytest
 from reclingua.datasets.interactions import open_dataset as open_folder
 from reclingua.datasets.interactions import read_embeddings
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import output_folder, whole_file, write_json
+from reclingua.utils.files import atomic_write, output_folder, write_json
 
 
 def open_toy(toy, *needs, **kwargs):
@@ -106,7 +106,7 @@ def test_index_file_by_suffix_or_path(toy, tmp_path):
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "a.json") as temporary:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "a.json") as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reclingua.datasets.collators import Collator
-from reclingua.datasets.samplers import ORDERS, Batches
+from reclingua.datasets.collators import CausalLMCollator
+from reclingua.datasets.samplers import ORDERS, LengthGroupedBatchSampler
 from reclingua.utils.errors import InputError
 from tests.datasets.test_instructions import build
 from tests.helpers.models import make_tokenizer
@@ -34,7 +34,9 @@ def test_every_sample_once_and_the_limits_kept(lengths, processes, how, limits):
     for epoch in range(3):
         shares = []
         for rank in range(processes):
-            batches = Batches(lengths, size, tokens, packed, order, seed=1, rank=rank, processes=processes)
+            batches = LengthGroupedBatchSampler(
+                lengths, size, tokens, packed, order, seed=1, rank=rank, processes=processes
+            )
             batches.set_epoch(epoch)
             shares.append(list(batches))
             counts.add((len(batches), len(shares[-1])))
@@ -53,29 +55,29 @@ def test_epochs_differ_and_runs_do_not():
     lengths = [5, 5, 5, 9, 9, 9, 9, 2] * 5
 
     def drawn(epoch, seed=3):
-        batches = Batches(lengths, 4, seed=seed)
+        batches = LengthGroupedBatchSampler(lengths, 4, seed=seed)
         batches.set_epoch(epoch)
         return list(batches)
 
     assert drawn(0) == drawn(0) != drawn(1)
     assert drawn(0) != drawn(0, seed=4)
-    assert list(Batches(lengths, 4, order="sequential"))[0] == [0, 1, 2, 3]
+    assert list(LengthGroupedBatchSampler(lengths, 4, order="sequential"))[0] == [0, 1, 2, 3]
 
 
 def test_batches_by_length_have_less_padding_and_the_longest_first():
     lengths = np.random.default_rng(0).integers(5, 60, 500).tolist()
 
     def padding(order):
-        batches = list(Batches(lengths, 8, order=order))
+        batches = list(LengthGroupedBatchSampler(lengths, 8, order=order))
         return 1 - sum(lengths) / sum(cost(lengths, batch, packed=False) for batch in batches)
 
     assert padding("group_by_length") < 0.03 < 0.2 < padding("random")
-    assert max(lengths) in [lengths[i] for i in next(iter(Batches(lengths, 8)))]
+    assert max(lengths) in [lengths[i] for i in next(iter(LengthGroupedBatchSampler(lengths, 8)))]
 
 
 def test_processes_take_batches_of_about_the_same_length_at_the_same_time():
     lengths = np.random.default_rng(0).integers(5, 60, 640).tolist()
-    first, second = (Batches(lengths, 8, rank=rank, processes=2) for rank in range(2))
+    first, second = (LengthGroupedBatchSampler(lengths, 8, rank=rank, processes=2) for rank in range(2))
     for ours, theirs in zip(first, second, strict=True):
         assert abs(np.mean([lengths[i] for i in ours]) - np.mean([lengths[i] for i in theirs])) < 4
 
@@ -90,14 +92,14 @@ def test_processes_take_batches_of_about_the_same_length_at_the_same_time():
 )
 def test_limits_that_cannot_be_kept(how, says):
     with pytest.raises(InputError, match=says):
-        Batches([40, 7, 3], **how)
+        LengthGroupedBatchSampler([40, 7, 3], **how)
 
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("supervise", ["next", "history"])
 @pytest.mark.parametrize("how", [{}, {"add_prefix": True, "his_sep": " then "}])
 def test_lengths_are_those_of_the_samples(toy, supervise, bos, how):
-    _, instructions = build(toy, supervise, bos, phrasings_per_sample={"seqrec": 2, "seqrec_history": 2}, **how)
+    _, instructions = build(toy, supervise, bos, templates_per_sample={"seqrec": 2, "seqrec_history": 2}, **how)
     longest, seen = instructions.lengths(longest=True), np.zeros(len(instructions), dtype=int)
     for epoch in range(60):
         instructions.set_epoch(epoch)
@@ -110,7 +112,7 @@ def test_lengths_are_those_of_the_samples(toy, supervise, bos, how):
 def test_batches_are_sorted_by_the_lengths_of_the_epoch_within_the_limits_of_all(toy):
     _, instructions = build(toy, "next")
     longest = instructions.lengths(longest=True)
-    batches = Batches(longest, max_tokens=3 * int(longest.max()), now=instructions.lengths)
+    batches = LengthGroupedBatchSampler(longest, max_tokens=3 * int(longest.max()), epoch_lengths=instructions.lengths)
     counts = set()
     for epoch in range(9):
         instructions.set_epoch(epoch)
@@ -126,14 +128,14 @@ def test_batches_are_sorted_by_the_lengths_of_the_epoch_within_the_limits_of_all
 def test_packed_rows_hold_every_token_once():
     tokenizer = make_tokenizer(bos=False)
     samples = [{"input_ids": [100 + i] * n, "labels": [100 + i] * n} for i, n in enumerate([3, 9, 4, 5, 2, 9])]
-    batch = Collator(tokenizer, packing=True)(samples)
+    batch = CausalLMCollator(tokenizer, packing=True)(samples)
     assert batch["input_ids"].shape == (4, 9)  # 32 tokens in rows of 9
     assert batch["lengths"].sum() == 32 == (batch["input_ids"] != tokenizer.pad_token_id).sum()
     for i, n in enumerate([3, 9, 4, 5, 2, 9]):
         at = batch["input_ids"] == 100 + i
         assert batch["position_ids"][at].tolist() == list(range(n))
         assert (batch["labels"][at] == 100 + i).sum() == n - 1  # all but the first
-    row = Collator(tokenizer, packing=True, one_row=True)(samples)
+    row = CausalLMCollator(tokenizer, packing=True, flatten=True)(samples)
     assert row["input_ids"].shape == (1, 32) and (row["position_ids"] == 0).sum() == 6
     assert row["cu_seq_lens_q"].tolist() == (row["position_ids"][0] == 0).nonzero()[:, 0].tolist() + [32]
     assert row["max_length_k"] == 9

@@ -9,11 +9,11 @@ import pytest
 
 import finetune
 import test as test_script
-from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import FIELDS, Phrasing, read_prompts
+from reclingua.datasets.prompts import FIELDS, PromptTemplate, read_prompts
 from reclingua.datasets.tasks import TASKS, held_out_samples, train_samples
-from reclingua.datasets.user_texts import Intention, UserTexts, occasion, read_users, write_users
+from reclingua.datasets.user_texts import Intention, UserTexts, intention_context, read_users, write_users
 from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError
 from tests.datasets.test_instructions import learned
@@ -29,7 +29,7 @@ def say(dataset):
     for user in dataset.histories:
         texts.preferences[user] = [f"user {user} likes rings", f"user {user} goes around"]
         for part in ("train", "test"):
-            history, item = occasion(dataset, user, part)
+            history, item = intention_context(dataset, user, part)
             texts.intentions[part][user] = Intention(
                 item, history, f"{part} wish of {user}", f"{part} thing for {user}"
             )
@@ -54,19 +54,19 @@ def instructions_of(dataset, task, prompts=None, part="train", **how):
         samples = train_samples(dataset, task, 3, texts)
     else:
         samples = held_out_samples(dataset, part, task, 3, texts)
-    return Instructions(samples, dataset, tokenizer, prompts or read_prompts(), tokens, 3, ", ", **how)
+    return InstructionDataset(samples, dataset, tokenizer, prompts or read_prompts(), tokens, 3, ", ", **how)
 
 
 def index(dataset, item):
     return "".join(dataset.index[item])
 
 
-def written(instructions, i, phrasing):
+def written(instructions, i, template):
     """(prompt, response) of a sample in a phrasing."""
     sample, tokenizer = instructions.samples[i], instructions.tokenizer
-    ids = learned(instructions.answered(sample, phrasing))
+    ids = learned(instructions.answered(sample, template))
     assert ids[-1] == tokenizer.eos_token_id
-    return instructions.prompt(sample, phrasing), tokenizer.decode(ids[:-1]).replace("> <", "><")
+    return instructions.prompt(sample, template), tokenizer.decode(ids[:-1]).replace("> <", "><")
 
 
 CASES = {  # task, phrasing, prompt and response of user 1's last sample, or of item 4
@@ -94,7 +94,7 @@ def test_what_is_asked_and_learned(talking, task):
     instructions = instructions_of(talking, task)
     of_item = task in ("item2index", "index2item")
     rows = [i for i, row in enumerate(instructions.samples) if row["item" if of_item else "user"] == "41"[not of_item]]
-    assert list(written(instructions, rows[-1], Phrasing(prompt, response))) == expected
+    assert list(written(instructions, rows[-1], PromptTemplate(prompt, response))) == expected
 
 
 def test_how_many_samples_each_task_has(talking):
@@ -122,7 +122,7 @@ def test_nothing_held_out_is_told(talking, task):
 
 
 def test_every_phrasing_is_drawn_and_another_one_in_the_next_epoch(talking):
-    for task, phrasings in read_prompts().items():
+    for task, templates in read_prompts().items():
         if task == "seqrec_history":
             continue
         instructions, drawn = instructions_of(talking, task, seed=3), Counter()
@@ -130,7 +130,7 @@ def test_every_phrasing_is_drawn_and_another_one_in_the_next_epoch(talking):
             instructions.set_epoch(epoch)
             known = [instructions._known(row) for row in instructions.samples]
             drawn.update(instructions._drawn(i, task, known[i]) for i in range(len(known)))
-        assert set(drawn) == set(range(len(phrasings)))
+        assert set(drawn) == set(range(len(templates)))
         epochs = []
         for epoch in (0, 1, 0):
             instructions.set_epoch(epoch)
@@ -149,7 +149,7 @@ def test_preferences_are_drawn_from_all_of_a_users(talking):
 def test_a_sample_gets_a_phrasing_that_it_can_fill(talking, edit):
     edit("item", lambda items: {i: about | ({"description": " "} if i == "4" else {}) for i, about in items.items()})
     dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
-    asks = {True: Phrasing("{title}", "{target}"), False: Phrasing("{description}", "{target}")}
+    asks = {True: PromptTemplate("{title}", "{target}"), False: PromptTemplate("{description}", "{target}")}
     instructions = instructions_of(dataset, "item2index", {"item2index": list(asks.values())})
     for epoch in range(20):
         instructions.set_epoch(epoch)
@@ -163,7 +163,7 @@ def test_a_sample_gets_a_phrasing_that_it_can_fill(talking, edit):
 def test_titles_are_told_where_all_of_a_history_have_one(talking, edit):
     edit("item", lambda items: {i: about | ({"title": ""} if i == "4" else {}) for i, about in items.items()})
     dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
-    prompts = {"fusionseqrec": [Phrasing("{history}", "{target}"), Phrasing("{titles}", "{target}")]}
+    prompts = {"fusionseqrec": [PromptTemplate("{history}", "{target}"), PromptTemplate("{titles}", "{target}")]}
     instructions = instructions_of(dataset, "fusionseqrec", prompts)
     for epoch in range(5):
         instructions.set_epoch(epoch)
@@ -181,7 +181,7 @@ def test_copies_of_a_long_history_are_cut_in_places_of_their_own(talking, edit):
     (talking.folder / "toy.user.json").write_text(
         '{"user_explicit_preference": {"0": ["x"]}, "user_vague_intention": {}}'
     )
-    instructions = instructions_of(dataset, "seqrec_history", phrasings_per_sample=copies)
+    instructions = instructions_of(dataset, "seqrec_history", templates_per_sample=copies)
     learnt = {}
     for i in range(len(instructions)):
         learnt.setdefault(int(instructions._copy[i]), []).append(learned(instructions[i]))
@@ -206,7 +206,7 @@ def test_texts_are_cut_and_cannot_be_taken_for_tokens(talking, edit):
     edit("item", lambda items: {i: about | {"title": long} for i, about in items.items()})
     dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
     instructions = instructions_of(dataset, "item2index", max_text_len=10)
-    prompt = instructions.prompt(instructions.samples[0], Phrasing("{title}", "{target}"))
+    prompt = instructions.prompt(instructions.samples[0], PromptTemplate("{title}", "{target}"))
     assert prompt == "Great < /s> < a_1> < b_1> word word word word word word"
     ids = instructions.tokenizer(prompt).input_ids
     assert instructions.tokenizer.eos_token_id not in ids and not instructions.index_tokens & set(ids)

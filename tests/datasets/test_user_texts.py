@@ -12,7 +12,7 @@ from reclingua.datasets.user_texts import (
     PREFERENCES,
     Intention,
     UserTexts,
-    occasion,
+    intention_context,
     read_users,
     write_users,
 )
@@ -28,7 +28,7 @@ def texts_of(dataset, users=("0", "1")):
     texts = UserTexts({user: [f"likes ring {user}", "likes walks"] for user in users})
     for part, of_part in texts.intentions.items():
         for user in users:
-            history, item = occasion(dataset, user, part)
+            history, item = intention_context(dataset, user, part)
             of_part[user] = Intention(item, history, f"user {user} wants it", f"a thing for {part}")
     return texts
 
@@ -55,8 +55,8 @@ def test_what_is_written_is_read_again(dataset, tmp_path):
 
 
 def test_the_occasion_of_training_is_the_last_item_that_training_knows(dataset):
-    assert occasion(dataset, "0", "train") == (["0", "1", "2"], "3")
-    assert occasion(dataset, "0", "test") == (["0", "1", "2", "3", "4"], "5")
+    assert intention_context(dataset, "0", "train") == (["0", "1", "2"], "3")
+    assert intention_context(dataset, "0", "test") == (["0", "1", "2", "3", "4"], "5")
 
 
 def test_the_published_shape_is_read(dataset):

@@ -1,4 +1,4 @@
-"""Questions: every field where it belongs, the token that says Yes for any tokenizer, histories that are cut."""
+"""Yes/No samples: every field where it belongs, the token that says Yes for any tokenizer, histories that are cut."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from convert.scratch import train_tokenizer
-from reclingua.datasets.prompts import QUESTION_FIELDS, QUESTION_FILE, Phrasing, read_prompts
-from reclingua.datasets.ratings import last_liked, open_preferences
-from reclingua.datasets.yes_no import LIKED, QuestionCollator, Questions, answer_after, code_text
+from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, PromptTemplate, read_prompts
+from reclingua.datasets.ratings import liked_history, open_ratings
+from reclingua.datasets.yes_no import LIKED, YesNoCollator, YesNoDataset, code_text, yes_no_token_ids
 from reclingua.utils.errors import InputError
 from tests.helpers.models import make_tokenizer
 
-SOFT = Phrasing('Liked {history} by {user}. New: "{title}" {item}. Answer:')
+SOFT = PromptTemplate('Liked {history} by {user}. New: "{title}" {item}. Answer:')
 
 
 @pytest.fixture
@@ -21,23 +21,23 @@ def liked(tmp_path):
     from tests.helpers.toys import write_preferences
 
     write_preferences(tmp_path)
-    return open_preferences(tmp_path, "liked")
+    return open_ratings(tmp_path, "liked")
 
 
-def ask_about(dataset, phrasings, tokenizer=None, limit=10**6, **kwargs):
+def ask_about(dataset, templates, tokenizer=None, limit=10**6, **kwargs):
     titles = {int(item): about["title"] for item, about in dataset.items.items()}
     titles |= kwargs.pop("titles", {})
     tokenizer = tokenizer or make_tokenizer(False)
-    return Questions(dataset.parts["test"], titles, tokenizer, phrasings, 4, ", ", limit, **kwargs)
+    return YesNoDataset(dataset.parts["test"], titles, tokenizer, templates, 4, ", ", limit, **kwargs)
 
 
 def test_a_prompt_reads_as_its_phrasing(liked):
-    phrasing = Phrasing('Liked {history}.\nWill "{title}" please? Answer:')
-    questions = ask_about(liked, [phrasing])
-    shown = last_liked(liked.parts["test"], 4)
+    template = PromptTemplate('Liked {history}.\nWill "{title}" please? Answer:')
+    questions = ask_about(liked, [template])
+    shown = liked_history(liked.parts["test"], 4)
     for i in (0, 5, len(questions) - 1):
         history = ", ".join(f'"Thing {item}"' for item in shown[i] if item)
-        text = phrasing.prompt.format(history=history, title=f"Thing {questions.items[i]}")
+        text = template.prompt.format(history=history, title=f"Thing {questions.items[i]}")
         assert questions.tokenizer.decode(questions[i]["input_ids"]) == text + " "  # here a token of its own
         beginning = questions.tokenizer.decode(questions[i]["input_ids"][: questions[i]["shared"]])
         assert beginning == text[: text.index(f'Thing {questions.items[i]}" please')]
@@ -62,7 +62,7 @@ def test_soft_tokens_stand_at_their_fields_whatever_a_title_says(liked, bos, sof
 
 
 def test_a_history_as_soft_tokens(liked):
-    questions = ask_about(liked, [Phrasing("{history}, as vectors {history_ids}. {user} and {title} {item}: ")])
+    questions = ask_about(liked, [PromptTemplate("{history}, as vectors {history_ids}. {user} and {title} {item}: ")])
     sample = questions[0]
     there = np.flatnonzero(sample["liked"])
     vectors = [number - 1 - LIKED for number in sample["soft"] if number > LIKED]
@@ -70,8 +70,8 @@ def test_a_history_as_soft_tokens(liked):
 
 
 def test_lengths_are_those_of_the_samples(liked):
-    phrasings = [phrasing for phrasing in read_prompts(QUESTION_FILE, QUESTION_FIELDS)["soft"]]
-    questions = ask_about(liked, phrasings, draw=True, seed=3)
+    templates = [template for template in read_prompts(YES_NO_PROMPT_FILE, YES_NO_FIELDS)["soft"]]
+    questions = ask_about(liked, templates, draw=True, seed=3)
     written = []
     for epoch in range(6):
         questions.set_epoch(epoch)
@@ -83,10 +83,10 @@ def test_lengths_are_those_of_the_samples(liked):
 
 
 def test_a_long_prompt_loses_its_oldest_titles_and_no_more(liked):
-    phrasing = Phrasing('Liked {history}. New: "{title}". Answer:')
-    whole = ask_about(liked, [phrasing])
+    template = PromptTemplate('Liked {history}. New: "{title}". Answer:')
+    whole = ask_about(liked, [template])
     longest = int(whole.lengths(longest=True).max())
-    cut = ask_about(liked, [phrasing], limit=longest - 1)
+    cut = ask_about(liked, [template], limit=longest - 1)
     lengths = cut.lengths(longest=True)
     assert lengths.max() < longest and whole.cut == 0 and 0 < cut.cut < len(cut)
     i = int(np.argmax(whole.lengths()))
@@ -94,12 +94,12 @@ def test_a_long_prompt_loses_its_oldest_titles_and_no_more(liked):
     oldest = f'"Thing {whole.shown[i][whole.shown[i] > 0][0]}", '
     assert before == text.replace("Liked ", "Liked " + oldest)
     with pytest.raises(InputError, match="without any history, the model reads 5"):
-        ask_about(liked, [phrasing], limit=5)[0]
+        ask_about(liked, [template], limit=5)[0]
 
 
 def test_cold_rows_are_asked_by_words_alone(liked):
-    cold = Phrasing('Only "{title}" after {history}. Answer:')
-    questions = ask_about(liked, [SOFT], cold_phrasing=cold)
+    cold = PromptTemplate('Only "{title}" after {history}. Answer:')
+    questions = ask_about(liked, [SOFT], cold_template=cold)
     kinds = {(bool(questions.warm[i]), questions[i]["with_ids"], any(questions[i]["soft"])) for i in range(240)}
     assert kinds == {(True, True, True), (False, False, False)}
 
@@ -118,7 +118,7 @@ def test_codes_as_text(liked):
 def test_a_batch_is_padded_on_the_right(liked):
     questions = ask_about(liked, [SOFT], read_length=6)
     samples = [questions[i] for i in (0, 7, 100)]
-    batch = QuestionCollator(questions.tokenizer)(samples)
+    batch = YesNoCollator(questions.tokenizer)(samples)
     for row, sample in enumerate(samples):
         length = len(sample["input_ids"])
         assert batch["input_ids"][row, :length].tolist() == sample["input_ids"] and batch["last"][row] == length - 1
@@ -143,19 +143,19 @@ def words_tokenizer(words, metaspace=False):
 
 def test_the_answer_of_whole_words():
     tokenizer = words_tokenizer(["<unk>", "</s>", "Answer", ":", "Yes", "No"])
-    assert answer_after(tokenizer, "Answer:") == ([2, 3], (4, 5))
+    assert yes_no_token_ids(tokenizer, "Answer:") == ([2, 3], (4, 5))
 
 
 def test_a_space_that_is_a_token_belongs_to_the_prompt():
     tokenizer = words_tokenizer(["<unk>", "</s>", "▁", "Answer:", "Yes", "No"], metaspace=True)
-    ids, answer = answer_after(tokenizer, "Answer:")
+    ids, answer = yes_no_token_ids(tokenizer, "Answer:")
     assert (ids, answer) == ([2, 3, 2], (4, 5))
 
 
 @pytest.mark.parametrize("ending", ["Answer:", "Answer: ", "Answer:\n", "Reply with Yes or No"])
 def test_the_answer_of_a_byte_level_tokenizer_is_what_follows(ending):
     tokenizer = make_tokenizer(True)
-    ids, answer = answer_after(tokenizer, ending)
+    ids, answer = yes_no_token_ids(tokenizer, ending)
     for word, token in zip(("Yes", "No"), answer, strict=True):
         gap = "" if ending[-1].isspace() else " "
         whole = tokenizer(ending + gap + word, add_special_tokens=False).input_ids
@@ -167,7 +167,7 @@ def test_the_answer_of_a_byte_level_tokenizer_is_what_follows(ending):
 def test_a_tokenizer_that_cannot_tell_is_refused(words):
     tokenizer = words_tokenizer(["<unk>", "</s>", "Answer", ":", *words])
     with pytest.raises(InputError, match="does not tell Yes from No"):
-        answer_after(tokenizer, "Answer:")
+        yes_no_token_ids(tokenizer, "Answer:")
 
 
 def test_yes_and_no_that_begin_with_the_same_token_are_refused():
@@ -177,12 +177,12 @@ def test_yes_and_no_that_begin_with_the_same_token_are_refused():
     )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<unk>", pad_token="<unk>")
     with pytest.raises(InputError, match="does not tell Yes from No"):
-        answer_after(wrapped, "es")
+        yes_no_token_ids(wrapped, "es")
 
 
 def test_phrasings_must_lead_to_one_answer(liked):
     tokenizer = train_tokenizer([" Yes No Yes No"] * 50, vocab_size=320, max_length=512)
-    spaced, broken = Phrasing('{history} "{title}". Answer:'), Phrasing('{history} "{title}". Answer:\n')
+    spaced, broken = PromptTemplate('{history} "{title}". Answer:'), PromptTemplate('{history} "{title}". Answer:\n')
     assert tokenizer.convert_ids_to_tokens(ask_about(liked, [spaced], tokenizer).answer) == ["ĠYes", "ĠNo"]
     assert tokenizer.convert_ids_to_tokens(ask_about(liked, [broken], tokenizer).answer) == ["Ye", "No"]
     with pytest.raises(InputError, match="phrasing 1 ends so that"):
@@ -190,10 +190,10 @@ def test_phrasings_must_lead_to_one_answer(liked):
 
 
 def test_every_shipped_phrasing_says_its_fields_and_ends_alike(liked):
-    prompts = read_prompts(QUESTION_FILE, QUESTION_FIELDS)
-    for task, phrasings in prompts.items():
-        assert len(phrasings) >= 4 and len({p.prompt for p in phrasings}) == len(phrasings), task
-    ask_about(liked, [phrasing for phrasings in (prompts["text"], prompts["soft"]) for phrasing in phrasings])
+    prompts = read_prompts(YES_NO_PROMPT_FILE, YES_NO_FIELDS)
+    for task, templates in prompts.items():
+        assert len(templates) >= 4 and len({p.prompt for p in templates}) == len(templates), task
+    ask_about(liked, [template for templates in (prompts["text"], prompts["soft"]) for template in templates])
 
 
 @pytest.mark.parametrize(
@@ -207,4 +207,4 @@ def test_every_shipped_phrasing_says_its_fields_and_ends_alike(liked):
 def test_bad_question_files(tmp_path, text, message):
     (tmp_path / "q.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_prompts(tmp_path / "q.yaml", {"soft": QUESTION_FIELDS["soft"]})
+        read_prompts(tmp_path / "q.yaml", {"soft": YES_NO_FIELDS["soft"]})

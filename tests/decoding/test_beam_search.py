@@ -8,9 +8,9 @@ import torch
 
 from bench.decode import generate_side
 from reclingua.datasets.collators import encode_prompt, prompt_batch
-from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
 from reclingua.decoding.beam_search import beam_search
-from reclingua.decoding.kv_cache import BeamBlock, BeamRows, beam_forward
+from reclingua.decoding.kv_cache import ReplicatedCacheDecoder, TreeAttentionDecoder, choose_decoder
 from reclingua.decoding.trie import Trie
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
@@ -78,9 +78,9 @@ def test_smollm2_agrees_with_generate_on_real_prompts(shared, smollm2):
     extend_vocabulary(model, tokenizer, index)
     users = json.loads((folder / "Instruments.inter.json").read_text())
     histories = [users[user][:-1] for user in ("0", "7")]
-    (phrasing, *_) = read_prompts(PROMPT_FILE)["seqrec"]
+    (template, *_) = read_prompts(LCREC_PROMPT_FILE)["seqrec"]
     texts = [
-        phrasing.prompt.format(history=", ".join("".join(index[str(item)]) for item in history))
+        template.prompt.format(history=", ".join("".join(index[str(item)]) for item in history))
         for history in histories
     ]
     batch = prompt_batch(tokenizer, [encode_prompt(tokenizer, text) for text in texts])
@@ -101,12 +101,14 @@ def test_rows_with_their_own_cache_find_the_same(architecture, end):
     ids, mask = prompts((7, 3, 5))
     trie = Trie.build(ITEMS, end)
     for num_beams in (3, 27):
-        rows = beam_search(model, ids, mask, trie, num_beams, forward=BeamRows(model))
+        rows = beam_search(model, ids, mask, trie, num_beams, forward=ReplicatedCacheDecoder(model))
         if num_beams == 27:
             for row, found in enumerate(rows):
                 check(found, exhaustive(model, ids[row][mask[row] == 1], ITEMS, end))
         if architecture == "llama":
-            block = beam_search(model, ids, mask, trie, num_beams, forward=BeamBlock(model, 7 + 4 * num_beams))
+            block = beam_search(
+                model, ids, mask, trie, num_beams, forward=TreeAttentionDecoder(model, 7 + 4 * num_beams)
+            )
             for found, same in zip(rows, block, strict=True):
                 check(found, [(r.item, r.score) for r in same])
 
@@ -125,27 +127,31 @@ def test_rows_with_their_own_cache_find_the_same(architecture, end):
 def test_the_slower_way_is_taken_where_it_must_be_and_says_so_once(architecture, length, reason, caplog):
     model, trie = make_model(architecture, VOCABULARY), Trie.build(ITEMS)
     for _ in range(2):
-        assert isinstance(beam_forward(model, length, trie, 4), BeamBlock if reason is None else BeamRows)
+        assert isinstance(
+            choose_decoder(model, length, trie, 4), TreeAttentionDecoder if reason is None else ReplicatedCacheDecoder
+        )
     assert len(caplog.messages) == (reason is not None) and all(reason in text for text in caplog.messages)
 
 
 def test_the_trial_of_a_block_fits_small_vocabularies_and_memory(monkeypatch, caplog):
     trie = Trie.build({"a": [1, 2], "b": [3, 2]})
-    assert isinstance(beam_forward(make_model("llama", 5), 3, trie, 20), BeamBlock)
+    assert isinstance(choose_decoder(make_model("llama", 5), 3, trie, 20), TreeAttentionDecoder)
     model = make_model("llama", 5)
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(BeamBlock, "step", full)
+        patch.setattr(TreeAttentionDecoder, "step", full)
         with pytest.raises(torch.OutOfMemoryError):
-            beam_forward(model, 3, trie, 20)
-    assert isinstance(beam_forward(model, 3, trie, 20), BeamBlock)  # want of memory is no verdict on the model
+            choose_decoder(model, 3, trie, 20)
+    assert isinstance(
+        choose_decoder(model, 3, trie, 20), TreeAttentionDecoder
+    )  # want of memory is no verdict on the model
 
 
 def test_the_cache_has_room_for_the_beams_that_there_can_be():
-    forward = beam_forward(make_model("llama", VOCABULARY), 7, Trie.build(ITEMS, end=2), 2000)
+    forward = choose_decoder(make_model("llama", VOCABULARY), 7, Trie.build(ITEMS, end=2), 2000)
     assert forward.cache.layers[0].room == 7 + 3 + 9 + 27
 
 
@@ -169,7 +175,7 @@ def test_words_that_all_prompts_begin_with_are_computed_once():
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    forward = BeamBlock(model, room=60 + 4 * 27)
+    forward = TreeAttentionDecoder(model, room=60 + 4 * 27)
     lists = beam_search(model, ids, mask, Trie.build(ITEMS, end=2), 27, forward=forward)
     hook.remove()
     assert sizes[:2] == [(1, shared), (4, 20)]

@@ -38,25 +38,25 @@ def test_the_paths_are_the_indices(sequences):
     items = {f"item {number}": tokens for number, tokens in enumerate(sequences)}
     trie = Trie.build(items, end=END)
     assert paths(trie) == {item: (*tokens, END) for item, tokens in items.items()}
-    assert len(trie) == len(items) and trie.leaves[0] == len(items)
+    assert len(trie) == len(items) and trie.num_leaves[0] == len(items)
     assert trie.width[0] == len({tokens[0] for tokens in sequences})
 
 
 @given(indices, st.data())
 def test_a_state_is_dead_when_all_its_items_are(sequences, data):
     trie = Trie.build({str(number): tokens for number, tokens in enumerate(sequences)}, end=END)
-    lists = data.draw(st.lists(st.lists(st.sampled_from([*trie.numbers, "unknown"])), min_size=1, max_size=3))
+    lists = data.draw(st.lists(st.lists(st.sampled_from([*trie.item_to_number, "unknown"])), min_size=1, max_size=3))
     numbers = trie.item_numbers(lists)
     assert numbers.shape == (len(lists), max(map(len, lists)))
     states = torch.arange(1, len(trie.token)).expand(len(lists), -1)
-    dead = trie.is_dead(states, trie.dead_states(numbers))
+    dead = trie.is_exhausted(states, trie.exhausted_states(numbers))
     for row, items in enumerate(lists):
-        left = {state for item in set(trie.numbers) - set(items) for state in above(trie, item)}
+        left = {state for item in set(trie.item_to_number) - set(items) for state in above(trie, item)}
         assert set(states[row][~dead[row]].tolist()) == left - {0}
 
 
 def above(trie, item):
-    state = int(trie.leaf[trie.numbers[item]])
+    state = int(trie.leaf[trie.item_to_number[item]])
     while state >= 0:
         yield state
         state = int(trie.parent[state])
@@ -113,7 +113,7 @@ def test_a_trie_file_that_was_tampered_with(tmp_path, name, harm):
     changed = {"cut": tensors[name][:-1], "float": tensors[name].float(), "shifted": tensors[name] + 1}
     tensors[name] = changed.get(harm)
     save_file({key: value.clone() for key, value in tensors.items() if value is not None}, path)
-    if (name, harm) in {("token", "shifted"), ("leaves", "shifted")}:
+    if (name, harm) in {("token", "shifted"), ("num_leaves", "shifted")}:
         return  # other tokens and other counts are a trie, too
     with pytest.raises(InputError, match="trie.safetensors: (no trie|holds no trie|its tensors)"):
         Trie.load(path)

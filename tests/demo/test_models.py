@@ -14,14 +14,14 @@ import torch
 import demo
 import finetune
 import test as test_script
-from reclingua.demo.app import LOOK, Visit, build, part, picked
+from reclingua.demo.app import THEME, Session, build, part, picked
 from reclingua.demo.catalogue import SHOWN_LETTERS, Catalogue
 from reclingua.demo.next_item import NextItem
 from reclingua.demo.worker import Worker
 from reclingua.demo.yes_no import YesOrNo
 from reclingua.inference.loading import read_record
 from reclingua.utils.errors import InputError
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 from tests.helpers.scripts import predictions, second
 from tests.helpers.toys import write_toy
 
@@ -179,7 +179,7 @@ def test_the_time_of_a_request_is_with_the_wait_for_others(next_item, monkeypatc
     monkeypatch.setattr(NextItem, "ask", lambda *args: (time.sleep(0.6), ask(*args))[1])
     page = build({"toy": next_item}, 1.5)
     (asks,) = [number for number, each in page.fns.items() if each.name == "recommend"]
-    page.launch(server_name=demo.HOST, server_port=demo.free_port(None), quiet=True, prevent_thread_lock=True, **LOOK)
+    page.launch(server_name=demo.HOST, server_port=demo.free_port(None), quiet=True, prevent_thread_lock=True, **THEME)
 
     def answer(visitor):
         about = {"fn_index": asks, "data": [None, "popularity", 5, True], "session_hash": visitor}
@@ -206,7 +206,7 @@ def test_what_goes_wrong_in_the_thread_is_told():
 
 
 def test_visits_that_are_alike_are_equal():  # or every event would ask the model again
-    assert Visit(("1",), "2") == Visit(("1",), "2") != Visit(("1",), "3")
+    assert Session(("1",), "2") == Session(("1",), "2") != Session(("1",), "3")
 
 
 # ---- Bad input ----
@@ -224,7 +224,7 @@ def test_bad_input(refused, workshop, tuned, studio, tmp_path):
     assert "given twice" in refuse("--ckpt_path", tuned, tuned)
     assert "no such dataset folder" in refuse("--ckpt_path", tuned, *data, "--dataset", "other")
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / RECORD).write_text(json.dumps({"method": "lcrec", "dataset": "toy"}))
+    (tmp_path / "old" / METADATA_FILE).write_text(json.dumps({"method": "lcrec", "dataset": "toy"}))
     assert "was tuned by another version" in refuse("--ckpt_path", tmp_path / "old", *data)
     assert "no such dataset folder" in refuse("--ckpt_path", studio / "tallrec", "--data_path", tmp_path)
     assert "--num_beams 0" in refuse("--ckpt_path", tuned, *data, "--num_beams", 0)

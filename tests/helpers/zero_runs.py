@@ -15,10 +15,10 @@ from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import finetune
-from reclingua.training.callbacks import SavesWhenTold
+from reclingua.training.callbacks import SaveOnSigtermCallback
 
 finetune.leave = lambda trainer: None  # the next run needs the process group
-on_step_end = SavesWhenTold.on_step_end
+on_step_end = SaveOnSigtermCallback.on_step_end
 
 
 def tell_one(step):
@@ -33,6 +33,6 @@ def tell_one(step):
 
 
 for run in json.loads(Path(sys.argv[1]).read_text()):
-    SavesWhenTold.on_step_end = tell_one(run["sigterm_at"]) if "sigterm_at" in run else on_step_end
+    SaveOnSigtermCallback.on_step_end = tell_one(run["sigterm_at"]) if "sigterm_at" in run else on_step_end
     sys.argv = ["finetune.py", *run["argv"]]
     finetune.main()

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from index import embed, generate, repair, train
 from index.codes import random_codes
-from index.collisions import colliding, move_to_free, spread
-from index.kmeans import balance, balanced_codes, equal_shares, fill_codebooks
-from index.repair import tell_apart
+from index.collisions import count_collisions, reassign_by_sinkhorn, resolve_collisions
+from index.kmeans import balance, balanced_assignment, balanced_codes, fill_codebooks
+from index.repair import deduplicate
 from index.rqvae import RQVAE, RQVAEConfig
 from reclingua.datasets.interactions import open_dataset
 from reclingua.utils.errors import InputError
@@ -80,8 +80,8 @@ def test_every_item_gets_an_index_of_its_own(sizes, seed, epsilon, data):
     model = model_of(sizes, seed=seed, epsilon=epsilon)
     latents = torch.randn(items, 4) * data.draw(st.sampled_from([0.0, 0.1, 1.0]))  # 0: all items are alike
     nearest = model.quantize(latents, balanced=False)[1].numpy()
-    codes = move_to_free(model, latents, spread(model, latents, nearest))
-    assert colliding(codes) == 0
+    codes = resolve_collisions(model, latents, reassign_by_sinkhorn(model, latents, nearest))
+    assert count_collisions(codes) == 0
     assert (codes >= 0).all() and (codes < np.array(sizes)).all()
 
 
@@ -94,13 +94,13 @@ def test_the_nearest_item_keeps_the_index_and_the_others_move_as_stated():
     assert nearest.tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
     # 0.1 stays; 0.2 goes to the other last code; 0.3 finds both taken and goes to the next prefix, where (1, 0) is
     # taken and (1, 1) free.
-    assert move_to_free(model, latents, nearest).tolist() == [[0, 1], [0, 0], [1, 1], [1, 0]]
+    assert resolve_collisions(model, latents, nearest).tolist() == [[0, 1], [0, 0], [1, 1], [1, 0]]
 
 
 def test_more_items_than_indices():
     model = model_of((2, 2))
     with pytest.raises(InputError, match="5 items do not fit into 4 indices"):
-        move_to_free(model, torch.zeros(5, 4), np.zeros((5, 2), dtype=np.int64))
+        resolve_collisions(model, torch.zeros(5, 4), np.zeros((5, 2), dtype=np.int64))
 
 
 def embeddings_of(toy, width=8):
@@ -193,7 +193,7 @@ def test_bad_input_of_the_index_stage(toy, tmp_path, refused, script):
 def test_shares_are_equal_and_no_item_and_code_would_rather_have_each_other(items, codes, seed, ties):
     distances = torch.randn(items, codes, generator=torch.Generator().manual_seed(seed))
     distances = distances.round() if ties else distances
-    given = equal_shares(distances)
+    given = balanced_assignment(distances)
     most = -(-items // codes)
     counts = torch.bincount(given, minlength=codes)
     assert counts.max() <= most
@@ -210,7 +210,9 @@ def test_balance_finds_centres_of_equal_clusters():
     codes = balance(points, book)
     assert torch.bincount(codes).tolist() == [8, 8, 8]
     assert all(torch.allclose(book[code], points[codes == code].mean(0), atol=1e-5) for code in range(3))
-    before = ((points - points[[0, 1, 2]][equal_shares(torch.cdist(points, points[[0, 1, 2]]) ** 2)]) ** 2).sum()
+    before = (
+        (points - points[[0, 1, 2]][balanced_assignment(torch.cdist(points, points[[0, 1, 2]]) ** 2)]) ** 2
+    ).sum()
     assert ((points - book[codes]) ** 2).sum() < before
 
 
@@ -241,7 +243,7 @@ def test_balanced_codes_share_every_level():
 @pytest.mark.parametrize("sizes, items", [((3, 3), 9), ((5, 7), 20), ((256,) * 26, 50)])
 def test_random_codes_are_distinct_and_repeatable(sizes, items):
     codes = random_codes(list(sizes), items, seed=3)
-    assert codes.shape == (items, len(sizes)) and colliding(codes) == 0
+    assert codes.shape == (items, len(sizes)) and count_collisions(codes) == 0
     assert (codes >= 0).all() and (codes < np.array(sizes)).all()
     assert (codes == random_codes(list(sizes), items, seed=3)).all()
     assert (codes != random_codes(list(sizes), items, seed=4)).any()
@@ -304,7 +306,7 @@ def test_bad_input_of_embed(toy, edit, refused):
     st.dictionaries(st.integers(0, 99).map(str), st.lists(st.sampled_from(["<a_1>", "<b_2>", "<c_3>"]), min_size=1))
 )
 def test_twins_are_told_apart_and_all_others_keep_their_index(index):
-    mended = tell_apart(index)
+    mended = deduplicate(index)
     written = ["".join(codes) for codes in mended.values()]
     assert list(mended) == list(index) and len(set(written)) == len(written)
     first = {}

@@ -9,7 +9,7 @@ import pytest
 
 from index import report
 from index.report import read_categories
-from reclingua.metrics.index import measure
+from reclingua.metrics.index import index_statistics
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -18,7 +18,7 @@ def test_shares_are_those_of_pairs_counted_one_by_one():
     draw = np.random.default_rng(0)
     index = {str(i): tuple(f"<{'abc'[at]}_{draw.integers(3)}>" for at in range(3)) for i in range(60)}
     categories = {item: set(draw.choice(["x", "y", "z", "w"], draw.integers(0, 3), replace=False)) for item in index}
-    figures = measure(index, categories)
+    figures = index_statistics(index, categories)
     pairs = list(itertools.combinations(index, 2))
     for prefix in figures["prefixes"]:
         length = prefix["length"]
@@ -41,7 +41,7 @@ def test_codes_used_perplexity_and_groups():
         "3": ("<a_2>", "<b_3>", "<c_1>"),
         "4": ("<a_2>", "<b_3>"),
     }
-    figures = measure(index)
+    figures = index_statistics(index)
     assert [level["codes_used"] for level in figures["levels"]] == [2, 3, 1]
     assert figures["levels"][0]["perplexity"] == pytest.approx(2)
     assert figures["levels"][1]["perplexity"] == pytest.approx(2**1.5)
@@ -90,9 +90,9 @@ def test_the_report_of_two_files(toy, tmp_path, script):
 
 def test_files_of_one_name_are_told_apart_by_their_folders():
     paths = [Path("/x/a/D.index.json"), Path("y/b/D.json"), Path("b/E.json")]
-    assert report.names_of(paths) == ["a/D", "b/D", "b/E"]
-    assert report.names_of(paths[1:]) == ["D", "E"]
-    assert report.names_of([Path("D.json"), Path("D.index.json")]) == ["D.json", "D.index.json"]
+    assert report.unique_names(paths) == ["a/D", "b/D", "b/E"]
+    assert report.unique_names(paths[1:]) == ["D", "E"]
+    assert report.unique_names([Path("D.json"), Path("D.index.json")]) == ["D.json", "D.index.json"]
 
 
 def test_published_indices(shared, tmp_path, script):

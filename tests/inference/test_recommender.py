@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import PROMPT_FILE, read_prompts
+from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
 from reclingua.datasets.tasks import held_out_samples
 from reclingua.inference import recommender as module
 from reclingua.models.language import load_model, load_tokenizer
@@ -24,14 +24,14 @@ def search(workshop, tuned):
     tokenizer, model = load_tokenizer(tuned), load_model(tuned)
     ids = index_token_ids(tokenizer, dataset.index)
     samples = held_out_samples(dataset, "test", "seqrec_history", 3)
-    prompts = read_prompts(PROMPT_FILE)
+    prompts = read_prompts(LCREC_PROMPT_FILE)
     tokens = {token for row in ids.values() for token in row}
-    instructions = Instructions(samples, dataset, tokenizer, prompts, tokens, max_his_len=3, his_sep="")
+    instructions = InstructionDataset(samples, dataset, tokenizer, prompts, tokens, max_his_len=3, his_sep="")
     trie = module.trie_of(ids, tokenizer, "seqrec_history")
 
     def run(batch_size):
-        phrasing = prompts["seqrec_history"][0]
-        return module.recommend(model, instructions, samples, phrasing, trie, num_beams=4, batch_size=batch_size)
+        template = prompts["seqrec_history"][0]
+        return module.recommend(model, instructions, samples, template, trie, num_beams=4, batch_size=batch_size)
 
     return run
 

@@ -13,9 +13,9 @@ import test as test_script
 from reclingua.datasets.collators import IGNORE
 from reclingua.datasets.interactions import open_dataset
 from reclingua.inference import loading
-from reclingua.models.chunked_loss import LabelHead
+from reclingua.models.chunked_loss import ChunkedCrossEntropy
 from reclingua.models.language import load_model
-from reclingua.models.lora import load_lora, with_lora
+from reclingua.models.lora import add_lora_adapter, load_lora
 from reclingua.models.vocabulary import code_tokens, extend_vocabulary
 from tests.helpers.models import ARCHITECTURES, make_model, make_tokenizer
 from tests.helpers.scripts import flags, run_main
@@ -31,7 +31,7 @@ def adapted(toy, architecture, dtype=torch.float32):
     index = open_dataset(toy, "toy", ["index"]).index
     extend_vocabulary(model, tokenizer, index)
     ids = tokenizer.convert_tokens_to_ids(code_tokens(index))
-    model = with_lora(model, ids, rank=4, alpha=8, dropout=0.0, targets=["all-linear"])
+    model = add_lora_adapter(model, ids, rank=4, alpha=8, dropout=0.0, targets=["all-linear"])
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name or "trainable_tokens" in name:
@@ -75,12 +75,12 @@ def test_the_loss_of_the_labels_is_the_models_own(toy, architecture):
     plain = functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORE, reduction="sum")
     plain.backward()
     expected = gradients()
-    label_head = LabelHead(model, max_logits_mb=1)
-    with label_head.where(labels):
+    chunked_loss = ChunkedCrossEntropy(model, max_logits_mb=1)
+    with chunked_loss.where(labels):
         model(input_ids=inputs)
-    label_head.loss.backward()
+    chunked_loss.loss.backward()
     found = gradients()
-    torch.testing.assert_close(label_head.loss, plain)
+    torch.testing.assert_close(chunked_loss.loss, plain)
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)

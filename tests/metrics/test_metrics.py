@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from reclingua.baselines.co_occurrence import CoOccurrence
 from reclingua.baselines.popularity import Popularity
 from reclingua.datasets.interactions import open_dataset
-from reclingua.metrics import load, parse_metrics, ranking_metrics
+from reclingua.metrics import load_metric, parse_metrics, ranking_metrics
 from reclingua.metrics.roc import auc, auc_of_groups, uauc
 from reclingua.utils.errors import InputError
 
@@ -89,16 +89,16 @@ def test_auc_of_groups_is_that_of_scikit_learn(seed):
 
 def test_auc_and_uauc_as_evaluate_modules():
     labels, scores, users = [1, 0, 1, 0, 1], [0.9, 0.1, 0.2, 0.2, 0.3], [7, 7, 8, 8, 9]
-    assert load("auc").compute(references=labels, prediction_scores=scores)["auc"] == pytest.approx(5.5 / 6)
-    found = load("uauc").compute(references=labels, prediction_scores=scores, users=users)
+    assert load_metric("auc").compute(references=labels, prediction_scores=scores)["auc"] == pytest.approx(5.5 / 6)
+    found = load_metric("uauc").compute(references=labels, prediction_scores=scores, users=users)
     assert found == {"uauc": 0.75, "users_counted": 2, "users_left_out": 1}
     close = [0.1 + 1e-15, 0.1]  # as float32 they would tie
-    assert load("auc").compute(references=[1, 0], prediction_scores=close)["auc"] == 1
+    assert load_metric("auc").compute(references=[1, 0], prediction_scores=close)["auc"] == 1
 
 
 def test_labels_of_evaluate_modules_are_not_rounded():
     with pytest.raises(InputError, match="sample 0 has label 0.7"):
-        load("auc").compute(references=[0.7, 1, 0], prediction_scores=[0.1, 0.2, 0.3])
+        load_metric("auc").compute(references=[0.7, 1, 0], prediction_scores=[0.1, 0.2, 0.3])
 
 
 def test_uauc_without_a_user_that_counts():

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from reclingua.datasets.collators import IGNORE
-from reclingua.models.chunked_loss import LabelHead
+from reclingua.models.chunked_loss import ChunkedCrossEntropy
 from tests.helpers.models import make_model
 
 SIZE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -38,7 +38,7 @@ def losses(model, **context):
     """(loss, gradients) in the plain way and in ours, of the same model."""
     inputs, labels = batch()
     count = (labels[:, 1:] != IGNORE).sum()
-    head = LabelHead(model, 1)
+    head = ChunkedCrossEntropy(model, 1)
     head.chunk = 3  # so few rows that there are several chunks, the last not full
     results = []
     for way in ("plain", "ours"):
@@ -48,7 +48,7 @@ def losses(model, **context):
                 logits = model(**inputs).logits[:, :-1].float()
                 loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
             else:
-                with head.where(labels):
+                with head.at_labels(labels):
                     model(**inputs)
                 loss = head.loss / count
         loss.backward()
@@ -95,11 +95,11 @@ def test_the_head_is_itself_again_and_evaluation_keeps_no_gradients():
     model = make_model("llama-tied", 300, spread=1)
     inputs, labels = batch()
     before = model(**inputs).logits
-    head = LabelHead(model, 1)
-    with torch.no_grad(), head.where(labels):
+    head = ChunkedCrossEntropy(model, 1)
+    with torch.no_grad(), head.at_labels(labels):
         model(**inputs)
     assert not head.loss.requires_grad
-    with pytest.raises(IndexError), head.where(labels):
+    with pytest.raises(IndexError), head.at_labels(labels):
         model(input_ids=torch.zeros(1, 100, dtype=torch.long))  # labels of another batch: any failure will do
     assert torch.equal(model(**inputs).logits, before)
 
@@ -122,8 +122,8 @@ class LogitSizes(TorchDispatchMode):
 def test_logits_stay_within_the_memory_given():
     model = make_model("llama", 50_000, spread=1)
     inputs, labels = batch()
-    head = LabelHead(model, 2)
-    with LogitSizes(50_000) as sizes, head.where(labels):
+    head = ChunkedCrossEntropy(model, 2)
+    with LogitSizes(50_000) as sizes, head.at_labels(labels):
         model(**inputs)
         head.loss.backward()
     # Four such tensors are alive at a time: logits, their log-probabilities, the gradients of both.
@@ -145,4 +145,4 @@ def with_logits_of_its_own(model):
 
 def test_a_model_with_logits_of_its_own_is_found_out():
     with pytest.raises(ValueError, match="a way of its own"):
-        LabelHead(with_logits_of_its_own(make_model("llama", 300, spread=1)), 1)
+        ChunkedCrossEntropy(with_logits_of_its_own(make_model("llama", 300, spread=1)), 1)

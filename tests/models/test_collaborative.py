@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 import pretrain
 import test as test_script
-from reclingua.datasets.ratings import column, open_preferences
-from reclingua.inference.collaborative import inputs_of, measure, score
-from reclingua.models.collaborative import MODELS, load
+from reclingua.datasets.ratings import open_ratings, to_numpy
+from reclingua.inference.collaborative import auc_metrics, model_inputs, score
+from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborative
 from reclingua.models.collaborative.base import CollaborativeModel
-from reclingua.utils.metadata import RECORD
+from reclingua.utils.metadata import METADATA_FILE
 from tests.helpers.scripts import run_main
 from tests.helpers.toys import write_preferences
 
@@ -32,10 +32,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(folder):
-    return open_preferences(folder, "liked")
+    return open_ratings(folder, "liked")
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=COLLABORATIVE_MODELS)
 def kind(request):
     return request.param
 
@@ -54,7 +54,7 @@ def random_model(kind, dataset, size=16):
 
 def test_scores_do_not_depend_on_the_batch(kind, dataset):
     model = random_model(kind, dataset)
-    inputs = inputs_of(dataset.parts["test"], model)
+    inputs = model_inputs(dataset.parts["test"], model)
     whole = score(model, inputs)
     assert np.ptp(whole) > 0.1
     assert np.allclose(score(model, inputs, batch_size=1), whole, rtol=0, atol=1e-5 * np.ptp(whole))
@@ -63,12 +63,12 @@ def test_scores_do_not_depend_on_the_batch(kind, dataset):
 def test_the_user_id_of_a_user_without_history_is_no_error(kind, dataset):
     model = random_model(kind, dataset)
     part = dataset.parts["train"].take(1)
-    assert part["his"][0] == [] and np.isfinite(score(model, inputs_of(part, model))).all()
+    assert part["his"][0] == [] and np.isfinite(score(model, model_inputs(part, model))).all()
 
 
 def test_vectors_have_the_stated_widths(kind, dataset):
     model = random_model(kind, dataset)
-    inputs = inputs_of(dataset.parts["test"], model)
+    inputs = model_inputs(dataset.parts["test"], model)
     users, items, histories = inputs["users"], inputs["items"], inputs.get("histories")
     assert model.user_vectors(users, histories, items).shape == (len(users), model.user_width)
     assert model.item_vectors(items).shape == (len(users), model.item_width)
@@ -79,8 +79,8 @@ def test_vectors_have_the_stated_widths(kind, dataset):
 def test_reloads_exactly(kind, dataset, tmp_path):
     model = random_model(kind, dataset)
     model.save_pretrained(tmp_path)
-    inputs = inputs_of(dataset.parts["test"], model)
-    assert (score(load(tmp_path), inputs) == score(model, inputs)).all()
+    inputs = model_inputs(dataset.parts["test"], model)
+    assert (score(load_collaborative(tmp_path), inputs) == score(model, inputs)).all()
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
@@ -89,12 +89,12 @@ def test_learns(kind, dataset):
     model = pretrain.build(kind, dataset, settings)
     curve = pretrain.train(model, dataset, settings)
     test = dataset.parts["test"]
-    warm = measure(test, score(model, inputs_of(test, model)))["warm"]
+    warm = auc_metrics(test, score(model, model_inputs(test, model)))["warm"]
     assert warm["auc"] > 0.85 and warm["uauc"] > 0.85, warm
     best = max(curve[model.warmup_epochs :], key=lambda line: line["auc"])
     valid = dataset.parts["valid"]
     assert (
-        measure(valid, score(model, inputs_of(valid, model)))["test"]["auc"] == best["auc"]
+        auc_metrics(valid, score(model, model_inputs(valid, model)))["test"]["auc"] == best["auc"]
     )  # the best state is kept
 
 
@@ -126,9 +126,9 @@ def test_padding_rows_stay_zero(kind, dataset):
     settings = pretrain.Settings(1e-2, 1e-3, 8, batch_size=64, epochs=2, seed=0)
     model = pretrain.build(kind, dataset, settings).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=1e-3)
-    model(**inputs_of(dataset.parts["train"], model)).loss.backward()
+    model(**model_inputs(dataset.parts["train"], model)).loss.backward()
     optimizer.step()
-    given = inputs_of(dataset.parts["train"], model)
+    given = model_inputs(dataset.parts["train"], model)
     padded = torch.zeros_like(given["items"])
     model.item_vectors(padded).sum().backward()
     optimizer.step()
@@ -153,7 +153,7 @@ def test_lightgcn_averages_normalised_neighbours(dataset):
     model = random_model("lightgcn", dataset)
     train = dataset.parts["train"]
     liked = torch.zeros(dataset.num_users, dataset.num_items)
-    for user, item, label in zip(*(column(train, name) for name in ("uid", "iid", "label")), strict=True):
+    for user, item, label in zip(*(to_numpy(train, name) for name in ("uid", "iid", "label")), strict=True):
         liked[user, item] = label
     scale = liked.sum(1, keepdim=True).clamp(min=1).rsqrt(), liked.sum(0, keepdim=True).clamp(min=1).rsqrt()
     normalised = liked * scale[0] * scale[1]
@@ -208,7 +208,7 @@ def test_sasrec_is_two_blocks_of_causal_attention(dataset):
 def test_dropout_is_for_training_alone(dataset):
     for kind in ("sasrec", "din"):
         model = random_model(kind, dataset)
-        inputs = inputs_of(dataset.parts["test"], model)
+        inputs = model_inputs(dataset.parts["test"], model)
         assert torch.equal(model(**inputs).logits, model(**inputs).logits)
         model.train()
         assert not torch.allclose(model(**inputs).logits, model(**inputs).logits)
@@ -299,7 +299,7 @@ def test_pretrain_leaves_a_model_its_curve_and_results(folder, trained):
     assert results["test"]["users_counted"] + results["test"]["users_left_out"] == 40
     run = json.loads((trained / "mf/run.json").read_text())
     assert {"epoch", "loss", "auc", "uauc", "seconds"} == set(run["curve"][0])
-    assert json.loads((trained / "mf" / RECORD).read_text()) == {"method": "mf", "dataset": "liked"}
+    assert json.loads((trained / "mf" / METADATA_FILE).read_text()) == {"method": "mf", "dataset": "liked"}
 
 
 def test_test_py_repeats_pretrain(folder, trained, script, tmp_path):
@@ -378,7 +378,7 @@ def test_checkpoints_of_other_data_are_refused(folder, trained, refused, tmp_pat
 def test_broken_checkpoints_are_refused(folder, trained, refused, tmp_path):
     missing = refused(test_script.main, *of_model(folder, tmp_path))
     assert "no such file; it should hold the record of a model" in missing
-    for name in ("config.json", "model.safetensors", RECORD):
+    for name in ("config.json", "model.safetensors", METADATA_FILE):
         (tmp_path / "mf").mkdir(exist_ok=True)
         (tmp_path / "mf" / name).write_bytes((trained / "mf" / name).read_bytes())
     (tmp_path / "mf/model.safetensors").write_bytes(b"nothing")
@@ -402,7 +402,7 @@ def test_weights_that_are_not_the_models_are_refused(folder, trained, refused, t
     (tmp_path / "mf/model.safetensors").unlink()
     torch.save(weights, tmp_path / "mf/pytorch_model.bin")
     assert "its model cannot be loaded" in refused(test_script.main, *of_model(folder, tmp_path))
-    (tmp_path / "mf" / RECORD).write_text('{"a": 1}')
+    (tmp_path / "mf" / METADATA_FILE).write_text('{"a": 1}')
     assert "names no method" in refused(test_script.main, *of_model(folder, tmp_path))
 
 
@@ -420,10 +420,10 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(folder, refused, tmp_
 
 def test_mf_reaches_the_published_figures_of_ml_1m(shared):
     """CoLLM's table: .6482 / .6361, here within .02 of them with one seed (bench/README.md has three)."""
-    dataset = open_preferences(shared / "data", "ml-1m")
+    dataset = open_ratings(shared / "data", "ml-1m")
     settings = pretrain.DEFAULTS["mf"]
     model = pretrain.build("mf", dataset, settings)
     pretrain.train(model, dataset, settings)
     test = dataset.parts["test"]
-    results = measure(test, score(model, inputs_of(test, model)))["test"]
+    results = auc_metrics(test, score(model, model_inputs(test, model)))["test"]
     assert results["auc"] > 0.6282 and results["uauc"] > 0.6161 and results["users_counted"] == 224

@@ -7,9 +7,9 @@ import sentencepiece
 from tokenizers.processors import TemplateProcessing
 
 from reclingua.datasets.collators import encode_prompt
-from reclingua.datasets.instructions import Instructions
+from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import Phrasing
+from reclingua.datasets.prompts import PromptTemplate
 from reclingua.datasets.tasks import held_out_samples
 from reclingua.models.language import load_tokenizer
 from reclingua.models.vocabulary import code_tokens, extend_vocabulary, index_token_ids
@@ -58,14 +58,14 @@ def test_an_index_is_the_same_tokens_everywhere(tmp_path, kind):
         codes = {token for tokens in ids.values() for token in tokens}
         assert len(codes) == len(code_tokens(dataset.index)) == 6
         samples = held_out_samples(dataset, "test", "seqrec", max_his_len=3)
-        phrasings = [Phrasing("{history}", "{target}"), Phrasing("After {history}: what? ", "{target}")]
+        templates = [PromptTemplate("{history}", "{target}"), PromptTemplate("After {history}: what? ", "{target}")]
         for his_sep in (", ", "", " then "):
-            told = Instructions(samples, dataset, each, {"seqrec": phrasings}, codes, 3, his_sep)
+            told = InstructionDataset(samples, dataset, each, {"seqrec": templates}, codes, 3, his_sep)
             for row in samples:
                 history = [token for item in row["history"] for token in ids[item]]
-                for phrasing in phrasings:
-                    sample = told.answered(row, phrasing)
-                    prompt = encode_prompt(each, told.prompt(row, phrasing))
+                for template in templates:
+                    sample = told.answered(row, template)
+                    prompt = encode_prompt(each, told.prompt(row, template))
                     assert [token for token in prompt if token in codes] == history
                     assert sample["input_ids"] == [*prompt, *ids[row["item"]], each.eos_token_id]
                     assert each.eos_token_id not in prompt

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from reclingua.datasets.prompts import Phrasing
-from reclingua.datasets.ratings import open_preferences
-from reclingua.datasets.yes_no import QuestionCollator, Questions
+from reclingua.datasets.prompts import PromptTemplate
+from reclingua.datasets.ratings import open_ratings
+from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
 from reclingua.inference.scorer import ask, batches_of
-from reclingua.models.collaborative import fingerprint
+from reclingua.models.collaborative import weights_sha256
 from reclingua.models.collaborative.din import DIN, DINConfig
 from reclingua.models.collaborative.hash import HashedMF, HashedMFConfig
 from reclingua.models.collaborative.lightgcn import LightGCN, LightGCNConfig
@@ -24,8 +24,8 @@ from reclingua.utils.errors import InputError
 from tests.helpers.models import OTHERS, make_model, make_tokenizer
 from tests.helpers.toys import write_preferences
 
-TEXT = [Phrasing('Liked so far: {history}. Is "{title}" liked as well? Answer:')]
-SOFT = [Phrasing('Liked so far: {history}, by {user}. Is "{title}" {item} liked as well? Answer:')]
+TEXT = [PromptTemplate('Liked so far: {history}. Is "{title}" liked as well? Answer:')]
+SOFT = [PromptTemplate('Liked so far: {history}, by {user}. Is "{title}" {item} liked as well? Answer:')]
 SIZES = {"num_users": 41, "num_items": 31, "embedding_size": 8}
 COLLAB = {"mf": (MF, MFConfig), "lightgcn": (LightGCN, LightGCNConfig), "sasrec": (SASRec, SASRecConfig),
           "din": (DIN, DINConfig), "hash": (HashedMF, HashedMFConfig)}  # fmt: skip
@@ -36,7 +36,7 @@ ATTENTION = {"gpt2": ["c_attn"], "bloom": ["query_key_value"]}
 def liked(tmp_path_factory):
     root = tmp_path_factory.mktemp("liked")
     write_preferences(root)
-    return open_preferences(root, "liked")
+    return open_ratings(root, "liked")
 
 
 def make_collab(kind="mf"):
@@ -58,11 +58,11 @@ def make(kind, architecture="llama", collab="mf", trained=None, lora=True, **own
     configs = {YesNoModel: YesNoConfig, CoLLM: CoLLMConfig, CoRA: CoRAConfig}
     if kind is CoRA:
         own = {"r": 4, "alpha": 8, "targets": targets, "num_layers": 2, "dropout": 0.5} | own
-    trained = trained or (["lora"] if kind is YesNoModel else ["bridge"])
+    trained = trained or (["lora"] if kind is YesNoModel else ["projector"])
     known = make_collab(collab) if kind is not YesNoModel else None
     config = configs[kind](
-        base_model="nowhere", lora=settings, answer=37, trained=trained, saved=sorted({*trained, "lora", "bridge"}),
-        collab="nowhere", collab_config=known and known.config.to_dict(), collab_sha256=known and fingerprint(known),
+        base_model="nowhere", lora=settings, answer=37, trained=trained, saved=sorted({*trained, "lora", "projector"}),
+        collab="nowhere", collab_config=known and known.config.to_dict(), collab_sha256=known and weights_sha256(known),
         **own,
     )  # fmt: skip
     model = kind(config, language, known).eval()
@@ -74,18 +74,18 @@ def make(kind, architecture="llama", collab="mf", trained=None, lora=True, **own
     return model, tokenizer
 
 
-def questions_for(model, tokenizer, dataset, phrasings=None):
+def questions_for(model, tokenizer, dataset, templates=None):
     length = model.collab.history_length if model.collab is not None else 0
     titles = {item: "Thing " + "very " * (item % 5) + str(item) for item in range(1, 31)}
-    phrasings = phrasings or (SOFT if isinstance(model, CoLLM) else TEXT)
+    templates = templates or (SOFT if isinstance(model, CoLLM) else TEXT)
     tokens = getattr(model.config, "soft_tokens", 1)
-    return Questions(
-        dataset.parts["test"], titles, tokenizer, phrasings, 4, ", ", 10**6, soft_tokens=tokens, read_length=length
+    return YesNoDataset(
+        dataset.parts["test"], titles, tokenizer, templates, 4, ", ", 10**6, soft_tokens=tokens, read_length=length
     )
 
 
 def batch_of(questions, rows):
-    batch = QuestionCollator(questions.tokenizer)([questions[i] for i in rows])
+    batch = YesNoCollator(questions.tokenizer)([questions[i] for i in rows])
     del batch["lengths"]
     return batch
 
@@ -146,11 +146,11 @@ def test_rows_that_begin_alike_share_a_batch(liked):
 TRAINED = [
     (YesNoModel, ["lora"]),
     (YesNoModel, ["language"]),
-    (CoLLM, ["bridge"]),
-    (CoLLM, ["bridge", "collab"]),
-    (CoLLM, ["bridge", "lora"]),
-    (CoRA, ["bridge"]),
-    (CoRA, ["bridge", "collab", "lora"]),
+    (CoLLM, ["projector"]),
+    (CoLLM, ["projector", "collab"]),
+    (CoLLM, ["projector", "lora"]),
+    (CoRA, ["projector"]),
+    (CoRA, ["projector", "collab", "lora"]),
 ]
 
 
@@ -168,11 +168,13 @@ def test_what_is_frozen_stays_bit_for_bit(liked, kind, trained, checkpointing):
     for step in range(2):
         loss = model(**batch_of(questions, range(step, 40 + step))).loss
         loss.backward()
-        with_gradient = {model.part_of(name) for name, weight in model.named_parameters() if weight.grad is not None}
+        with_gradient = {
+            model.component_of(name) for name, weight in model.named_parameters() if weight.grad is not None
+        }
         assert with_gradient == set(trained)
         optimizer.step()
         optimizer.zero_grad()
-    changed = {model.part_of(name) for name, w in model.state_dict().items() if not torch.equal(w, before[name])}
+    changed = {model.component_of(name) for name, w in model.state_dict().items() if not torch.equal(w, before[name])}
     assert changed == set(trained)
     if not checkpointing and kind is not YesNoModel:
         assert not model.language.training or "lora" in trained
@@ -207,9 +209,9 @@ def test_loss_is_binary_cross_entropy_on_that_logit(liked):
 def test_trained_parts_are_float32_under_half_precision(liked, kind, dtype):
     model, tokenizer = make(kind)
     model.language.to(dtype)
-    model.settle()
+    model.freeze_parameters()
     trained = {weight.dtype for weight in model.parameters() if weight.requires_grad}
-    frozen = {w.dtype for name, w in model.named_parameters() if model.part_of(name) == "language"}
+    frozen = {w.dtype for name, w in model.named_parameters() if model.component_of(name) == "language"}
     assert trained == {torch.float32} and frozen == {dtype}
     questions = questions_for(model, tokenizer, liked)
     output = model.train()(**batch_of(questions, range(6)))
@@ -281,9 +283,9 @@ def test_cora_refuses_layers_that_are_not_there_and_odd_widths():
 
 def test_soft_tokens_are_what_the_map_makes_of_the_embeddings(liked):
     model, tokenizer = make(CoLLM, soft_tokens=2)
-    phrasing = [Phrasing('{history} {history_ids} {user} "{title}" {item}:')]
-    questions = questions_for(model, tokenizer, liked, phrasing)
-    model.learn_scale(torch.arange(1, 41), torch.arange(1, 31))
+    template = [PromptTemplate('{history} {history_ids} {user} "{title}" {item}:')]
+    questions = questions_for(model, tokenizer, liked, template)
+    model.fit_normalization(torch.arange(1, 41), torch.arange(1, 31))
     batch = batch_of(questions, [0, 100])
     with torch.no_grad():
         words = model.words(**batch)
@@ -297,7 +299,7 @@ def test_soft_tokens_are_what_the_map_makes_of_the_embeddings(liked):
                 if first not in soft:
                     continue
                 vector = getattr(model.collab, f"{name}_embedding")(ids[row])
-                tokens = model.maps["8"](model.standardised(name, vector)).view(2, -1)
+                tokens = model.maps["8"](model.normalize(name, vector)).view(2, -1)
                 place = int((soft == first).nonzero())
                 torch.testing.assert_close(words[row, place : place + 2], tokens)
         assert (batch["soft"][0] > 4).sum() >= 2
@@ -307,9 +309,9 @@ def test_vectors_are_brought_to_one_scale():
     model, _ = make(CoLLM, collab="din")
     users, items = torch.randint(1, 41, (500,)), torch.randint(1, 31, (500,))
     histories = torch.randint(0, 31, (500, 10))
-    model.learn_scale(users, items, histories)
+    model.fit_normalization(users, items, histories)
     with torch.no_grad():
-        scaled = model.standardised("user", model.collab.user_vectors(users, histories, items))
+        scaled = model.normalize("user", model.collab.user_vectors(users, histories, items))
     torch.testing.assert_close(scaled.mean(0), torch.zeros(24), rtol=0, atol=1e-5)
     torch.testing.assert_close(scaled.std(0), torch.ones(24), rtol=0, atol=1e-4)
 
@@ -336,14 +338,14 @@ def test_a_reloaded_model_gives_the_same_logits(liked, tmp_path, kind, trained, 
     make_collab("lightgcn").save_pretrained(tmp_path / "collab")
     model.config.base_model, model.config.collab = str(tmp_path / "base"), str(tmp_path / "collab")
     model.config.saved = sorted({*model.config.saved, *trained})
-    model.settle()
+    model.freeze_parameters()
     if kind is not YesNoModel:
-        model.learn_scale(torch.arange(1, 31), torch.arange(1, 31))
+        model.fit_normalization(torch.arange(1, 31), torch.arange(1, 31))
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.01 * weight.requires_grad)
     if full:
-        model.keep_everything()
+        model.include_base_weights()
     questions = questions_for(model, tokenizer, liked)
     expected = logits_of(model, questions, range(20))
     model.save_pretrained(tmp_path / "tuned")

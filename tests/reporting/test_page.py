@@ -130,7 +130,7 @@ def test_how_it_was_made_opens_by_a_click(open_page, url):
 def test_texts_that_look_like_html_are_shown_and_run_nothing(open_page, search_run, tmp_path):
     name = "<img src=x onerror=throw(1)>"
     odd = copy_of(search_run, tmp_path, f"{name}.json")
-    change(odd, phrasings=[TITLE * 20] * 4)
+    change(odd, templates=[TITLE * 20] * 4)
     run_main(report.main, odd)
     page = open_page((folder_of(odd) / "report.html").as_uri())
     assert TITLE[:30] in page.locator("main").inner_text() and f"{name}.json" in page.locator("details").text_content()

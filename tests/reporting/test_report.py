@@ -12,10 +12,10 @@ from sklearn.metrics import roc_auc_score
 import report
 import test as test_script
 from reclingua.reporting import next_item, yes_no
-from reclingua.reporting.bootstrap import Figures, differences, means
+from reclingua.reporting.bootstrap import BootstrapMetrics, differences, means
 from reclingua.reporting.codebook import plane
-from reclingua.reporting.details import curves_of, folder_of, open_run
-from reclingua.utils.metadata import RECORD
+from reclingua.reporting.details import folder_of, open_run, training_curves
+from reclingua.utils.metadata import METADATA_FILE
 from tests.helpers.reports import change, copy_of
 from tests.helpers.toys import TITLE
 
@@ -58,7 +58,7 @@ def test_a_paired_difference_is_found_that_intervals_of_each_hide_and_none_betwe
 def test_all_runs_get_the_same_draws_however_many_figures_they_have():
     values = np.random.default_rng(2).normal(size=(50, 3))
     one, three = means(["a"], values[:, :1]), means(["a", "b", "c"], values)
-    slow = Figures(one.names, one.statistic, one.users, samples=2_000_000)  # two draws at a time
+    slow = BootstrapMetrics(one.names, one.statistic, one.users, samples=2_000_000)  # two draws at a time
     np.testing.assert_allclose(one.resampled()[:, 0], three.resampled()[:, 0])
     np.testing.assert_allclose(one.resampled(), slow.resampled())
 
@@ -108,17 +108,17 @@ def test_the_plane_has_the_largest_variance():
 
 
 def test_curves_of_both_kinds_of_logs(tmp_path):
-    assert curves_of(tmp_path) is None
+    assert training_curves(tmp_path) is None
     log = [{"loss": 2.0, "step": 1}, {"eval_loss": 1.5, "eval_runtime": 3, "step": 2}, {"eval_auc": 0.6, "step": 2}]
     (tmp_path / "run.json").write_text(json.dumps({"log": log}))
-    assert curves_of(tmp_path) == {
+    assert training_curves(tmp_path) == {
         "over": "step",
         "loss": [[1, 2.0]],
         "valid": {"loss": [[2, 1.5]], "auc": [[2, 0.6]]},
     }
     curve = [{"epoch": 1, "loss": 0.7, "auc": 0.6, "uauc": 0.5, "seconds": 1}]
     (tmp_path / "run.json").write_text(json.dumps({"curve": curve}))
-    assert curves_of(tmp_path) == {
+    assert training_curves(tmp_path) == {
         "over": "epoch",
         "loss": [[1, 0.7]],
         "valid": {"auc": [[1, 0.6]], "uauc": [[1, 0.5]]},
@@ -185,7 +185,7 @@ def test_the_page_of_a_search(search_run, tuned):
     results = json.loads(search_run.read_text())
     for name, figures in {**results["baselines"], "lcrec": results["mean_results"]}.items():
         assert [cell.split()[0] for cell in page.row(name)] == [f"{value:.4f}" for value in figures.values()]
-    asked = json.loads((tuned / RECORD).read_text())["prompts"]["seqrec_history"]
+    asked = json.loads((tuned / METADATA_FILE).read_text())["prompts"]["seqrec_history"]
     for at, figures in zip(results["test_prompt_ids"], results["all_prompt_results"], strict=True):
         assert page.row(f"phrasing {at}") == [f"{value:.4f}" for value in figures.values()]
         assert [f"phrasing {at}", " ".join(asked[at]["prompt"].split())] in page.rows

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from reclingua.training.checkpoints import UNFINISHED, forget, newest_checkpoint
+from reclingua.training.checkpoints import STAGING_DIR, newest_checkpoint, rotate_checkpoints
 from tests.helpers.scripts import ROOT, flags, run_main
 
 HOW = ("--supervise", "history", "--max_his_len", 4, "--epochs", 6, "--logging_steps", 5)
@@ -61,7 +61,7 @@ def test_which_checkpoints_are_kept(tmp_path):
         for number in (2, 10, 4, 6):
             (tmp_path / f"checkpoint-{number}").mkdir(exist_ok=True)
             (tmp_path / f"checkpoint-{number}" / "trainer_state.json").touch()
-        forget(tmp_path, limit, *names)
+        rotate_checkpoints(tmp_path, limit, *names)
         return {path.name.removeprefix("checkpoint-") for path in tmp_path.iterdir()}
 
     (tmp_path / "checkpoint-of-mine").mkdir()
@@ -97,7 +97,7 @@ def test_killed_three_times(start, undisturbed, tmp_path):
     process.join()
     assert process.exitcode == 0, (tmp_path / "said.txt").read_text()
     assert_as_undisturbed(tmp_path / "out", undisturbed)
-    assert not (tmp_path / "out" / UNFINISHED).exists()
+    assert not (tmp_path / "out" / STAGING_DIR).exists()
 
 
 def test_killed_while_it_saves(start, undisturbed, tmp_path):
@@ -117,7 +117,7 @@ def test_killed_while_it_saves(start, undisturbed, tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert newest_checkpoint(tmp_path / "out").name == "checkpoint-6"
-    assert (tmp_path / "out" / UNFINISHED / "checkpoint-12" / "model.safetensors").exists()
+    assert (tmp_path / "out" / STAGING_DIR / "checkpoint-12" / "model.safetensors").exists()
     assert_whole(tmp_path / "out", undisturbed)
     process = start()
     process.join()

@@ -8,13 +8,13 @@ import transformers
 from safetensors.torch import load_file
 
 import finetune
-from reclingua.datasets.collators import IGNORE, Collator
-from reclingua.datasets.samplers import Batches
-from reclingua.models.chunked_loss import LabelHead
-from reclingua.models.language import keeps_packed_apart
+from reclingua.datasets.collators import IGNORE, CausalLMCollator
+from reclingua.datasets.samplers import LengthGroupedBatchSampler
+from reclingua.models.chunked_loss import ChunkedCrossEntropy
+from reclingua.models.language import supports_packing
 from reclingua.training.arguments import TuningArguments
-from reclingua.training.callbacks import NewEpoch
-from reclingua.training.throughput import Throughput, flops_of, in_words
+from reclingua.training.callbacks import SetEpochCallback
+from reclingua.training.throughput import Throughput, format_throughput, training_flops
 from reclingua.training.trainer import RecTrainer
 from tests.datasets.test_instructions import build
 from tests.helpers.models import OTHERS, make_model
@@ -40,15 +40,15 @@ def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, supervise):
     """Same batches of unequal numbers of targets, accumulated, also where an epoch ends: the loss is their mean."""
     _, instructions = build(toy, supervise)
     tokenizer = instructions.tokenizer
-    assert len(Batches(instructions.lengths(longest=True), 3)) < 18
+    assert len(LengthGroupedBatchSampler(instructions.lengths(longest=True), 3)) < 18
     args = TuningArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=9,
         learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", save_and_eval_strategy="no", use_cpu=True,
     )  # fmt: skip
     shared = {"args": args, "train_dataset": instructions, "processing_class": tokenizer}
     ours = RecTrainer(
-        model=make_model("llama-tied", len(tokenizer), spread=1), **shared, data_collator=Collator(tokenizer),
-        batches=Batches(instructions.lengths(longest=True), 3), max_logits_mb=1, measure=None, record={},
+        model=make_model("llama-tied", len(tokenizer), spread=1), **shared, data_collator=CausalLMCollator(tokenizer),
+        batches=LengthGroupedBatchSampler(instructions.lengths(longest=True), 3), max_logits_mb=1, measure=None, record={},
     )  # fmt: skip
 
     class Plain(transformers.Trainer):
@@ -56,11 +56,11 @@ def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, supervise):
             return ours.get_train_dataloader()
 
     def without_lengths(samples):
-        batch = Collator(tokenizer)(samples)
+        batch = CausalLMCollator(tokenizer)(samples)
         del batch["lengths"]
         return batch
 
-    epochs = NewEpoch(instructions.set_epoch, ours.batches.set_epoch)
+    epochs = SetEpochCallback(instructions.set_epoch, ours.batches.set_epoch)
     model = make_model("llama-tied", len(tokenizer), spread=1)
     theirs = Plain(model=model, **shared, data_collator=without_lengths, callbacks=[epochs])
     before = {name: weight.clone() for name, weight in theirs.model.state_dict().items()}
@@ -72,27 +72,27 @@ def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, supervise):
     assert max((theirs_after[name] - before[name]).abs().max() for name in before) > 1e-3
 
 
-def losses(model, samples, tokenizer, packing, one_row=False):
-    batch = Collator(tokenizer, packing, one_row)(samples)
+def losses(model, samples, tokenizer, packing, flatten=False):
+    batch = CausalLMCollator(tokenizer, packing, flatten)(samples)
     labels, _ = batch.pop("labels"), batch.pop("lengths")
-    head = LabelHead(model, 1)
+    head = ChunkedCrossEntropy(model, 1)
     model.zero_grad()
-    with head.where(labels):
+    with head.at_labels(labels):
         model(**batch, use_cache=False)
     head.loss.backward()
     return head.loss.item(), {name: weight.grad for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("one_row", [False, True])
-def test_packed_loss_is_the_unpacked(toy, architecture, one_row):
+@pytest.mark.parametrize("flatten", [False, True])
+def test_packed_loss_is_the_unpacked(toy, architecture, flatten):
     _, instructions = build(toy, "history", only_response=False)
     tokenizer = instructions.tokenizer
     model = make_model(architecture, len(tokenizer), spread=2)
-    assert keeps_packed_apart(model)
+    assert supports_packing(model)
     samples = [instructions[i] for i in range(9)]
     assert len({len(sample["input_ids"]) for sample in samples}) > 2
     loss, gradients = losses(model, samples, tokenizer, packing=False)
-    packed, their_gradients = losses(model, samples, tokenizer, packing=True, one_row=one_row)
+    packed, their_gradients = losses(model, samples, tokenizer, packing=True, flatten=flatten)
     assert packed == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(their_gradients[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
@@ -102,7 +102,7 @@ def test_packed_loss_is_the_unpacked(toy, architecture, one_row):
 def test_which_models_keep_packed_samples_apart(name, toy):
     _, instructions = build(toy, "history")
     model = make_model(name, len(instructions.tokenizer), spread=2)
-    assert keeps_packed_apart(model) == (name not in PACKS_NOT)
+    assert supports_packing(model) == (name not in PACKS_NOT)
     if name not in PACKS_NOT:
         samples = [instructions[i] for i in range(9)]
         loss, _ = losses(model, samples, instructions.tokenizer, packing=False)
@@ -134,7 +134,7 @@ def test_a_model_with_logits_of_its_own_trains_by_its_own_loss(toy, tmp_path, ca
     args = TuningArguments(output_dir=str(tmp_path), max_steps=2, save_and_eval_strategy="no", use_cpu=True)
     trainer = RecTrainer(
         model=model, args=args, train_dataset=instructions, processing_class=tokenizer, measure=None, record={},
-        data_collator=Collator(tokenizer), batches=Batches(instructions.lengths(longest=True), 3), max_logits_mb=1,
+        data_collator=CausalLMCollator(tokenizer), batches=LengthGroupedBatchSampler(instructions.lengths(longest=True), 3), max_logits_mb=1,
     )  # fmt: skip
     assert "applied at every position" in capsys.readouterr().out
     assert trainer.train().training_loss > 0
@@ -179,14 +179,14 @@ def test_throughput_counts_tokens_targets_and_padding():
     figures = throughput.figures(Accelerator(cpu=True))
     assert figures["padding"] == 0.25
     assert figures["tokens_per_second"] / figures["targets_per_second"] == pytest.approx(15 / 4)
-    assert "25.0% padding" in in_words(figures)
+    assert "25.0% padding" in format_throughput(figures)
 
 
 def test_operations_of_a_training_step():
     model = make_model("llama", 300, spread=1)
-    per_target, per_token, per_square = flops_of(model)
+    per_target, per_token, per_square = training_flops(model)
     assert per_target == 6 * 300 * 32
     assert per_token == 6 * (model.num_parameters() - 2 * 300 * 32)
     assert per_square == 6 * 2 * 32
     model.model.layers.requires_grad_(False)
-    assert flops_of(model)[1] == pytest.approx(4 / 6 * per_token, rel=1e-2)
+    assert training_flops(model)[1] == pytest.approx(4 / 6 * per_token, rel=1e-2)

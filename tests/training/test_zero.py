@@ -67,7 +67,7 @@ def runs(workshop, tmp_path_factory):
         argv += ("--max_steps", 2, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
         argv += ("--lora_dropout", 0, "--train_sampling_strategy", "sequential")
         argv += ("--train_data_sample_num", 64, "--valid_samples", 64)
-        if method == "collm":  # frozen, and of two batches one begins alike, the other does not: see trains_in_parts
+        if method == "collm":  # frozen, and of two batches one begins alike, the other does not: see is_zero3
             argv += ("--max_steps", 12, "--train_sampling_strategy", "random", "--per_device_batch_size", 8)
         for name, more in (("ddp", ()), ("z2", ("--deepspeed", z2)), ("z3", ("--deepspeed", z3))):
             todo[f"{name}-{method}"] = {"argv": (*argv, "--output_dir", out / f"{name}-{method}", *more)}

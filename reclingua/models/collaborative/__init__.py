@@ -14,19 +14,19 @@ from reclingua.models.collaborative.sasrec import SASRec
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
-MODELS: dict[str, type[CollaborativeModel]] = {
+COLLABORATIVE_MODELS: dict[str, type[CollaborativeModel]] = {
     model.config_class.model_type: model for model in (MF, LightGCN, SASRec, DIN, HashedMF)
 }
 
 
-def load(folder: str | Path) -> CollaborativeModel:
+def load_collaborative(folder: str | Path) -> CollaborativeModel:
     """The collaborative model in `folder`, for evaluation; InputError unless all of it is there, as safetensors."""
     config = read_json(Path(folder) / "config.json", "the config of a collaborative model, from python pretrain.py")
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in MODELS:
-        raise InputError(f"{folder}: holds a model of type {kind!r}, not one of {', '.join(MODELS)}")
+    if not isinstance(kind, str) or kind not in COLLABORATIVE_MODELS:
+        raise InputError(f"{folder}: holds a model of type {kind!r}, not one of {', '.join(COLLABORATIVE_MODELS)}")
     try:
-        model, found = MODELS[kind].from_pretrained(
+        model, found = COLLABORATIVE_MODELS[kind].from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # the library raises a dozen kinds for a broken folder
@@ -37,7 +37,7 @@ def load(folder: str | Path) -> CollaborativeModel:
     return model.eval()
 
 
-def fingerprint(model: CollaborativeModel) -> str:
+def weights_sha256(model: CollaborativeModel) -> str:
     """Of all weights; a model that was trained with these keeps it and refuses others."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):

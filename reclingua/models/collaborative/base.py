@@ -18,7 +18,7 @@ class CollaborativeConfig(PreTrainedConfig):
         embedding_size: width of an embedding.
         initializer_range: standard deviation of the embeddings at first. Small: ids that train never saw then score
             close to 0 from the beginning, instead of at random until weight decay has worn them down.
-        dataset, dataset_sha256: name and `PreferenceDataset.sha256()` of what the model was trained on.
+        dataset, dataset_sha256: name and `RatingsDataset.sha256()` of what the model was trained on.
     """
 
     num_users: int = 2
