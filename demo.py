@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         "--ckpt_path", type=Path, nargs="+", required=True, help="folders written by finetune.py, a tab for each"
     )
     model.add_argument("--base_model", help="where the base model of an adapter folder is now, if it has moved")
-    model.add_argument("--collab", help="where the collaborative model is now, if it has moved")
+    model.add_argument("--cf_model", help="where the collaborative model is now, if it has moved")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one a model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
@@ -84,7 +84,7 @@ def show(args: argparse.Namespace, records: dict[Path, dict]) -> None:
             where = args.data_path, args.dataset, args.index_file, args.num_beams, args.base_model
             model = NextItem(folder, record, *where)
         else:
-            model = YesOrNo(folder, record, args.data_path, args.dataset, args.base_model, args.collab)
+            model = YesOrNo(folder, record, args.data_path, args.dataset, args.base_model, args.cf_model)
         models[name] = model
         print(f"{folder}: {model.name} on {model.dataset.name}, {len(model.catalogue.titles):,} items")
 

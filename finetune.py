@@ -4,7 +4,7 @@ python finetune.py --config config/lcrec-ml-100k-cpu.yaml --base_model ckpt/ml-1
 torchrun --nproc_per_node 8 finetune.py --base_model Qwen/Qwen3-0.6B --dataset Instruments --data_path ../LC-Rec-data \
     --output_dir ckpt/Instruments/lcrec --per_device_batch_size 8 --gradient_accumulation_steps 2 --bf16
 python finetune.py --config config/tallrec.yaml --base_model Qwen/Qwen3-0.6B --dataset ml-1m --output_dir ckpt/tallrec
-python finetune.py --config config/collm-mf.yaml --init_from ckpt/tallrec --collab ckpt/ml-1m/mf --dataset ml-1m \
+python finetune.py --config config/collm-mf.yaml --init_from ckpt/tallrec --cf_model ckpt/ml-1m/mf --dataset ml-1m \
     --output_dir ckpt/collm-mf
 """
 
@@ -125,7 +125,7 @@ def main() -> None:
     # ---- Save ----
     if generates:
         model.config.use_cache = True
-    elif yesno_args.save_full:
+    elif yesno_args.save_base_weights:
         model.include_base_weights()
     with report_disk_full(training_args.output_dir):
         trainer.save_model(training_args.output_dir)

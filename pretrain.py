@@ -49,7 +49,7 @@ class Settings:
     batch_size: int = 1024
     epochs: int = 500
     patience: int = 30
-    select_by: str = "auc"
+    metric_for_best_model: str = "auc"
     seed: int = 42
 
 
@@ -143,8 +143,10 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
         line |= {"auc": auc(valid_labels, scores), "uauc": uauc(valid_users, valid_labels, scores)["uauc"]}
         figures = {name: None if math.isnan(value) else value for name, value in line.items()}
         curve.append(figures | {"seconds": round(time.monotonic() - began, 3)})
-        if math.isnan(line[settings.select_by]):
-            raise InputError(f"{dataset.folder / 'valid.parquet'}: no user has both labels; use --select_by auc")
+        if math.isnan(line[settings.metric_for_best_model]):
+            raise InputError(
+                f"{dataset.folder / 'valid.parquet'}: no user has both labels; use --metric_for_best_model auc"
+            )
         shown = {name: f"{line[name]:.4f}" for name in ("loss", *METRICS)}
         progress.set_postfix(shown)
         if progress.disable and curve[-1]["seconds"] - said > LOG_SECONDS:
@@ -152,7 +154,7 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
             print(f"  epoch {epoch}: " + ", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
         if epoch <= model.warmup_epochs:
             continue
-        if not best or line[settings.select_by] > best[settings.select_by]:
+        if not best or line[settings.metric_for_best_model] > best[settings.metric_for_best_model]:
             best, best_state = line, copy.deepcopy(model.state_dict())
         elif epoch - best["epoch"] >= settings.patience:
             break
@@ -190,9 +192,9 @@ def parse_args() -> argparse.Namespace:
         help="epochs without a better valid metric to stop after (default: 30, sasrec and din 10)",
     )
     training.add_argument(
-        "--select_by",
+        "--metric_for_best_model",
         choices=METRICS,
-        default=Settings.select_by,
+        default=Settings.metric_for_best_model,
         help="valid metric that picks the epoch (default: %(default)s)",
     )
     training.add_argument("--seed", type=int, default=Settings.seed, help="(default: %(default)s)")
@@ -217,7 +219,7 @@ def combinations(args: argparse.Namespace) -> list[Settings]:
         if not all(math.isfinite(value) and (value > 0 or name == "weight_decay" and value == 0) for value in given):
             raise InputError(f"--{name} {' '.join(map(str, given))}: should be above 0")
         values.append(given)
-    rest = {name: getattr(args, name) for name in ("batch_size", "epochs", "select_by", "seed")}
+    rest = {name: getattr(args, name) for name in ("batch_size", "epochs", "metric_for_best_model", "seed")}
     rest["patience"] = args.patience or DEFAULTS[args.model].patience
     heads = SASRecConfig.num_heads
     if args.model == "sasrec" and (odd := [size for size in values[2] if size % heads]):
@@ -252,9 +254,9 @@ def main() -> None:
         except Diverged as error:
             print(f"{said}: {error}")
             continue
-        kept = max(curve[model.warmup_epochs :], key=lambda line: line[args.select_by])
+        kept = max(curve[model.warmup_epochs :], key=lambda line: line[args.metric_for_best_model])
         runs.append({**varied, **kept, "epochs": len(curve), "seconds": round(time.monotonic() - began, 1)})
-        if best is None or kept[args.select_by] > best[0][args.select_by]:
+        if best is None or kept[args.metric_for_best_model] > best[0][args.metric_for_best_model]:
             best = kept, model, curve, settings
         print(
             f"{said}: valid AUC {kept['auc']:.4f}, UAUC {kept['uauc']:.4f} in epoch {kept['epoch']} of {len(curve)} "
@@ -264,7 +266,7 @@ def main() -> None:
         raise InputError("no training came to an end; lower --learning_rate")
     _, model, curve, settings = best
     if args.sweep:
-        print_sweep(runs, args.select_by)
+        print_sweep(runs, args.metric_for_best_model)
 
     # ---- Keep the best, measure it once on test ----
     results = auc_metrics(dataset.parts["test"], score(model, model_inputs(dataset.parts["test"], model)))
@@ -289,9 +291,9 @@ def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
     write_json(folder / METADATA_FILE, {"method": model.config.model_type, "dataset": model.config.dataset}, indent=1)
 
 
-def print_sweep(runs: list[dict], select_by: str) -> None:
+def print_sweep(runs: list[dict], metric_for_best_model: str) -> None:
     print(f"\n{'lr':>8}{'wd':>8}{'width':>7}{'AUC':>9}{'UAUC':>9}{'epoch':>7}{'s':>6}   (valid)")
-    for run in sorted(runs, key=lambda run: -run[select_by]):
+    for run in sorted(runs, key=lambda run: -run[metric_for_best_model]):
         print(
             f"{run['learning_rate']:>8g}{run['weight_decay']:>8g}{run['embedding_size']:>7}"
             f"{run['auc']:>9.4f}{run['uauc']:>9.4f}{run['epoch']:>7}{run['seconds']:>6.0f}"

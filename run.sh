@@ -7,7 +7,7 @@
 #   bash run.sh ml-100k --force                        do every stage again
 #   bash run.sh ml-1m --method collm --data_path ../shared/data
 #                                                      will a user like an item? tallrec, collm, binllm, cora, softprompt
-#                                                      or personprompt; --collab mf (default), lightgcn, sasrec or din
+#                                                      or personprompt; --cf_model mf (default), lightgcn, sasrec or din
 #
 # A stage whose outputs are there and whose inputs and command have not changed is skipped; an interrupted run goes on
 # where it stopped, fine-tuning from its last checkpoint. A stage's heading says its number, how long the run has gone on
@@ -20,15 +20,15 @@ usage() { sed -n '2,15s/^# \{0,1\}//p' run.sh; }
 die() { echo "error: $*" >&2; exit 2; }
 
 # ---- What to do ----
-DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" FORCE="" SETUP_ONLY="" SEED=42 METHOD=lcrec COLLAB="" INDEX=""
+DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" FORCE="" SETUP_ONLY="" SEED=42 METHOD=lcrec CF_MODEL="" INDEX=""
 [[ $# -gt 0 && $1 != -* ]] && { DATASET=$1; shift; }
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --data_path | --base_model | --config | --seed | --method | --collab)
+    --data_path | --base_model | --config | --seed | --method | --cf_model)
       [[ $# -ge 2 ]] || die "$1 needs a value; see bash run.sh --help"
       case $1 in
         --data_path) DATA_PATH=$2 ;; --base_model) BASE_MODEL=$2 ;; --config) CONFIG=$2 ;;
-        --seed) SEED=$2 ;; --method) METHOD=$2 ;; --collab) COLLAB=$2 ;;
+        --seed) SEED=$2 ;; --method) METHOD=$2 ;; --cf_model) CF_MODEL=$2 ;;
       esac
       shift 2 ;;
     --force) FORCE=1; shift ;;
@@ -41,10 +41,10 @@ done
 [[ $SEED =~ ^[0-9]{1,9}$ ]] || die "--seed $SEED: should be a whole number"
 case $METHOD in
   collm | cora)
-    COLLAB=${COLLAB:-mf}
-    [[ $COLLAB =~ ^(mf|lightgcn|sasrec|din)$ ]] || die "--collab $COLLAB: should be mf, lightgcn, sasrec or din" ;;
+    CF_MODEL=${CF_MODEL:-mf}
+    [[ $CF_MODEL =~ ^(mf|lightgcn|sasrec|din)$ ]] || die "--cf_model $CF_MODEL: should be mf, lightgcn, sasrec or din" ;;
   lcrec | tallrec | binllm | softprompt | personprompt)
-    [[ -z $COLLAB ]] || die "--collab means nothing with --method $METHOD; leave it out" ;;
+    [[ -z $CF_MODEL ]] || die "--cf_model means nothing with --method $METHOD; leave it out" ;;
   *) die "--method $METHOD: should be lcrec, tallrec, collm, binllm, cora, softprompt or personprompt" ;;
 esac
 
@@ -70,7 +70,7 @@ export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 WORK=data/$DATASET                # what is made from the data
 CKPT=ckpt/$DATASET                # what is trained
 SOURCE=${DATA_PATH:-data}         # holds $DATASET/ with the interactions and item texts; read in place, never written to
-RUN=$METHOD${COLLAB:+-$COLLAB}     # what a preset, a tuned model and its results are called: collm-mf
+RUN=$METHOD${CF_MODEL:+-$CF_MODEL}     # what a preset, a tuned model and its results are called: collm-mf
 RESULTS=results/$DATASET/$RUN.json
 PREPARE=""                        # whether the data are made here: MovieLens-100k comes with the packages
 [[ -n $DATA_PATH || $DATASET != ml-100k ]] || PREPARE=1
@@ -255,7 +255,7 @@ generate_items() {
 
 # ---- Will a user like an item? Text alone first, then the method with its collaborative model ----
 ask_yes_or_no() {
-  local folder=$SOURCE/$DATASET first=$CKPT/tallrec collab="" tune=() test=() start=() base=() kind=$COLLAB
+  local folder=$SOURCE/$DATASET first=$CKPT/tallrec cf_model="" tune=() test=() start=() base=() kind=$CF_MODEL
   [[ $METHOD != binllm ]] || kind=hash
   make_base_model
   if [[ -n $PREPARE ]]; then
@@ -268,7 +268,7 @@ ask_yes_or_no() {
   if [[ $DEVICE == gpu ]]; then
     tune=(--bf16) test=(--bf16)
   else # six epochs of all rows would take two cores more than a day
-    tune=(--use_cpu --train_data_sample_num 800 --valid_samples 300 --max_his_len 5 --epochs 1 --per_device_batch_size 8
+    tune=(--use_cpu --train_data_sample_num 800 --max_eval_samples 300 --max_his_len 5 --epochs 1 --per_device_batch_size 8
       --per_device_eval_batch_size 16 --logging_steps 20)
     test=(--sample_num 800)
     echo "  a sample of the rows: there is no GPU (800 of train, 800 of test, histories of 5 titles, one epoch)"
@@ -286,10 +286,10 @@ ask_yes_or_no() {
   [[ $METHOD != tallrec ]] || return 0
 
   if [[ -n $kind ]]; then
-    collab=$CKPT/$kind
-    stage "collab-$kind" "$collab" "${rows[@]}" pretrain.py "reclingua/models/collaborative/$kind.py" -- \
-      python pretrain.py --model "$kind" --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$collab" --seed "$SEED"
-    start=(--collab "$collab")
+    cf_model=$CKPT/$kind
+    stage "collab-$kind" "$cf_model" "${rows[@]}" pretrain.py "reclingua/models/collaborative/$kind.py" -- \
+      python pretrain.py --model "$kind" --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$cf_model" --seed "$SEED"
+    start=(--cf_model "$cf_model")
   fi
   stage "$RUN" "$CKPT/$RUN" "${rows[@]}" "$CONFIG" "${code[@]}" "$first/run.json" -- \
     tune --config "$CONFIG" --init_from "$first" "${start[@]}" --dataset "$DATASET" --data_path "$SOURCE" \

@@ -24,9 +24,9 @@ from torch import distributed
 from reclingua.baselines import fit_baselines
 from reclingua.datasets.interactions import RecDataset, dataset_file
 from reclingua.datasets.ratings import open_ratings, sample_ratings, to_numpy
-from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_of
+from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples, seqrec_task
 from reclingua.datasets.user_texts import read_users
-from reclingua.decoding.beam_search import SCORES, ScoredItem
+from reclingua.decoding.beam_search import SCORE_OVER, ScoredItem
 from reclingua.inference import loading
 from reclingua.inference.collaborative import auc_metrics, check_same_dataset, model_inputs, print_table, score
 from reclingua.inference.loading import (
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--base_model", help="where the base model of an adapter folder is now, if it has moved")
     model.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights stay as they are")
     model.add_argument("--lora", action="store_true", help="no effect, kept for LC-Rec's commands: a folder tells it")
-    model.add_argument("--collab", help="where the collaborative model is now, if it has moved")
+    model.add_argument("--cf_model", help="where the collaborative model is now, if it has moved")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
@@ -97,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     search = parser.add_argument_group("search (of a model that generates)")
     search.add_argument("--num_beams", type=int, default=20, help="width of the search (default: %(default)s)")
     search.add_argument(
-        "--score", default="full", choices=SCORES,
+        "--score_over", default="vocabulary", choices=SCORE_OVER,
         help="log-probabilities over the whole vocabulary, or over the legal tokens only (default: %(default)s)",
     )  # fmt: skip
     search.add_argument("--exclude_seen", action="store_true", help="take a user's own items out of the candidates")
@@ -148,7 +148,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
     dataset = open_indexed(args.ckpt_path, record, task, args.data_path, args.dataset, args.index_file)
     if task != "seqrec" and task not in record["tasks"]:
         raise InputError(f"{args.ckpt_path}: was not tuned on {task} (--tasks), so it cannot be tested on it")
-    task = seqrec_of(record["supervise"]) if task == "seqrec" else task
+    task = seqrec_task(record["targets"]) if task == "seqrec" else task
     metrics = parse_metrics(args.metrics)
     if args.num_beams < max(k for _, k in metrics):
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
@@ -193,7 +193,7 @@ def test_search(args: argparse.Namespace, record: dict) -> None:
                 args.num_beams,
                 args.test_batch_size,
                 excluded,
-                args.score,
+                args.score_over,
                 split=together,
                 show_progress=main_process,
             )
@@ -264,7 +264,9 @@ def test_preferences(args: argparse.Namespace, record: dict) -> None:
 
     # ---- Model and rows ----
     if asks:
-        model, dataset = open_asked(args.ckpt_path, record, args.data_path, args.dataset, args.base_model, args.collab)
+        model, dataset = open_asked(
+            args.ckpt_path, record, args.data_path, args.dataset, args.base_model, args.cf_model
+        )
     else:
         model = load_collaborative(args.ckpt_path)
         dataset = open_ratings(args.data_path, args.dataset or record["dataset"])

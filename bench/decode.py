@@ -100,7 +100,7 @@ class Bed:
         chosen = [sample for sample in samples if len(sample["history"]) == 20][: args.users]
         texts = [instructions.prompt(sample, prompts["seqrec"][0]) for sample in chosen]
         self.rows = [encode_prompt(self.tokenizer, text) for text in texts]
-        # A checkpoint as finetune.py num_leaves it: the speed of a test does not depend on what was learned.
+        # A checkpoint as finetune.py leaves it: the speed of a test does not depend on what was learned.
         self.tuned = folder / "tuned"
         model.save_pretrained(self.tuned)
         self.tokenizer.save_pretrained(self.tuned)

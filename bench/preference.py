@@ -169,9 +169,9 @@ def time_steps(args: argparse.Namespace, dataset: RatingsDataset, device: torch.
             add_lora(language, RANK, 2 * RANK, 0.05, TARGETS)
             model = YesNoModel(YesNoConfig(**shared, trained=["lora"]), language)
         else:
-            collab = MF(MFConfig(num_users=dataset.num_users, num_items=dataset.num_items)).eval()
-            own = {"r": RANK, "alpha": 2 * RANK, "targets": TARGETS, "collab_config": collab.config.to_dict()}
-            model = CoRA(CoRAConfig(**shared, **own, trained=["projector"]), language, collab)
+            cf_model = MF(MFConfig(num_users=dataset.num_users, num_items=dataset.num_items)).eval()
+            own = {"r": RANK, "alpha": 2 * RANK, "targets": TARGETS, "cf_config": cf_model.config.to_dict()}
+            model = CoRA(CoRAConfig(**shared, **own, trained=["projector"]), language, cf_model)
         model.train().to(device)
         return model, torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4)
 
@@ -242,10 +242,10 @@ def run_method(args: argparse.Namespace, name: str, seed: int) -> dict:
     start = ["--base_model", args.base_model]
     if kind:
         run_method(args, "text only", seed)
-        if not (collab := work / kind).exists():
-            run("pretrain.py", "--model", kind, *data, "--seed", seed, "--output_dir", collab,
+        if not (cf_model := work / kind).exists():
+            run("pretrain.py", "--model", kind, *data, "--seed", seed, "--output_dir", cf_model,
                 "--results_file", work / f"{kind}.json")  # fmt: skip
-        start = ["--init_from", work / "tallrec", "--collab", collab]
+        start = ["--init_from", work / "tallrec", "--cf_model", cf_model]
     config = f"config/{method}{f'-{kind}' if method in ('collm', 'cora') else ''}.yaml"
     if not (stage / "run.json").exists():
         run("finetune.py", "--config", config, *data, *start, "--output_dir", stage, "--seed", seed,

@@ -22,7 +22,7 @@ from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
 from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
-from reclingua.datasets.tasks import seqrec_of, train_samples
+from reclingua.datasets.tasks import seqrec_task, train_samples
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
 from reclingua.training.arguments import TuningArguments
@@ -39,7 +39,7 @@ SIDES = {
     "+ batches by length": {"order": "group_by_length"},
     "+ batches by tokens": {"order": "group_by_length", "by_tokens": True},
     "packing, by tokens": {"by_tokens": True, "packing": True},
-    "whole histories, by tokens": {"order": "group_by_length", "by_tokens": True, "supervise": "history"},
+    "whole histories, by tokens": {"order": "group_by_length", "by_tokens": True, "targets": "all"},
 }
 OURS, HISTORY = "+ batches by tokens", "whole histories, by tokens"
 
@@ -91,7 +91,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> dict[str, float]:
     """One side's training on the same samples: the items and labelled tokens (targets) of a second, and memory, MB,
     above that of weights, gradients and optimizer state."""
-    how = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "supervise": "next"} | SIDES[side]
+    how = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "targets": "last"} | SIDES[side]
     silence_third_party()
     dataset = open_dataset(data_path, name, ["index"])
     tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model)
@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     model.config.use_cache = False
     codes = index_token_ids(tokenizer, dataset.index)
     count = args.updates * args.batch_size
-    samples = train_samples(dataset, seqrec_of(how["supervise"]), MAX_HIS_LEN, count=count, seed=1)
+    samples = train_samples(dataset, seqrec_task(how["supervise"]), MAX_HIS_LEN, count=count, seed=1)
     index_tokens = {token for ids in codes.values() for token in ids}
     instructions = InstructionDataset(
         samples, dataset, tokenizer, read_prompts(LCREC_PROMPT_FILE), index_tokens, MAX_HIS_LEN, ", "
@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
     rows = [instructions[i] for i in range(count)]
     targets = sum(label != IGNORE for row in rows for label in row["labels"][1:])
     depth = len(next(iter(codes.values())))
-    items = count if how["supervise"] == "next" else targets / depth
+    items = count if how["targets"] == "last" else targets / depth
 
     collator = CausalLMCollator(tokenizer, how["packing"])
     with tempfile.TemporaryDirectory() as output:

@@ -17,7 +17,7 @@ from reclingua.utils.metadata import METADATA_FILE
 # Tokenizer, config and record are such files. No pickle is, and nothing below the folder goes along.
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 SKIPPED_FILES = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # of a run, or another form
-PATHS = ("base_model", "collab", "init_from")  # of a record, where they are no hub names
+PATHS = ("base_model", "cf_model", "init_from")  # of a record, where they are no hub names
 
 
 @contextmanager

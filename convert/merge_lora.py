@@ -42,7 +42,7 @@ def main() -> None:
         "--ckpt_path", "--adapter", type=Path, required=True, metavar="FOLDER", help="written by finetune.py --lora"
     )
     parser.add_argument("--base_model", help="where its base model is now, if it has moved")
-    parser.add_argument("--collab", help="where its collaborative model is now, if it has one that has moved")
+    parser.add_argument("--cf_model", help="where its collaborative model is now, if it has one that has moved")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="where the merged model goes")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of what is written (default: %(default)s)")
     add_flags(parser)
@@ -58,7 +58,7 @@ def main() -> None:
         if record.get("method") == "lcrec":
             model = merged_lcrec(adapter, record, args.base_model)
         elif record.get("method") in YES_NO_METHODS:
-            model = merged_yesno(adapter, record["method"], args.base_model, args.collab)
+            model = merged_yesno(adapter, record["method"], args.base_model, args.cf_model)
         else:
             raise InputError(f"{adapter}: was not tuned by finetune.py, so it has no LoRA weights to be merged")
         copy_rest(adapter, folder)
@@ -86,13 +86,13 @@ def merged_lcrec(adapter: Path, record: dict, base_model: str | None) -> PreTrai
     return load_lora(base, load_tokenizer(adapter), adapter).merge_and_unload()
 
 
-def merged_yesno(adapter: Path, method: str, base_model: str | None, collab: str | None) -> YesNoModel:
+def merged_yesno(adapter: Path, method: str, base_model: str | None, cf_model: str | None) -> YesNoModel:
     """The model, float32, whose folder will hold all that it points to.
 
     An adapter folder of these methods has no fingerprint of its base: another one of the same shape is not noticed.
     """
     in_full = {"base_dtype": "float32", "load_in_4bit": False}
-    model = load_yes_no_model(adapter, method, base_model=base_model, collab=collab, **in_full)
+    model = load_yes_no_model(adapter, method, base_model=base_model, cf_model=cf_model, **in_full)
     config = model.config
     if not config.lora:
         raise InputError(f"{adapter}: has no LoRA weights to be merged")
@@ -101,9 +101,12 @@ def merged_yesno(adapter: Path, method: str, base_model: str | None, collab: str
             module.merge()
             model.language.set_submodule(name, module.get_base_layer())
     config.lora, config.trained = None, sorted({*config.trained} - {"lora"})
-    config.base_model, config.collab = public_name(config.base_model), config.collab and public_name(config.collab)
+    config.base_model, config.cf_model = (
+        public_name(config.base_model),
+        config.cf_model and public_name(config.cf_model),
+    )
     model.include_base_weights()
-    for part in filter(None, (config.base_config, config.collab_config)):
+    for part in filter(None, (config.base_config, config.cf_config)):
         part.pop("_name_or_path", None)
     return model
 

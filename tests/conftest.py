@@ -115,7 +115,7 @@ def workshop(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tuned(workshop):
     """A model that has learned the ring, whole histories."""
-    learn = ("--supervise", "history", "--max_his_len", 3, "--his_sep", "", "--epochs", 30)
+    learn = ("--targets", "all", "--max_his_len", 3, "--his_sep", "", "--epochs", 30)
     import finetune
 
     run_main(finetune.main, *flags(workshop, workshop / "tuned", *learn, *SPARSE))

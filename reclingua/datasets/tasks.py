@@ -20,7 +20,7 @@ TASKS = ("seqrec", "item2index", "index2item", "fusionseqrec", "itemsearch", "pr
 TEST_TASKS = {"SeqRec": "seqrec", "ItemSearch": "itemsearch", "FusionSeqRec": "fusionseqrec"}  # LC-Rec's names
 TEXT_TASKS = ("item2index", "index2item", "fusionseqrec")  # need item texts
 USER_TASKS = ("itemsearch", "preferenceobtain")  # need what users say
-SUPERVISE = ("next", "history")
+TARGETS = ("last", "all")
 COLUMNS = datasets.Features(
     {
         "task": datasets.Value("string"),
@@ -35,9 +35,9 @@ COLUMNS = datasets.Features(
 )
 
 
-def seqrec_of(supervise: str) -> str:
+def seqrec_task(targets: str) -> str:
     """What seqrec is called: with whole histories as samples it is another task, "seqrec_history"."""
-    return "seqrec" if supervise == "next" else "seqrec_history"
+    return "seqrec" if targets == "last" else "seqrec_history"
 
 
 def train_samples(

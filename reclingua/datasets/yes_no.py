@@ -21,7 +21,7 @@ from reclingua.datasets.ratings import liked_history, to_numpy
 from reclingua.utils.errors import InputError
 
 USER, ITEM, LIKED = 0, 1, 2  # whose soft tokens: the user's, the item's, the first liked item's; the others follow
-CODE_FORMATS = ("bits", "dotted")
+CODE_FORMATS = ("bits", "ip")
 NO_HISTORY = "nothing so far"
 
 
@@ -55,7 +55,7 @@ def yes_no_token_ids(tokenizer: PreTrainedTokenizerBase, ending: str) -> tuple[l
 
 
 def code_text(bits: torch.Tensor, how: str) -> str:
-    """A binary code, bool [bits], as text: "0110...", or with `how` "dotted" its bytes in decimal, "172.16.254.3"."""
+    """A binary code, bool [bits], as text: "0110...", or with `how` "ip" its bytes in decimal, "172.16.254.3"."""
     text = "".join("1" if bit else "0" for bit in bits.tolist())
     if how == "bits":
         return text

@@ -13,7 +13,7 @@ from reclingua.decoding.kv_cache import ReplicatedCacheDecoder, TreeAttentionDec
 from reclingua.decoding.trie import Trie
 from reclingua.utils.errors import InputError
 
-SCORES = ("full", "legal")
+SCORE_OVER = ("vocabulary", "trie")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def beam_search(
     trie: Trie,
     num_beams: int,
     excluded: torch.Tensor | None = None,
-    score: str = "full",
+    score_over: str = "vocabulary",
     forward: TreeAttentionDecoder | ReplicatedCacheDecoder | None = None,
 ) -> list[list[ScoredItem]]:
     """The best items for each prompt, best first.
@@ -46,8 +46,8 @@ def beam_search(
             that are complete leave the beam to the others.
         excluded: int64 [batch, any] from `trie.item_numbers`: items that must not be returned. The search never
             spends a beam on them.
-        score: "full", log-probabilities over the whole vocabulary, as `generate()` has them; or "legal", over the
-            tokens that may follow in the trie.
+        score_over: "vocabulary", log-probabilities over the whole vocabulary, as `generate()` has them; or "trie",
+            over the tokens that may follow in the trie.
         forward: how the beams are computed; by default the faster way that is right for this model.
 
     Equal scores: what was complete earlier comes first, then what continues the better beam, then the smaller token.
@@ -55,8 +55,10 @@ def beam_search(
     Raises:
         InputError: the model's scores are not finite numbers.
     """
-    if model.training or score not in SCORES:
-        raise ValueError(f"model.training {model.training}, score {score!r}: should be False, and one of {SCORES}")
+    if model.training or score_over not in SCORE_OVER:
+        raise ValueError(
+            f"model.training {model.training}, score_over {score_over!r}: should be False, and one of {SCORE_OVER}"
+        )
     forward = forward or choose_decoder(model, input_ids.shape[1], trie, num_beams)
     dead = trie.exhausted_states(excluded) if excluded is not None else None
     batch, device = len(input_ids), input_ids.device
@@ -69,7 +71,7 @@ def beam_search(
         # All continuations of all beams: [batch, beams, children], then [batch, candidates].
         children, possible = trie.children(states, level)
         gains = logits.gather(2, trie.token[children].long()).float()
-        if score == "full":
+        if score_over == "vocabulary":
             gains -= _log_normaliser(logits)
         else:
             gains -= gains.masked_fill(~possible, -torch.inf).logsumexp(2, keepdim=True)

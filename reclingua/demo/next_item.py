@@ -12,7 +12,7 @@ from datasets import Dataset
 from reclingua.baselines import fit_baselines
 from reclingua.datasets.collators import encode_prompt
 from reclingua.datasets.interactions import RecDataset
-from reclingua.datasets.tasks import COLUMNS, make_sample, seqrec_of
+from reclingua.datasets.tasks import COLUMNS, make_sample, seqrec_task
 from reclingua.demo.catalogue import Catalogue
 from reclingua.inference import loading
 from reclingua.inference.loading import instructions_of, open_indexed, phrasings_of
@@ -66,7 +66,7 @@ class NextItem:
     ):
         self.dataset: RecDataset = open_indexed(folder, record, "seqrec", data_path, dataset, index_file)
         self.name, self.num_beams, self.max_his_len = record["method"], num_beams, record["max_his_len"]
-        self.task = seqrec_of(record["supervise"])
+        self.task = seqrec_task(record["targets"])
         templates, answerable = phrasings_of(folder, record, self.task)
         self.template = templates[answerable[0]]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -56,10 +56,10 @@ class YesOrNo:
         data_path: str,
         dataset: str | None,
         base_model: str | None = None,
-        collab: str | None = None,
+        cf_model: str | None = None,
     ):
         self.record = record
-        self.model, self.dataset = open_asked(folder, record, data_path, dataset, base_model, collab)
+        self.model, self.dataset = open_asked(folder, record, data_path, dataset, base_model, cf_model)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(folder)
         self.name = run_name(self.model, record["method"])
@@ -104,11 +104,11 @@ class YesOrNo:
 
     def _ignorance(self, user: int | None, history: Sequence[str], item: str) -> str:
         """Why collaborative knowledge has nothing to say here; "" if it has."""
-        if self.model.collab is None:
+        if self.model.cf_model is None:
             return f"{self.name} has none"
         if item not in self.known_items:
             return "nobody rated this item in training"
-        if user not in self.known_users and not (self.model.collab.history_length and history):
-            reads = "a history or a user" if self.model.collab.history_length else "a user"
+        if user not in self.known_users and not (self.model.cf_model.history_length and history):
+            reads = "a history or a user" if self.model.cf_model.history_length else "a user"
             return f"its collaborative model has to know {reads} of the training data; take a test user"
         return ""

@@ -23,7 +23,7 @@ from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 from reclingua.utils.metadata import METADATA_FILE
 
-OF_RECORD = {"prompts", "tasks", "lora", "supervise", "max_text_len"}  # what a model that generates was tuned with
+OF_RECORD = {"prompts", "tasks", "lora", "targets", "max_text_len"}  # what a model that generates was tuned with
 
 
 def read_record(folder: Path) -> dict:
@@ -106,14 +106,14 @@ def open_asked(
     data_path: str,
     name: str | None,
     base_model: str | None = None,
-    collab: str | None = None,
+    cf_model: str | None = None,
 ) -> tuple[YesNoModel, RatingsDataset]:
     """A tuned model and its ratings; InputError if it knows the users and items of others.
 
     Args:
-        base_model, collab: where these models are now, if they have moved.
+        base_model, cf_model: where these models are now, if they have moved.
     """
-    model = open_yes_no_model(folder, record["method"], base_model=base_model, collab=collab)
+    model = open_yes_no_model(folder, record["method"], base_model=base_model, cf_model=cf_model)
     dataset = open_ratings(data_path, name or record["dataset"])
     if record["method"] != "tallrec" and record["ratings_sha256"] != dataset.sha256():
         raise InputError(f"{folder}: knows the users and items of other ratings than those of {dataset.folder}")
@@ -174,7 +174,7 @@ def questions_of(
     codes = None
     if record["method"] == "binllm":
         texts = []
-        for name, codes_of in (("uid", model.collab.user_codes), ("iid", model.collab.item_codes)):
+        for name, codes_of in (("uid", model.cf_model.user_codes), ("iid", model.cf_model.item_codes)):
             ids = torch.from_numpy(np.unique(to_numpy(rows, name)).astype(np.int64))
             bits = codes_of(ids.to(model.device))
             texts.append(
@@ -190,7 +190,7 @@ def questions_of(
         record["his_sep"],
         limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
         soft_tokens=getattr(model.config, "soft_tokens", 1),
-        read_length=model.collab.history_length if model.collab is not None else 0,
+        read_length=model.cf_model.history_length if model.cf_model is not None else 0,
         codes=codes,
         cold_template=PromptTemplate(**record["text_prompts"][0]) if cold_text_only else None,
         draw=template is None,

@@ -14,7 +14,7 @@ from reclingua.datasets.collators import CausalLMCollator
 from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import RecDataset, open_dataset
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, PromptTemplate, read_prompts
-from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_of, train_samples
+from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_task, train_samples
 from reclingua.datasets.user_texts import read_users
 from reclingua.inference.loading import check_context_length, load_base
 from reclingua.inference.recommender import recommend, trie_of
@@ -51,7 +51,7 @@ def prepare(
 ) -> TrainingSetup:
     """Samples, model and evaluation by search, from the flags; InputError for those that cannot be."""
     check_flags(model_args, data_args, method_args, lora_args, training_args)
-    seqrec = seqrec_of(method_args.supervise)
+    seqrec = seqrec_task(method_args.targets)
     templates, counts = parse_per_task_counts(method_args)
 
     # ---- Data ----
@@ -136,8 +136,8 @@ def prepare(
 
     # ---- Evaluation: search for the valid item of some users ----
     chosen = range(len(valid))
-    if 0 < method_args.valid_users < len(valid):
-        chosen = sorted(random.Random(0).sample(chosen, method_args.valid_users))
+    if 0 < data_args.max_eval_samples < len(valid):
+        chosen = sorted(random.Random(0).sample(chosen, data_args.max_eval_samples))
     trie = trie_of(token_ids, tokenizer, seqrec)
     seen, targets = zip(*(dataset.split(user, "valid") for user in dataset.test_users), strict=True)
 
@@ -216,7 +216,7 @@ def parse_per_task_counts(args: MethodArguments) -> tuple[dict[str, int], dict[s
         raise InputError(f"--tasks {unknown[0]!r}: there are {', '.join(TASKS)}")
     if twin := [task for task in tasks if tasks.count(task) > 1]:
         raise InputError(f"--tasks {args.tasks}: has {twin[0]} twice")
-    tasks = [seqrec_of(args.supervise) if task == "seqrec" else task for task in tasks]
+    tasks = [seqrec_task(args.targets) if task == "seqrec" else task for task in tasks]
     numbers = []
     for flag, least in (("train_prompt_sample_num", 1), ("train_data_sample_num", 0)):
         given = getattr(args, flag).split(",")
@@ -249,7 +249,7 @@ def record_of(
         "load_in_8bit": model_args.load_in_8bit,
         "lora": lora_args.low_rank(*LORA_DEFAULTS) if lora_args.lora else None,
         "dataset": dataset.name,
-        "supervise": method_args.supervise,
+        "targets": method_args.targets,
         "tasks": list(parse_per_task_counts(method_args)[0]),
         **{flag: getattr(method_args, flag) for flag in TRAINING_KEYS},
         "max_his_len": data_args.max_his_len,

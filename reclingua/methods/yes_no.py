@@ -61,7 +61,7 @@ def prepare(
     """Samples, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
     method = method_args.method
     check_flags(method, model_args, data_args, method_args, lora_args, args, training_args)
-    training_args.metric_for_best_model, training_args.greater_is_better = args.select_by, True
+    training_args.metric_for_best_model, training_args.greater_is_better = args.metric_for_best_model, True
 
     # ---- Data ----
     dataset = open_ratings(data_args.data_path, data_args.dataset)
@@ -73,7 +73,7 @@ def prepare(
     count = int(method_args.train_data_sample_num)
     if 0 < count < len(train):
         train = train.shuffle(seed=training_args.seed).select(range(count))
-    valid = sample_ratings(valid, args.valid_samples)
+    valid = sample_ratings(valid, data_args.max_eval_samples)
     for part, rows in (("train", train), ("valid", valid)):
         if len(set(to_numpy(rows, "label").tolist())) < 2:
             raise InputError(f"{dataset.folder}: the {len(rows)} rows taken of {part} are all of one label; take more")
@@ -93,7 +93,7 @@ def prepare(
         "base_model": model.config.base_model,
         "base_dtype": model.config.base_dtype,
         "load_in_4bit": model.config.load_in_4bit,
-        "collab_sha256": model.config.collab_sha256,
+        "cf_sha256": model.config.cf_sha256,
         "trained": model.config.trained,
         "train_data_sample_num": count,
         "max_his_len": data_args.max_his_len,
@@ -102,10 +102,10 @@ def prepare(
         "text_prompts": [asdict(template) for template in prompts["text"]],
         "seed": training_args.seed,
         **asdict(lora_args),
-        **{flag: value for flag, value in asdict(args).items() if flag not in ("patience", "save_full")},
+        **{flag: value for flag, value in asdict(args).items() if flag not in ("patience", "save_base_weights")},
     }
     checkpoint = checkpoint_to_resume(training_args, record)
-    if "collab" in model.config.trained and training_args.ddp_find_unused_parameters is None:
+    if "cf_model" in model.config.trained and training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = True  # what scores in a collaborative model makes no vector
 
     # ---- Rows -> tokens ----
@@ -120,7 +120,7 @@ def prepare(
     model.to(training_args.device)
     shuffled = np.random.default_rng(0).permutation(len(train))
     if "projector" in model.config.trained and method != "softprompt":  # whose embeddings are all alike
-        inputs = model_inputs(train.select(shuffled[:NORMALIZATION_SAMPLES]), model.collab)
+        inputs = model_inputs(train.select(shuffled[:NORMALIZATION_SAMPLES]), model.cf_model)
         model.fit_normalization(inputs["users"], inputs["items"], inputs.get("histories"))
     some = questions_of(train.select(shuffled[:OFFSET_SAMPLES]), dataset, tokenizer, model, record)
     level = ask(model, some, OFFSET_SAMPLES, show_progress=False).mean()
@@ -159,9 +159,9 @@ def prepare(
             "uauc": uauc(users, labels, scores)["uauc"],
         }
         figures = {name: value for name, value in figures.items() if not np.isnan(value)}
-        if args.select_by not in figures:
+        if args.metric_for_best_model not in figures:
             raise InputError(
-                f"{dataset.folder / 'valid.parquet'}: its rows have no {args.select_by}; see --valid_samples"
+                f"{dataset.folder / 'valid.parquet'}: its rows have no {args.metric_for_best_model}; see --max_eval_samples"
             )
         return figures
 
@@ -191,31 +191,33 @@ def check_flags(
     """InputError for flags that contradict each other or the method."""
     if not method_args.train_data_sample_num.isdecimal():
         raise InputError(f"--train_data_sample_num {method_args.train_data_sample_num}: should be one whole number")
-    if method in CF_METHODS and not args.collab:
-        raise InputError(f"--collab is required with --method {method}: a folder made by python pretrain.py")
+    if method in CF_METHODS and not args.cf_model:
+        raise InputError(f"--cf_model is required with --method {method}: a folder made by python pretrain.py")
     refuse_flags(method, data_args, ["index_file", "user_file", "max_text_len", "add_prefix"])
     refuse_flags(method, model_args, ["load_in_8bit"])
-    heard = {"collab": method in CF_METHODS, "soft_tokens": YES_NO_METHODS[method][0] is CoLLM}
+    heard = {"cf_model": method in CF_METHODS, "soft_tokens": YES_NO_METHODS[method][0] is CoLLM}
     heard |= {"code_format": method == "binllm"}
     refuse_flags(method, args, [flag for flag, listens in heard.items() if not listens])
     if args.init_from and args.one_stage:
         raise InputError("--one_stage trains both stages at once: leave --init_from out")
     if args.one_stage and (method in LORA_METHODS or lora_args.lora is False):
         raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
-    if (args.train_collab or args.collab_from_scratch) and method not in ("collm", "cora"):
-        raise InputError(f"--train_collab and --collab_from_scratch are for collm and cora, not for {method}")
+    if (args.train_cf_model or args.cf_model_from_scratch) and method not in ("collm", "cora"):
+        raise InputError(f"--train_cf_model and --cf_model_from_scratch are for collm and cora, not for {method}")
     if args.soft_tokens < 1:
         raise InputError(f"--soft_tokens {args.soft_tokens}: should be 1 at least")
-    if min(args.valid_samples, args.patience) < 0:
-        raise InputError("--valid_samples and --patience should be 0 at least")
-    if training_args.metric_for_best_model not in (TuningArguments.metric_for_best_model, args.select_by):
-        raise InputError(f"--metric_for_best_model means nothing with --method {method}: give --select_by auc or uauc")
+    if min(data_args.max_eval_samples, args.patience) < 0:
+        raise InputError("--max_eval_samples and --patience should be 0 at least")
+    if training_args.metric_for_best_model not in (TuningArguments.metric_for_best_model, args.metric_for_best_model):
+        raise InputError(
+            f"--metric_for_best_model means nothing with --method {method}: give --metric_for_best_model auc or uauc"
+        )
     if args.patience and not training_args.load_best_model_at_end:
         raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
     if lora_args.lora is False and method in LORA_METHODS and model_args.load_in_4bit:
         raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
-    if args.save_full and model_args.load_in_4bit:
-        raise InputError("--save_full is for weights in full, not with --load_in_4bit")
+    if args.save_base_weights and model_args.load_in_4bit:
+        raise InputError("--save_base_weights is for weights in full, not with --load_in_4bit")
 
 
 def build_model(
@@ -253,33 +255,33 @@ def build_model(
             "trained on as they are; leave these flags out"
         )
     trained = {"lora"} if lora else {"language"} if method in LORA_METHODS else set()
-    collab = None
+    cf_model = None
     if method in CF_METHODS:
-        collab = load_collaborative(args.collab)
-        check_same_dataset(collab, dataset)
-        if method == "binllm" and not isinstance(collab, HashedMF):
+        cf_model = load_collaborative(args.cf_model)
+        check_same_dataset(cf_model, dataset)
+        if method == "binllm" and not isinstance(cf_model, HashedMF):
             raise InputError(
-                f"{args.collab}: is a model of type {collab.config.model_type!r}; binllm reads one of hash"
+                f"{args.cf_model}: is a model of type {cf_model.config.model_type!r}; binllm reads one of hash"
             )
-        config.collab, config.collab_sha256 = args.collab, weights_sha256(collab)
-        if args.collab_from_scratch:
-            collab = reinitialized(collab)
+        config.cf_model, config.cf_sha256 = args.cf_model, weights_sha256(cf_model)
+        if args.cf_model_from_scratch:
+            cf_model = reinitialized(cf_model)
     elif method in ("softprompt", "personprompt"):
         rows = {"num_users": dataset.num_users, "num_items": dataset.num_items}
         rows = {name: 2 for name in rows} if method == "softprompt" else rows
-        collab = MF(MFConfig(**rows, embedding_size=PROMPT_WIDTH, initializer_range=0.1))
-        trained |= {"collab"}
+        cf_model = MF(MFConfig(**rows, embedding_size=PROMPT_WIDTH, initializer_range=0.1))
+        trained |= {"cf_model"}
     if method not in LORA_METHODS:
-        trained |= {"projector"} | ({"collab"} if args.train_collab or args.collab_from_scratch else set())
+        trained |= {"projector"} | ({"cf_model"} if args.train_cf_model or args.cf_model_from_scratch else set())
     saved = trained | {"language"} & set(config.saved or ()) | ({"lora"} if config.lora else set())
     own = {}
     if kind is CoLLM:
         own = {"soft_tokens": args.soft_tokens, "one_for_all": method == "softprompt"}
     elif kind is CoRA:
         own = {"r" if key == "rank" else key: value for key, value in low_rank.items()}
-    whole = config.to_dict() | own | {"collab_config": collab and collab.config.to_dict()}
+    whole = config.to_dict() | own | {"cf_config": cf_model and cf_model.config.to_dict()}
     del whole["model_type"]
-    return kind(kind.config_class(**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, collab)
+    return kind(kind.config_class(**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, cf_model)
 
 
 def reinitialized(model: CollaborativeModel) -> CollaborativeModel:

@@ -35,7 +35,7 @@ class CoLLM(YesNoModel):
         embedding = self.get_input_embeddings()
         out, spread = self.config.soft_tokens * embedding.embedding_dim, embedding.weight.float().std().item()
         self.maps = nn.ModuleDict()
-        for d in sorted({self.collab.user_width, self.collab.item_width}):
+        for d in sorted({self.cf_model.user_width, self.cf_model.item_width}):
             last = nn.Linear(10 * d, out)
             # All begin as the same words of no meaning; what is particular about an id comes in by training alone.
             nn.init.zeros_(last.weight)
@@ -57,12 +57,12 @@ class CoLLM(YesNoModel):
             users, items, liked = users.clamp(max=1), items.clamp(max=1), liked.clamp(max=1)
         embedded = self.get_input_embeddings()(input_ids)
         tokens = [
-            self._map("user", self.collab.user_vectors(users, histories, items)),
-            self._map("item", self.collab.item_vectors(items)),
+            self._map("user", self.cf_model.user_vectors(users, histories, items)),
+            self._map("item", self.cf_model.item_vectors(items)),
         ]
         if self.is_zero3 or int(soft.max()) > 2 * self.config.soft_tokens:
             liked = liked if liked.shape[1] else torch.zeros_like(items)[:, None]
-            tokens.append(self._map("item", self.collab.item_vectors(liked)))
+            tokens.append(self._map("item", self.cf_model.item_vectors(liked)))
         rows, places = soft.nonzero(as_tuple=True)
         chosen = torch.cat(tokens, 1)[rows, soft[rows, places] - 1]
         return embedded.index_put((rows, places), chosen.to(embedded.dtype))

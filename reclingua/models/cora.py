@@ -45,10 +45,10 @@ class CoRA(YesNoModel):
     def build_projector(self) -> None:
         super().build_projector()
         config = self.config
-        width = self.collab.user_width + self.collab.item_width
+        width = self.cf_model.user_width + self.cf_model.item_width
         if width % config.num_heads:
             raise InputError(
-                f"{config.collab}: its embeddings of user and item are {width} wide together, which should be a "
+                f"{config.cf_model}: its embeddings of user and item are {width} wide together, which should be a "
                 f"multiple of {config.num_heads}, the Q-Former's heads; train one with another --embedding_size"
             )
         self.queries = nn.Parameter(0.02 * torch.randn(1, config.queries, width))
@@ -108,8 +108,8 @@ class CoRA(YesNoModel):
         Args:
             with_ids: bool [pairs], where False the pair adds nothing.
         """
-        user = self.normalize("user", self.collab.user_vectors(users, histories, items))
-        item = self.normalize("item", self.collab.item_vectors(items))
+        user = self.normalize("user", self.cf_model.user_vectors(users, histories, items))
+        item = self.normalize("item", self.cf_model.item_vectors(items))
         known = torch.cat([user, item], -1)
         queries = self.queries.expand(len(known), -1, -1)
         read = self.qformer(query_embeds=queries, encoder_hidden_states=known[:, None]).last_hidden_state

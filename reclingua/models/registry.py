@@ -19,7 +19,7 @@ YES_NO_METHODS: dict[str, tuple[type[YesNoModel], str]] = {
 
 def run_name(model: YesNoModel, method: str) -> str:
     """What its results are called: collm-mf, cora-sasrec, binllm, ..."""
-    return f"{method}-{model.collab.config.model_type}" if method in ("collm", "cora") else method
+    return f"{method}-{model.cf_model.config.model_type}" if method in ("collm", "cora") else method
 
 
 def load_yes_no_model(folder: Path, method: str, **where) -> YesNoModel:

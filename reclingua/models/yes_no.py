@@ -22,7 +22,7 @@ from reclingua.models.lora import add_lora
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
-PARTS = ("language", "lora", "projector", "collab")
+PARTS = ("language", "lora", "projector", "cf_model")
 
 
 class YesNoConfig(PreTrainedConfig):
@@ -35,7 +35,7 @@ class YesNoConfig(PreTrainedConfig):
         offset: taken off the logit within the loss, so that training begins at the share of Yes there is, not at the
             level, ten or more, that a language model's logits have; which score is higher is not up to it.
         lora: r, alpha, dropout and targets of its LoRA weights; empty: it has none.
-        collab, collab_sha256: folder and fingerprint of the collaborative model; its own config is `collab_config`.
+        cf_model, cf_sha256: folder and fingerprint of the collaborative model; its own config is `cf_config`.
         trained: which of PARTS gradients go to: the language model itself, its LoRA weights, what joins it to the
             collaborative model, that model.
         saved: which of PARTS a folder holds; the others are pointed to.
@@ -51,9 +51,9 @@ class YesNoConfig(PreTrainedConfig):
     answer: int = 0
     offset: float = 0.0
     lora: dict | None = None
-    collab: str | None = None
-    collab_sha256: str | None = None
-    collab_config: dict | None = None
+    cf_model: str | None = None
+    cf_sha256: str | None = None
+    cf_config: dict | None = None
     trained: list[str] | None = None
     saved: list[str] | None = None
     base_config: dict | None = None
@@ -65,7 +65,7 @@ class YesNoModel(PreTrainedModel):
 
     Args:
         language: a causal language model, with LoRA weights where the config has some.
-        collab: a collaborative model, for the methods that have one.
+        cf_model: a collaborative model, for the methods that have one.
     """
 
     config_class = YesNoConfig
@@ -73,9 +73,9 @@ class YesNoModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     supports_prefix_sharing = True  # whether what two prompts begin with is the same for both
 
-    def __init__(self, config: YesNoConfig, language: PreTrainedModel, collab: CollaborativeModel | None = None):
+    def __init__(self, config: YesNoConfig, language: PreTrainedModel, cf_model: CollaborativeModel | None = None):
         super().__init__(config)
-        self.language, self.collab = language, collab
+        self.language, self.cf_model = language, cf_model
         config.hidden_size = self.get_input_embeddings().embedding_dim
         self.build_projector()
         for module in self.modules():
@@ -85,9 +85,9 @@ class YesNoModel(PreTrainedModel):
 
     def build_projector(self) -> None:
         """Make what stands between the language model and the collaborative one, the part "projector"."""
-        if self.collab is None:
+        if self.cf_model is None:
             return
-        for name, width in (("user", self.collab.user_width), ("item", self.collab.item_width)):
+        for name, width in (("user", self.cf_model.user_width), ("item", self.cf_model.item_width)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
 
@@ -100,7 +100,10 @@ class YesNoModel(PreTrainedModel):
         Embeddings of collaborative models spread by .01 (items of DIN) or by 1 (users of SASRec); a network that is to
         read both should not have to find that out.
         """
-        found = {"user": self.collab.user_vectors(users, histories, items), "item": self.collab.item_vectors(items)}
+        found = {
+            "user": self.cf_model.user_vectors(users, histories, items),
+            "item": self.cf_model.item_vectors(items),
+        }
         for name, vectors in found.items():
             std, mean = torch.std_mean(vectors, 0)
             getattr(self, f"{name}_mean").copy_(mean)
@@ -139,8 +142,8 @@ class YesNoModel(PreTrainedModel):
     def train(self, mode: bool = True) -> "YesNoModel":
         """Parts that are frozen stay in evaluation mode."""
         super().train(mode)
-        if self.collab is not None and "collab" not in self.config.trained:
-            self.collab.eval()
+        if self.cf_model is not None and "cf_model" not in self.config.trained:
+            self.cf_model.eval()
         if not self.tunes_language:
             # A layer that is checkpointed recomputes itself in training mode alone.
             checkpointed = self.language.is_activation_checkpointing
@@ -276,7 +279,7 @@ class YesNoModel(PreTrainedModel):
         """The model in `folder`, for evaluation, put together with what the folder points to.
 
         Args:
-            changes: to the config, where they are not None: base_model or collab if these have moved, load_in_4bit or
+            changes: to the config, where they are not None: base_model or cf_model if these have moved, load_in_4bit or
                 base_dtype.
 
         Raises:
@@ -292,7 +295,7 @@ class YesNoModel(PreTrainedModel):
             raise InputError(
                 f"{folder}: holds a whole language model, which is not quantised: not with --load_in_4bit"
             )
-        model = cls(config, open_language(config), open_collab(config, folder))
+        model = cls(config, open_language(config), open_cf_model(config, folder))
         state = {}
         try:
             for file in sorted(Path(folder).glob("model*.safetensors")):
@@ -323,14 +326,14 @@ def open_language(config: YesNoConfig) -> PreTrainedModel:
     return language
 
 
-def open_collab(config: YesNoConfig, folder: str | Path) -> CollaborativeModel | None:
+def open_cf_model(config: YesNoConfig, folder: str | Path) -> CollaborativeModel | None:
     """The collaborative model that `config` points to, or, untrained, the one it describes."""
-    if not config.collab_config:
+    if not config.cf_config:
         return None
-    if "collab" in config.saved:
-        kind = COLLABORATIVE_MODELS[config.collab_config["model_type"]]
-        return kind(kind.config_class.from_dict(config.collab_config))
-    model = load_collaborative(config.collab)
-    if weights_sha256(model) != config.collab_sha256:
-        raise InputError(f"{config.collab}: is not the model that {folder} was trained with; see --collab")
+    if "cf_model" in config.saved:
+        kind = COLLABORATIVE_MODELS[config.cf_config["model_type"]]
+        return kind(kind.config_class.from_dict(config.cf_config))
+    model = load_collaborative(config.cf_model)
+    if weights_sha256(model) != config.cf_sha256:
+        raise InputError(f"{config.cf_model}: is not the model that {folder} was trained with; see --cf_model")
     return model

@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import is_liger_kernel_available
 
 from reclingua.datasets.samplers import ORDERS
-from reclingua.datasets.tasks import SUPERVISE, TASKS
+from reclingua.datasets.tasks import TARGETS, TASKS
 from reclingua.datasets.yes_no import CODE_FORMATS
 from reclingua.models.language import DTYPES
 from reclingua.training.zero import check_deepspeed
@@ -97,12 +97,12 @@ class MethodArguments:
     train_data_sample_num: str = HfArg(
         default="0", help="training samples of each task, one number a task or one for all; 0 = all"
     )
-    supervise: str = field(
+    targets: str = field(
         default="next",
         metadata={
             "help": "next: a sample per prefix of a history, as LC-Rec; history: a sample per history, all its items "
             "after the first are targets",
-            "choices": SUPERVISE,
+            "choices": TARGETS,
         },
     )
     only_train_response: bool = HfArg(default=True, help="loss on the response alone; False: on the prompt as well")
@@ -150,21 +150,23 @@ class YesNoArguments:
 
     _argument_group_name = "method: tallrec, collm, binllm, cora, softprompt, personprompt"
 
-    collab: str | None = HfArg(default=None, help="folder of a collaborative model, from pretrain.py")
+    cf_model: str | None = HfArg(default=None, help="folder of a collaborative model, from pretrain.py")
     init_from: str | None = HfArg(default=None, help="folder of the first stage, from --method tallrec")
-    train_collab: bool = HfArg(default=False, help="train the collaborative model on (T1)")
-    collab_from_scratch: bool = HfArg(default=False, help="train the collaborative model from new weights (T2)")
+    train_cf_model: bool = HfArg(default=False, help="train the collaborative model on (T1)")
+    cf_model_from_scratch: bool = HfArg(default=False, help="train the collaborative model from new weights (T2)")
     one_stage: bool = HfArg(default=False, help="train new LoRA weights together with the method's own parts (T3)")
     soft_tokens: int = HfArg(default=1, help="soft tokens for each user and item")
     code_format: str = field(
         default="bits", metadata={"help": "binllm's codes: 0110... or 172.16.254.3", "choices": CODE_FORMATS}
     )
     valid_samples: int = HfArg(default=0, help="valid rows at each evaluation, drawn at random; 0 = all")
-    select_by: str = field(
+    metric_for_best_model: str = field(
         default="auc", metadata={"help": "valid metric that picks the checkpoint", "choices": ("auc", "uauc")}
     )
     patience: int = HfArg(default=0, help="evaluations without a better one after which to stop; 0 = never")
-    save_full: bool = HfArg(default=False, help="save the base model's weights as well, not only what was trained")
+    save_base_weights: bool = HfArg(
+        default=False, help="save the base model's weights as well, not only what was trained"
+    )
 
 
 @dataclass

@@ -99,7 +99,7 @@ def test_the_batch_size_of_the_search_changes_nothing(script, workshop, tuned):
 
 def test_a_checkpoint_tells_how_it_was_made(tuned):
     run = json.loads((tuned / "run.json").read_text())
-    assert run["arguments"]["supervise"] == "history" and run["seed"] == 42 and run["seconds"] > 0
+    assert run["arguments"]["targets"] == "all" and run["seed"] == 42 and run["seconds"] > 0
     assert run["versions"]["torch"] == torch.__version__
     assert json.loads((tuned / METADATA_FILE).read_text())["dataset"] == "toy"
     assert not list(tuned.rglob("training_args.bin"))
@@ -127,7 +127,7 @@ def test_other_architectures_train_save_and_test(script, workshop, tmp_path, arc
     ids=["samples", "tokens", "packed"],
 )
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(script, workshop, tmp_path, batches):
-    more = ("--supervise", "history", *batches, "--save_steps", 10, "--save_and_eval_strategy", "steps")
+    more = ("--targets", "all", *batches, "--save_steps", 10, "--save_and_eval_strategy", "steps")
     more += ("--load_best_model_at_end", "False", "--save_total_limit", 9, "--resume_from_checkpoint", "auto")
     assert script(finetune.main, *flags(workshop, tmp_path / "whole", *more))[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -146,7 +146,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(script, workshop, tmp
 def test_an_earlier_run_is_neither_overwritten_nor_mixed_up(workshop, tuned, refused):
     before = (tuned / "model.safetensors").read_bytes()
     assert "of an earlier run" in refused(finetune.main, *flags(workshop, tuned))
-    resumed = ("--resume_from_checkpoint", "auto", "--supervise", "history", "--max_his_len", 7)
+    resumed = ("--resume_from_checkpoint", "auto", "--targets", "all", "--max_his_len", 7)
     assert "with another max_his_len" in refused(finetune.main, *flags(workshop, tuned, *resumed))
     assert (tuned / "model.safetensors").read_bytes() == before
 

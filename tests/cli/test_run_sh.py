@@ -14,7 +14,7 @@ from tests.helpers.toys import write_preferences, write_toy
 
 ROOT = Path(__file__).parents[2]
 TINY = """
-supervise: history
+targets: all
 per_device_batch_size: 4
 learning_rate: 5.0e-3
 max_steps: 40
@@ -164,8 +164,8 @@ def test_bad_input_of_run_sh(run, tmp_path):
         ("toy", "--data_path", tmp_path): "toy.inter.json: no such file",
         ("toy", "--config", "no.yaml"): "no.yaml: no such preset",
         ("toy", "--method", "guess"): "--method guess: should be lcrec, tallrec",
-        ("toy", "--method", "cora", "--collab", "hash"): "--collab hash: should be mf",
-        ("toy", "--collab", "mf"): "--collab means nothing with --method lcrec",
+        ("toy", "--method", "cora", "--cf_model", "hash"): "--cf_model hash: should be mf",
+        ("toy", "--cf_model", "mf"): "--cf_model means nothing with --method lcrec",
         ("toy", "--method", "tallrec", "--base_model", "x"): "data/toy/train.parquet: no such file",
     }
     for argv, message in cases.items():

@@ -47,11 +47,11 @@ def short_phrasings(folder):
 
 
 @pytest.mark.parametrize(
-    "method, collab, more",
+    "method, cf_model, more",
     [("collm", "din", ("--learning_rate", 1e-2)), ("cora", "mf", ("--learning_rate", 3e-3, "--lora_r", 8))],
 )
-def test_the_model_learns_what_its_collaborative_model_knows(script, studio, tmp_path, method, collab, more):
-    prompts = ("--prompt_file", short_phrasings(tmp_path), "--collab", studio / collab)
+def test_the_model_learns_what_its_collaborative_model_knows(script, studio, tmp_path, method, cf_model, more):
+    prompts = ("--prompt_file", short_phrasings(tmp_path), "--cf_model", studio / cf_model)
     layers = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     layers = ("--lora_target_modules", layers) if method == "cora" else ()
     code, _, error = script(finetune.main, *second(studio, method, tmp_path / "out", *more, *prompts, *layers))
@@ -61,24 +61,24 @@ def test_the_model_learns_what_its_collaborative_model_knows(script, studio, tmp
     said = torch.tensor(evidence["scores"]).sigmoid()  # not of raw logits, which are all far above 0
     assert said.mean().item() == pytest.approx(np.mean(evidence["labels"]), abs=0.15)
     without, _ = measure(script, studio, studio / "tallrec")
-    assert json.loads((studio / f"{collab}.json").read_text())["warm"]["auc"] > 0.95
+    assert json.loads((studio / f"{cf_model}.json").read_text())["warm"]["auc"] > 0.95
     assert without["warm"]["auc"] < 0.75 and with_it["warm"]["auc"] > 0.9
 
 
 @pytest.mark.parametrize(
     "method, more, trained",
     [
-        ("collm", ("--train_collab",), ["projector", "collab"]),
-        ("collm", ("--collab_from_scratch",), ["projector", "collab"]),
+        ("collm", ("--train_cf_model",), ["projector", "cf_model"]),
+        ("collm", ("--cf_model_from_scratch",), ["projector", "cf_model"]),
         ("collm", ("--one_stage",), ["projector", "lora"]),
         ("collm", ("--lora", "--soft_tokens", 2), ["projector", "lora"]),
-        ("cora", ("--one_stage", "--train_collab"), ["projector", "collab", "lora"]),
+        ("cora", ("--one_stage", "--train_cf_model"), ["projector", "cf_model", "lora"]),
         ("tallrec", ("--lora", "False"), ["language"]),
-        ("binllm", ("--code_format", "dotted", "--select_by", "uauc"), ["lora"]),
-        ("collm", ("--collab", "sasrec"), ["projector"]),
+        ("binllm", ("--code_format", "ip", "--metric_for_best_model", "uauc"), ["lora"]),
+        ("collm", ("--cf_model", "sasrec"), ["projector"]),
         ("cora", ("--gradient_checkpointing", "--max_tokens_per_batch", 2000), ["projector"]),
         ("collm", ("--base_dtype", "bfloat16", "--gradient_accumulation_steps", 2), ["projector"]),
-        ("collm", ("--save_full",), ["projector"]),
+        ("collm", ("--save_base_weights",), ["projector"]),
     ],
 )
 def test_ways_to_train(script, workshop, studio, tmp_path, method, more, trained):
@@ -89,12 +89,12 @@ def test_ways_to_train(script, workshop, studio, tmp_path, method, more, trained
     assert code == 0, error
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["trained"] == trained
-    if "--save_full" in more:
+    if "--save_base_weights" in more:
         shutil.move(workshop / "base", tmp_path / "base")
     try:
         results, _ = measure(script, studio, tmp_path / "out", "--sample_num", 100)
     finally:
-        if "--save_full" in more:
+        if "--save_base_weights" in more:
             shutil.move(tmp_path / "base", workshop / "base")
     assert results["test"]["samples"] == 100
 
@@ -148,7 +148,7 @@ def test_two_processes_give_the_results_of_one(script, studio, tmp_path):
 
 
 def test_two_processes_train_as_one_that_accumulates(script, studio, tmp_path):
-    same = ("--collab", studio / "din", "--train_collab", "--per_device_batch_size", 4, "--max_steps", 4)
+    same = ("--cf_model", studio / "din", "--train_cf_model", "--per_device_batch_size", 4, "--max_steps", 4)
     same += ("--train_sampling_strategy", "sequential", "--save_and_eval_strategy", "no")
     same += ("--optim", "sgd", "--learning_rate", 0.1)
     two = torchrun(2, "finetune.py", *second(studio, "collm", tmp_path / "two", *same))
@@ -198,19 +198,19 @@ def test_bad_input(workshop, studio, tmp_path, refused):
 
     base = ("--base_model", workshop / "base")
     assert "--base_model is required" in refused(finetune.main, *tune(studio, "tallrec", tmp_path / "out"))
-    assert "--collab is required with --method collm" in refused(
+    assert "--cf_model is required with --method collm" in refused(
         finetune.main, "--method", "collm", "--dataset", "liked", "--data_path", studio, *base,
         "--output_dir", tmp_path / "out", "--use_cpu",
     )  # fmt: skip
-    assert "config.json: no such file" in refuse("collm", "--collab", tmp_path)
-    assert "is a model of type 'mf'; binllm reads one of hash" in refuse("binllm", "--collab", studio / "mf")
+    assert "config.json: no such file" in refuse("collm", "--cf_model", tmp_path)
+    assert "is a model of type 'mf'; binllm reads one of hash" in refuse("binllm", "--cf_model", studio / "mf")
     assert "--tasks means nothing with --method collm" in refuse("collm", "--tasks", "x")
-    assert "--collab means nothing with --method lcrec" in refuse("collm", "--method", "lcrec")
+    assert "--cf_model means nothing with --method lcrec" in refuse("collm", "--method", "lcrec")
     assert "leave --init_from out" in refuse("collm", "--one_stage")
     assert "trained on as they are; leave these flags out" in refuse("binllm", "--lora_r", 3)
     assert "--soft_tokens means nothing with --method cora" in refuse("cora", "--soft_tokens", 2)
     assert "--add_prefix means nothing with --method collm" in refuse("collm", "--add_prefix")
-    assert "give --select_by auc or uauc" in refuse("collm", "--metric_for_best_model", "loss")
+    assert "give --metric_for_best_model auc or uauc" in refuse("collm", "--metric_for_best_model", "loss")
     assert "this model has no layer 'lm_head'" in refuse("cora", "--lora_target_modules", "lm_head")
     assert "are for base models that stay frozen: give --lora" in refused(
         finetune.main, *flags_of_lcrec(workshop, tmp_path / "out"), "--load_in_4bit"
@@ -279,7 +279,7 @@ def odd_width(studio, tmp_path, refuse):
         tmp_path / "odd.json",
     )
     run_main(pretrain.main, "--model", "mf", "--dataset", "liked", "--data_path", studio, *size)
-    return refuse("cora", "--collab", tmp_path / "odd")
+    return refuse("cora", "--cf_model", tmp_path / "odd")
 
 
 def test_a_test_of_other_ratings_is_refused(script, studio, tmp_path, refused):

@@ -43,7 +43,7 @@ def liked(workshop):
     where = ("--dataset", "liked", "--data_path", root)
     size = ("--embedding_size", 16, "--epochs", 60, "--results_file", root / "hash.json")
     run_main(pretrain.main, "--model", "hash", *where, "--output_dir", root / "hash", *size)
-    for method, more in (("tallrec", ()), ("binllm", ("--collab", root / "hash"))):
+    for method, more in (("tallrec", ()), ("binllm", ("--cf_model", root / "hash"))):
         base = ("--method", method, "--base_model", workshop / "base", "--output_dir", root / method)
         run_main(finetune.main, *where, *base, *FEW, "--learning_rate", 3e-2, "--max_his_len", 4, "--use_cpu", *more)
     return root

@@ -10,17 +10,17 @@ from reclingua.datasets.collators import IGNORE, CausalLMCollator, encode_prompt
 from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_dataset
 from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
-from reclingua.datasets.tasks import held_out_samples, seqrec_of, stretch, train_samples
+from reclingua.datasets.tasks import held_out_samples, seqrec_task, stretch, train_samples
 from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError
 from tests.helpers.models import make_tokenizer
 
 
-def build(toy, supervise, bos=False, part="train", his_sep=", ", **kwargs):
+def build(toy, targets, bos=False, part="train", his_sep=", ", **kwargs):
     dataset = open_dataset(toy, "toy", ["index"])
     tokenizer = make_tokenizer(bos)
     tokenizer.add_tokens(code_tokens(dataset.index))
-    task = seqrec_of(supervise)
+    task = seqrec_task(targets)
     if part == "train":
         samples = train_samples(dataset, task, max_his_len=3)
     else:
@@ -35,7 +35,7 @@ def learned(sample):
 
 
 def test_next_gives_a_sample_for_each_prefix(toy):
-    dataset, instructions = build(toy, "next")
+    dataset, instructions = build(toy, "last")
     assert len(instructions) == sum(len(dataset.train_history(user)) - 1 for user in dataset.histories)
     last = [row for row in instructions.samples if row["user"] == "1"][-1]  # trains on 1 2 3 4 5
     assert last["history"] == ["2", "3", "4"] and last["item"] == "5"
@@ -43,7 +43,7 @@ def test_next_gives_a_sample_for_each_prefix(toy):
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_next_learns_the_response_and_its_end(toy, bos):
-    dataset, instructions = build(toy, "next", bos)
+    dataset, instructions = build(toy, "last", bos)
     sample, row = instructions[0], instructions.samples[0]
     tokenizer = instructions.tokenizer
     assert tokenizer.decode(learned(sample)).replace(" ", "") == "".join(dataset.index[row["item"]]) + "</s>"
@@ -53,8 +53,8 @@ def test_next_learns_the_response_and_its_end(toy, bos):
 
 
 def test_whole_samples_learn_everything_if_asked(toy):
-    for supervise in ("next", "history"):
-        _, instructions = build(toy, supervise, only_response=False)
+    for targets in ("last", "all"):
+        _, instructions = build(toy, targets, only_response=False)
         assert instructions[0]["labels"] == instructions[0]["input_ids"]
 
 
@@ -70,7 +70,7 @@ def test_stretches_make_each_item_a_target_once(length, size, shift):
 @pytest.mark.parametrize("his_sep", ["", ", ", " -> "])
 @pytest.mark.parametrize("bos", [True, False])
 def test_history_learns_every_item_after_the_first(toy, bos, his_sep):
-    dataset, instructions = build(toy, "history", bos, his_sep=his_sep)
+    dataset, instructions = build(toy, "all", bos, his_sep=his_sep)
     for epoch in range(3):
         instructions.set_epoch(epoch)
         targets = Counter()
@@ -91,7 +91,7 @@ def test_history_learns_every_item_after_the_first(toy, bos, his_sep):
 @pytest.mark.parametrize("add_prefix", [True, False])
 def test_a_history_is_asked_as_it_was_learned(toy, his_sep, add_prefix):
     """The prompt of a test is a beginning of a training text, token by token, up to where the item goes."""
-    _, instructions = build(toy, "history", his_sep=his_sep, add_prefix=add_prefix)
+    _, instructions = build(toy, "all", his_sep=his_sep, add_prefix=add_prefix)
     template = instructions.prompts["seqrec_history"][0]
     items = ["<a_0><b_0>", "<a_1><b_1>", "<a_2><b_2>"]
     row = instructions.samples[0] | {"history": ["0", "4"], "item": "8"}
@@ -103,9 +103,9 @@ def test_a_history_is_asked_as_it_was_learned(toy, his_sep, add_prefix):
 
 
 def test_phrasings_depend_on_seed_and_epoch_alone(toy):
-    _, one = build(toy, "next", seed=1)
-    _, same = build(toy, "next", seed=1)
-    _, other = build(toy, "next", seed=2)
+    _, one = build(toy, "last", seed=1)
+    _, same = build(toy, "last", seed=1)
+    _, other = build(toy, "last", seed=2)
     drawn = [one[i] for i in range(len(one))]
     assert drawn == [same[i] for i in reversed(range(len(same)))][::-1]
     assert drawn != [other[i] for i in range(len(other))]
@@ -116,13 +116,13 @@ def test_phrasings_depend_on_seed_and_epoch_alone(toy):
 
 
 def test_each_sample_can_have_several_phrasings(toy):
-    _, instructions = build(toy, "next", templates_per_sample={"seqrec": 3})
+    _, instructions = build(toy, "last", templates_per_sample={"seqrec": 3})
     assert len(instructions) == 3 * len(instructions.samples)
 
 
 def test_held_out_items_never_train(toy):
-    for supervise in ("next", "history"):
-        dataset, instructions = build(toy, supervise)
+    for targets in ("last", "all"):
+        dataset, instructions = build(toy, targets)
         for row in instructions.samples:
             told = [*row["history"], row["item"]] if row["item"] else row["history"]
             history = dataset.histories[row["user"]]
@@ -130,7 +130,7 @@ def test_held_out_items_never_train(toy):
 
 
 def test_batches_are_padded_and_masked(toy):
-    _, instructions = build(toy, "next")
+    _, instructions = build(toy, "last")
     rows = [instructions[0], instructions[2]]
     batch = CausalLMCollator(instructions.tokenizer)(rows)
     for at, row in enumerate(rows):

@@ -96,10 +96,10 @@ def test_limits_that_cannot_be_kept(how, says):
 
 
 @pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("supervise", ["next", "history"])
+@pytest.mark.parametrize("targets", ["last", "all"])
 @pytest.mark.parametrize("how", [{}, {"add_prefix": True, "his_sep": " then "}])
-def test_lengths_are_those_of_the_samples(toy, supervise, bos, how):
-    _, instructions = build(toy, supervise, bos, templates_per_sample={"seqrec": 2, "seqrec_history": 2}, **how)
+def test_lengths_are_those_of_the_samples(toy, targets, bos, how):
+    _, instructions = build(toy, targets, bos, templates_per_sample={"seqrec": 2, "seqrec_history": 2}, **how)
     longest, seen = instructions.lengths(longest=True), np.zeros(len(instructions), dtype=int)
     for epoch in range(60):
         instructions.set_epoch(epoch)
@@ -110,7 +110,7 @@ def test_lengths_are_those_of_the_samples(toy, supervise, bos, how):
 
 
 def test_batches_are_sorted_by_the_lengths_of_the_epoch_within_the_limits_of_all(toy):
-    _, instructions = build(toy, "next")
+    _, instructions = build(toy, "last")
     longest = instructions.lengths(longest=True)
     batches = LengthGroupedBatchSampler(longest, max_tokens=3 * int(longest.max()), epoch_lengths=instructions.lengths)
     counts = set()

@@ -107,7 +107,7 @@ def test_cold_rows_are_asked_by_words_alone(liked):
 def test_codes_as_text(liked):
     bits = torch.tensor([int(bit) for bit in "10101100000100001111111000000011"], dtype=torch.bool)
     assert code_text(bits, "bits") == "10101100000100001111111000000011"
-    assert code_text(bits, "dotted") == "172.16.254.3"
+    assert code_text(bits, "ip") == "172.16.254.3"
     codes = ({i: f"1{i}" for i in range(99)}, {i: f"0{i}" for i in range(99)})
     questions = ask_about(liked, [SOFT], codes=codes)
     text = questions.tokenizer.decode(questions[0]["input_ids"])

@@ -248,7 +248,7 @@ def test_legal_scores_are_probabilities_of_the_items(end):
     items = {**ITEMS, "alone": [40, 41, 42], "short": [43]}
     ids, mask = prompts()
     trie = Trie.build(items, end=2)
-    for row, found in enumerate(beam_search(model, ids, mask, trie, 40, score="legal")):
+    for row, found in enumerate(beam_search(model, ids, mask, trie, 40, score_over="trie")):
         assert sorted(r.item for r in found) == sorted(items)
         assert sum(math.exp(r.score) for r in found) == pytest.approx(1, abs=1e-4)
         logits = model(ids[row][mask[row] == 1][None]).logits[0, -1]
@@ -288,19 +288,19 @@ def test_narrow_numbers_give_nearly_the_same():
 
 @pytest.mark.parametrize(
     "score, token, value",
-    [("full", 11, math.nan), ("legal", 11, math.nan), ("legal", 11, math.inf), ("full", 50, math.inf)],
+    [("vocabulary", 11, math.nan), ("trie", 11, math.nan), ("trie", 11, math.inf), ("vocabulary", 50, math.inf)],
 )
 def test_scores_that_are_not_finite(score, token, value):
     model = make_model("llama", VOCABULARY)
     with torch.no_grad():
         model.lm_head.weight[token] = value
     with pytest.raises(InputError, match="scores are not finite"):
-        beam_search(model, *prompts(), Trie.build(ITEMS), 3, score=score)
+        beam_search(model, *prompts(), Trie.build(ITEMS), 3, score_over=score)
 
 
 def test_what_a_programmer_gets_wrong():
     model = make_model("llama", VOCABULARY)
     for options in ({"score": "Full"}, {"model": model.train()}):
         with pytest.raises(ValueError, match="should be False, and one of"):
-            beam_search(**{"model": make_model("llama", VOCABULARY), "score": "full"} | options, num_beams=3,
+            beam_search(**{"model": make_model("llama", VOCABULARY), "score_over": "vocabulary"} | options, num_beams=3,
                         input_ids=prompts()[0], attention_mask=prompts()[1], trie=Trie.build(ITEMS))  # fmt: skip

@@ -119,9 +119,9 @@ def test_a_history_of_ones_own_is_cut_as_in_training(next_item):
 # ---- Will this user like this item? ----
 
 
-@pytest.mark.parametrize("method, collab", [("collm", "sasrec"), ("binllm", "hash"), ("cora", "mf")])
-def test_answers_are_those_of_test_py_with_knowledge_and_without(script, studio, tmp_path, method, collab):
-    steps = ("--max_steps", 10, "--save_strategy", "no", "--learning_rate", 0.01, "--collab", studio / collab)
+@pytest.mark.parametrize("method, cf_model", [("collm", "sasrec"), ("binllm", "hash"), ("cora", "mf")])
+def test_answers_are_those_of_test_py_with_knowledge_and_without(script, studio, tmp_path, method, cf_model):
+    steps = ("--max_steps", 10, "--save_strategy", "no", "--learning_rate", 0.01, "--cf_model", studio / cf_model)
     assert script(finetune.main, *second(studio, method, tmp_path / "out", *steps))[0] == 0
     model = YesOrNo(tmp_path / "out", read_record(tmp_path / "out"), str(studio), None)
     _, warm = predictions(script, studio, tmp_path / "out")
@@ -135,9 +135,9 @@ def test_answers_are_those_of_test_py_with_knowledge_and_without(script, studio,
             assert answer.collaborative == pytest.approx(of_yes(line), abs=1e-4) and not answer.why_not
         else:
             assert answer.titles == pytest.approx(of_yes(cold[at]), abs=1e-4)
-            assert (answer.collaborative is None) == (collab != "sasrec")  # which knows users by their history
+            assert (answer.collaborative is None) == (cf_model != "sasrec")  # which knows users by their history
     nobody = model.ask(None, ["1", "3"], "5")
-    assert (nobody.collaborative is None) == (collab != "sasrec") == bool(nobody.why_not)
+    assert (nobody.collaborative is None) == (cf_model != "sasrec") == bool(nobody.why_not)
     assert 0 < model.ask(None, [], "5").titles < 1
 
 

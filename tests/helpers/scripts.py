@@ -11,9 +11,9 @@ QUICK = ("--per_device_batch_size", 8, "--learning_rate", 1e-3, "--logging_steps
 
 METHOD_FLAGS = {
     "tallrec": (),
-    "collm": ("--collab", "mf"),
-    "binllm": ("--collab", "hash"),
-    "cora": ("--collab", "mf", "--lora_target_modules", "q_proj,k_proj,v_proj,o_proj", "--lora_r", 4),
+    "collm": ("--cf_model", "mf"),
+    "binllm": ("--cf_model", "hash"),
+    "cora": ("--cf_model", "mf", "--lora_target_modules", "q_proj,k_proj,v_proj,o_proj", "--lora_r", 4),
     "softprompt": (),
     "personprompt": ("--soft_tokens", 2),
 }

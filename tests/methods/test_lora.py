@@ -21,7 +21,7 @@ from tests.helpers.models import ARCHITECTURES, make_model, make_tokenizer
 from tests.helpers.scripts import flags, run_main
 
 LEARN = ("--lora", "--lora_r", 32, "--lora_alpha", 64, "--learning_rate", 3e-3, "--epochs", 2)
-LEARN += ("--supervise", "history", "--his_sep", "")
+LEARN += ("--targets", "all", "--his_sep", "")
 
 
 def adapted(toy, architecture, dtype=torch.float32):

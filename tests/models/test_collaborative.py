@@ -319,7 +319,7 @@ def test_test_py_repeats_pretrain(folder, trained, script, tmp_path):
 
 
 def test_sweep_tries_every_combination_and_keeps_the_best(folder, tmp_path, script):
-    more = ("--sweep", "--weight_decay", 0, 0.9, "--select_by", "uauc")
+    more = ("--sweep", "--weight_decay", 0, 0.9, "--metric_for_best_model", "uauc")
     code, said, error = script(pretrain.main, *flags(folder, tmp_path, *more))
     assert code == 0, error
     run = json.loads((tmp_path / "mf/run.json").read_text())

@@ -39,7 +39,7 @@ def liked(tmp_path_factory):
     return open_ratings(root, "liked")
 
 
-def make_collab(kind="mf"):
+def make_cf_model(kind="mf"):
     torch.manual_seed(1)
     model, config = COLLAB[kind]
     made = model(config(**SIZES, initializer_range=0.5))
@@ -47,7 +47,7 @@ def make_collab(kind="mf"):
     return made.eval()
 
 
-def make(kind, architecture="llama", collab="mf", trained=None, lora=True, **own):
+def make(kind, architecture="llama", cf_model="mf", trained=None, lora=True, **own):
     """A tiny model of the kind; LoRA's and CoRA's second matrices are not 0, as they are after training."""
     tokenizer = make_tokenizer(False)
     language = make_model(architecture, len(tokenizer) + 8, spread=3).requires_grad_(False)
@@ -59,10 +59,10 @@ def make(kind, architecture="llama", collab="mf", trained=None, lora=True, **own
     if kind is CoRA:
         own = {"r": 4, "alpha": 8, "targets": targets, "num_layers": 2, "dropout": 0.5} | own
     trained = trained or (["lora"] if kind is YesNoModel else ["projector"])
-    known = make_collab(collab) if kind is not YesNoModel else None
+    known = make_cf_model(cf_model) if kind is not YesNoModel else None
     config = configs[kind](
         base_model="nowhere", lora=settings, answer=37, trained=trained, saved=sorted({*trained, "lora", "projector"}),
-        collab="nowhere", collab_config=known and known.config.to_dict(), collab_sha256=known and weights_sha256(known),
+        cf_model="nowhere", cf_config=known and known.config.to_dict(), cf_sha256=known and weights_sha256(known),
         **own,
     )  # fmt: skip
     model = kind(config, language, known).eval()
@@ -75,7 +75,7 @@ def make(kind, architecture="llama", collab="mf", trained=None, lora=True, **own
 
 
 def questions_for(model, tokenizer, dataset, templates=None):
-    length = model.collab.history_length if model.collab is not None else 0
+    length = model.cf_model.history_length if model.cf_model is not None else 0
     titles = {item: "Thing " + "very " * (item % 5) + str(item) for item in range(1, 31)}
     templates = templates or (SOFT if isinstance(model, CoLLM) else TEXT)
     tokens = getattr(model.config, "soft_tokens", 1)
@@ -99,9 +99,9 @@ KINDS = [(YesNoModel, "mf"), (CoLLM, "mf"), (CoLLM, "sasrec"), (CoLLM, "din"), (
          (CoRA, "sasrec"), (CoRA, "din"), (CoLLM, "hash")]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, collab", KINDS)
-def test_neither_padding_nor_neighbours_change_a_logit(liked, kind, collab):
-    model, tokenizer = make(kind, collab=collab)
+@pytest.mark.parametrize("kind, cf_model", KINDS)
+def test_neither_padding_nor_neighbours_change_a_logit(liked, kind, cf_model):
+    model, tokenizer = make(kind, cf_model=cf_model)
     questions = questions_for(model, tokenizer, liked)
     rows = [0, 1, 2, 50, 51, 100, 235]
     alone = torch.cat([logits_of(model, questions, [i], shared=None) for i in rows])
@@ -147,24 +147,24 @@ TRAINED = [
     (YesNoModel, ["lora"]),
     (YesNoModel, ["language"]),
     (CoLLM, ["projector"]),
-    (CoLLM, ["projector", "collab"]),
+    (CoLLM, ["projector", "cf_model"]),
     (CoLLM, ["projector", "lora"]),
     (CoRA, ["projector"]),
-    (CoRA, ["projector", "collab", "lora"]),
+    (CoRA, ["projector", "cf_model", "lora"]),
 ]
 
 
 @pytest.mark.parametrize("kind, trained", TRAINED)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_frozen_stays_bit_for_bit(liked, kind, trained, checkpointing):
-    model, tokenizer = make(kind, collab="sasrec", trained=trained)
+    model, tokenizer = make(kind, cf_model="sasrec", trained=trained)
     if checkpointing:
         model.gradient_checkpointing_enable()
     questions = questions_for(model, tokenizer, liked)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-2)
     model.train()
-    assert model.collab is None or model.collab.training == ("collab" in trained)
+    assert model.cf_model is None or model.cf_model.training == ("cf_model" in trained)
     for step in range(2):
         loss = model(**batch_of(questions, range(step, 40 + step))).loss
         loss.backward()
@@ -298,7 +298,7 @@ def test_soft_tokens_are_what_the_map_makes_of_the_embeddings(liked):
             for first, (name, ids) in whose.items():
                 if first not in soft:
                     continue
-                vector = getattr(model.collab, f"{name}_embedding")(ids[row])
+                vector = getattr(model.cf_model, f"{name}_embedding")(ids[row])
                 tokens = model.maps["8"](model.normalize(name, vector)).view(2, -1)
                 place = int((soft == first).nonzero())
                 torch.testing.assert_close(words[row, place : place + 2], tokens)
@@ -306,12 +306,12 @@ def test_soft_tokens_are_what_the_map_makes_of_the_embeddings(liked):
 
 
 def test_vectors_are_brought_to_one_scale():
-    model, _ = make(CoLLM, collab="din")
+    model, _ = make(CoLLM, cf_model="din")
     users, items = torch.randint(1, 41, (500,)), torch.randint(1, 31, (500,))
     histories = torch.randint(0, 31, (500, 10))
     model.fit_normalization(users, items, histories)
     with torch.no_grad():
-        scaled = model.normalize("user", model.collab.user_vectors(users, histories, items))
+        scaled = model.normalize("user", model.cf_model.user_vectors(users, histories, items))
     torch.testing.assert_close(scaled.mean(0), torch.zeros(24), rtol=0, atol=1e-5)
     torch.testing.assert_close(scaled.std(0), torch.ones(24), rtol=0, atol=1e-4)
 
@@ -332,11 +332,11 @@ def test_one_prompt_for_all_knows_nobody(liked):
 @pytest.mark.parametrize("kind, trained", TRAINED)
 @pytest.mark.parametrize("full", [False, True])
 def test_a_reloaded_model_gives_the_same_logits(liked, tmp_path, kind, trained, full):
-    model, tokenizer = make(kind, "llama-tied", collab="lightgcn", trained=trained)
+    model, tokenizer = make(kind, "llama-tied", cf_model="lightgcn", trained=trained)
     base = make_model("llama-tied", len(tokenizer) + 8, spread=3)
     base.save_pretrained(tmp_path / "base")
-    make_collab("lightgcn").save_pretrained(tmp_path / "collab")
-    model.config.base_model, model.config.collab = str(tmp_path / "base"), str(tmp_path / "collab")
+    make_cf_model("lightgcn").save_pretrained(tmp_path / "cf_model")
+    model.config.base_model, model.config.cf_model = str(tmp_path / "base"), str(tmp_path / "cf_model")
     model.config.saved = sorted({*model.config.saved, *trained})
     model.freeze_parameters()
     if kind is not YesNoModel:
@@ -363,15 +363,15 @@ def test_a_reloaded_model_gives_the_same_logits(liked, tmp_path, kind, trained, 
 def test_what_does_not_fit_is_refused(liked, tmp_path):
     model, tokenizer = make(CoLLM)
     make_model("llama", len(tokenizer) + 8, spread=3).save_pretrained(tmp_path / "base")
-    model.collab.save_pretrained(tmp_path / "collab")
-    model.config.base_model, model.config.collab = str(tmp_path / "base"), str(tmp_path / "collab")
+    model.cf_model.save_pretrained(tmp_path / "cf_model")
+    model.config.base_model, model.config.cf_model = str(tmp_path / "base"), str(tmp_path / "cf_model")
     model.save_pretrained(tmp_path / "tuned")
     CoLLM.from_pretrained(tmp_path / "tuned")
     with torch.no_grad():
-        model.collab.user_embedding.weight.add_(1)
-    model.collab.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="is not the model that .* was trained with; see --collab"):
-        CoLLM.from_pretrained(tmp_path / "tuned", collab=str(tmp_path / "other"))
+        model.cf_model.user_embedding.weight.add_(1)
+    model.cf_model.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="is not the model that .* was trained with; see --cf_model"):
+        CoLLM.from_pretrained(tmp_path / "tuned", cf_model=str(tmp_path / "other"))
     make_model("gpt2", len(tokenizer) + 8).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(InputError, match="no layer 'q_proj'"):
         CoLLM.from_pretrained(tmp_path / "tuned", base_model=str(tmp_path / "gpt2"))
@@ -388,8 +388,8 @@ def test_a_base_in_4_bits(liked, tmp_path, kind):
     pytest.importorskip("bitsandbytes")
     model, tokenizer = make(kind, "llama-wide")
     make_model("llama-wide", len(tokenizer) + 8, spread=3).save_pretrained(tmp_path / "base")
-    model.collab is None or model.collab.save_pretrained(tmp_path / "collab")
-    model.config.base_model, model.config.collab = str(tmp_path / "base"), str(tmp_path / "collab")
+    model.cf_model is None or model.cf_model.save_pretrained(tmp_path / "cf_model")
+    model.config.base_model, model.config.cf_model = str(tmp_path / "base"), str(tmp_path / "cf_model")
     model.save_pretrained(tmp_path / "tuned")
     small = kind.from_pretrained(tmp_path / "tuned", load_in_4bit=True)
     assert {type(m).__name__ for m in small.language.modules()} & {"Linear4bit"}

@@ -19,8 +19,17 @@ import finetune
 from reclingua.training.checkpoints import STAGING_DIR, newest_checkpoint, rotate_checkpoints
 from tests.helpers.scripts import ROOT, flags, run_main
 
-HOW = ("--supervise", "history", "--max_his_len", 4, "--epochs", 6, "--logging_steps", 5)
-HOW += ("--save_and_eval_strategy", "steps", "--save_steps", 6, "--valid_users", 8, "--resume_from_checkpoint", "auto")
+HOW = ("--targets", "all", "--max_his_len", 4, "--epochs", 6, "--logging_steps", 5)
+HOW += (
+    "--save_and_eval_strategy",
+    "steps",
+    "--save_steps",
+    6,
+    "--max_eval_samples",
+    8,
+    "--resume_from_checkpoint",
+    "auto",
+)
 
 
 @pytest.fixture(scope="module")

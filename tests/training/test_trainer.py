@@ -35,10 +35,10 @@ def assert_close(ours, theirs, tolerance=1e-5):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("supervise", ["next", "history"])
-def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, supervise):
+@pytest.mark.parametrize("targets", ["last", "all"])
+def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, targets):
     """Same batches of unequal numbers of targets, accumulated, also where an epoch ends: the loss is their mean."""
-    _, instructions = build(toy, supervise)
+    _, instructions = build(toy, targets)
     tokenizer = instructions.tokenizer
     assert len(LengthGroupedBatchSampler(instructions.lengths(longest=True), 3)) < 18
     args = TuningArguments(
@@ -85,7 +85,7 @@ def losses(model, samples, tokenizer, packing, flatten=False):
 
 @pytest.mark.parametrize("flatten", [False, True])
 def test_packed_loss_is_the_unpacked(toy, architecture, flatten):
-    _, instructions = build(toy, "history", only_response=False)
+    _, instructions = build(toy, "all", only_response=False)
     tokenizer = instructions.tokenizer
     model = make_model(architecture, len(tokenizer), spread=2)
     assert supports_packing(model)
@@ -100,7 +100,7 @@ def test_packed_loss_is_the_unpacked(toy, architecture, flatten):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_which_models_keep_packed_samples_apart(name, toy):
-    _, instructions = build(toy, "history")
+    _, instructions = build(toy, "all")
     model = make_model(name, len(instructions.tokenizer), spread=2)
     assert supports_packing(model) == (name not in PACKS_NOT)
     if name not in PACKS_NOT:
@@ -114,7 +114,7 @@ def test_which_models_keep_packed_samples_apart(name, toy):
 )
 def test_processes_share_an_update(script, workshop, tmp_path, how):
     """Two processes make the updates of one that accumulates two batches: the loss is weighted by targets in both."""
-    same = ("--supervise", "history", "--max_his_len", 4, "--train_sampling_strategy", "sequential", *how)
+    same = ("--targets", "all", "--max_his_len", 4, "--train_sampling_strategy", "sequential", *how)
     same += ("--max_steps", 6, "--save_and_eval_strategy", "no", "--optim", "sgd", "--learning_rate", 0.1)
     two = torchrun(2, "finetune.py", *flags(workshop, tmp_path / "two", *same))
     assert two.returncode == 0, two.stderr
@@ -128,7 +128,7 @@ def test_processes_share_an_update(script, workshop, tmp_path, how):
 
 
 def test_a_model_with_logits_of_its_own_trains_by_its_own_loss(toy, tmp_path, capsys):
-    _, instructions = build(toy, "next")
+    _, instructions = build(toy, "last")
     tokenizer = instructions.tokenizer
     model = with_logits_of_its_own(make_model("llama", len(tokenizer), spread=1))
     args = TuningArguments(output_dir=str(tmp_path), max_steps=2, save_and_eval_strategy="no", use_cpu=True)

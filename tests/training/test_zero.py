@@ -18,7 +18,7 @@ from tests.helpers.scripts import flags, run, run_main, torchrun
 from tests.helpers.toys import write_preferences
 
 CONFIGS = Path(__file__).parents[2] / "config"
-STEPS = ("--supervise", "history", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 6)
+STEPS = ("--targets", "all", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 6)
 STEPS += ("--per_device_batch_size", 4, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
 STEPS += ("--load_best_model_at_end", "False", "--save_total_limit", 9)
 LORA = ("--lora", "--lora_dropout", 0)
@@ -61,12 +61,12 @@ def runs(workshop, tmp_path_factory):
         todo[name] = {"argv": flags(workshop, out / "z3-told", *argv)}
     todo["z3-told"]["sigterm_at"] = 3
     for method in YESNO:
-        collab = {"collm": "mf", "cora": "mf", "binllm": "hash"}.get(method)
+        cf_model = {"collm": "mf", "cora": "mf", "binllm": "hash"}.get(method)
         argv = (*liked, "--method", method, "--base_model", workshop / "base", "--use_cpu")
-        argv += ("--collab", out / collab) if collab else ()
+        argv += ("--cf_model", out / cf_model) if cf_model else ()
         argv += ("--max_steps", 2, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
         argv += ("--lora_dropout", 0, "--train_sampling_strategy", "sequential")
-        argv += ("--train_data_sample_num", 64, "--valid_samples", 64)
+        argv += ("--train_data_sample_num", 64, "--max_eval_samples", 64)
         if method == "collm":  # frozen, and of two batches one begins alike, the other does not: see is_zero3
             argv += ("--max_steps", 12, "--train_sampling_strategy", "random", "--per_device_batch_size", 8)
         for name, more in (("ddp", ()), ("z2", ("--deepspeed", z2)), ("z3", ("--deepspeed", z3))):

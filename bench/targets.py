@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench.common import write_results
-from reclingua.datasets.tasks import SUPERVISE
+from reclingua.datasets.tasks import TARGETS
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 ROOT = Path(__file__).parents[1]
@@ -52,12 +52,12 @@ def main() -> None:
             """run.json of both ways, tuned at the same time."""
             same = ("finetune.py", "--config", config, *data, *index, "--base_model", base, "--seed", seed)
             same += ("--save_and_eval_strategy", "steps" if evaluations else "no")
-            outputs = {way: Path(folder) / f"{name}-{way}" for way in SUPERVISE}
+            outputs = {way: Path(folder) / f"{name}-{way}" for way in TARGETS}
             paired_chunks(
                 *(
                     [*same, "--supervise", way, "--output_dir", outputs[way], "--max_steps", updates[way]]
                     + ["--save_steps", updates[way] // max(1, evaluations)]
-                    for way in SUPERVISE
+                    for way in TARGETS
                 )
             )
             return {way: json.loads((output / "run.json").read_text()) for way, output in outputs.items()}
@@ -69,19 +69,19 @@ def main() -> None:
                 for way, run in trial.items()
             }
 
-        updates = dict.fromkeys(SUPERVISE, 60)
+        updates = dict.fromkeys(TARGETS, 60)
         updates = fitting(tune("first", updates, 0, evaluations=0), updates, 20)
         # Once more, now that both end at about the same time: alone on the machine either is faster.
         updates = fitting(tune("second", updates, 0, evaluations=0), updates, args.seconds)
-        runs: dict[str, list[dict]] = {way: [] for way in SUPERVISE}
+        runs: dict[str, list[dict]] = {way: [] for way in TARGETS}
         for seed in args.seeds:
             tuned = tune(f"seed{seed}", updates, seed, evaluations=6)
-            results = {way: Path(folder) / f"seed{seed}-{way}.json" for way in SUPERVISE}
+            results = {way: Path(folder) / f"seed{seed}-{way}.json" for way in TARGETS}
             same = ("test.py", *data, *index, "--num_beams", 20, "--exclude_seen", "--metrics", ",".join(METRICS))
             paired_chunks(
                 *(
                     [*same, "--ckpt_path", Path(folder) / f"seed{seed}-{way}", "--results_file", results[way]]
-                    for way in SUPERVISE
+                    for way in TARGETS
                 )
             )
             for way, run in tuned.items():
