@@ -1,4 +1,4 @@
-"""Train a collaborative model on who liked what: MF, LightGCN, SASRec, DIN, hashed MF.
+"""Train a collaborative model on ratings: MF, LightGCN, SASRec, DIN, hashed MF.
 
 python pretrain.py --model mf --dataset ml-1m --data_path ../shared/data
 python pretrain.py --model sasrec --dataset ml-1m --data_path ../shared/data --sweep
@@ -33,15 +33,15 @@ from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.sasrec import SASRecConfig
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_file, output_folder, write_json
-from reclingua.utils.metadata import METADATA_FILE, run_metadata
+from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata, run_metadata
 
 METRICS = ("auc", "uauc")
-LOG_SECONDS = 20  # between two lines about a training, where no terminal shows its progress
+LOG_SECONDS = 20  # between two log lines where no terminal shows a progress bar
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is trained; a sweep varies the first three."""
+    """Hyperparameters of a training; a sweep varies the first three."""
 
     learning_rate: float
     weight_decay: float
@@ -53,7 +53,7 @@ class Settings:
     seed: int = 42
 
 
-# Found on ml-1m; bench/README.md says what else was tried.
+# Found on ml-1m; bench/README.md states what else was tried.
 DEFAULTS = {
     "mf": Settings(1e-3, 1e-4, 64),
     "lightgcn": Settings(1e-3, 1e-4, 64),
@@ -61,16 +61,16 @@ DEFAULTS = {
     "din": Settings(1e-3, 1e-3, 64, patience=10),
     "hash": Settings(1e-2, 1e-4, 32),
 }
-# What --sweep tries where a flag gives no values of its own.
+# Values that --sweep tries where a flag gives none.
 GRID = {"learning_rate": [1e-2, 1e-3, 1e-4], "weight_decay": [1e-3, 1e-4, 1e-5], "embedding_size": [32, 64, 256]}
 
 
 class Diverged(InputError):
-    """The loss or a score is no number any more."""
+    """The loss or a score is not a finite number."""
 
 
 def build(kind: str, dataset: RatingsDataset, settings: Settings) -> CollaborativeModel:
-    """An untrained model for the users and items of `dataset`; InputError if memory cannot hold it."""
+    """Return an untrained model for the users and items of `dataset`; InputError if memory does not suffice."""
     torch.manual_seed(settings.seed)
     config = COLLABORATIVE_MODELS[kind].config_class(
         num_users=dataset.num_users,
@@ -86,13 +86,13 @@ def build(kind: str, dataset: RatingsDataset, settings: Settings) -> Collaborati
         raise InputError(f"{size}: memory cannot hold a {kind} of that size") from None
     rows = dataset.parts["train"]
     liked = to_numpy(rows, "label") == 1
-    model.learn_graph(*(torch.from_numpy(to_numpy(rows, name)[liked].astype(np.int64)) for name in ("uid", "iid")))
+    model.set_graph(*(torch.from_numpy(to_numpy(rows, name)[liked].astype(np.int64)) for name in ("uid", "iid")))
     return model
 
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Weight decay wears unseen rows down to numbers that are slow to compute with: within this they are 0."""
+    """Treat denormal numbers as 0: weight decay shrinks unseen rows to such numbers, and they are slow."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -102,11 +102,11 @@ def flushed_denormals() -> Iterator[None]:
 
 @flushed_denormals()
 def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings) -> list[dict]:
-    """Fit `model` to train by BCE, keep the state that is best on valid; returns the learning curve, a line an epoch.
+    """Fit `model` to train by BCE and keep the state that is best on valid; return the learning curve by epoch.
 
     Raises:
-        Diverged: the loss or a score is no number any more.
-        InputError: UAUC is to choose, but no user of valid has both labels; too few epochs to keep any state.
+        Diverged: the loss or a score is not a finite number.
+        InputError: UAUC selects the state, but no user of valid has both labels; too few epochs to keep any state.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if settings.epochs <= model.warmup_epochs:
@@ -119,7 +119,7 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
     optimizer = torch.optim.Adam(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    curve, best, best_state, began, said = [], {}, None, time.monotonic(), 0.0
+    curve, best, best_state, started, logged = [], {}, None, time.monotonic(), 0.0
     progress = tqdm(
         range(1, settings.epochs + 1), desc=model.config.model_type, unit="epoch", disable=None, leave=False
     )
@@ -141,16 +141,16 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
         if np.isnan(scores).any():
             raise Diverged(f"scores are NaN in epoch {epoch}; lower --learning_rate")
         line |= {"auc": auc(valid_labels, scores), "uauc": uauc(valid_users, valid_labels, scores)["uauc"]}
-        figures = {name: None if math.isnan(value) else value for name, value in line.items()}
-        curve.append(figures | {"seconds": round(time.monotonic() - began, 3)})
+        metrics = {name: None if math.isnan(value) else value for name, value in line.items()}
+        curve.append(metrics | {"seconds": round(time.monotonic() - started, 3)})
         if math.isnan(line[settings.metric_for_best_model]):
             raise InputError(
                 f"{dataset.folder / 'valid.parquet'}: no user has both labels; use --metric_for_best_model auc"
             )
         shown = {name: f"{line[name]:.4f}" for name in ("loss", *METRICS)}
         progress.set_postfix(shown)
-        if progress.disable and curve[-1]["seconds"] - said > LOG_SECONDS:
-            said = curve[-1]["seconds"]
+        if progress.disable and curve[-1]["seconds"] - logged > LOG_SECONDS:
+            logged = curve[-1]["seconds"]
             print(f"  epoch {epoch}: " + ", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
         if epoch <= model.warmup_epochs:
             continue
@@ -167,12 +167,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=COLLABORATIVE_MODELS, required=True, help="kind of model")
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="ml-1m", help="name of the preference dataset (default: %(default)s)")
+    data.add_argument("--dataset", default="ml-1m", help="name of the ratings dataset (default: %(default)s)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
     training = parser.add_argument_group("training")
     for name, kind, help in (
-        ("learning_rate", float, "of Adam"),
-        ("weight_decay", float, "of Adam, added to the gradient"),
+        ("learning_rate", float, "learning rate of Adam"),
+        ("weight_decay", float, "weight decay of Adam, added to the gradient"),
         ("embedding_size", int, "width of an embedding"),
     ):
         default = ", ".join(f"{getattr(settings, name):g} {kind}" for kind, settings in DEFAULTS.items())
@@ -181,23 +181,25 @@ def parse_args() -> argparse.Namespace:
         )
     training.add_argument(
         "--sweep", action="store_true",
-        help="train with every combination of these three, keep the best on valid; those not given take "
+        help="train with every combination of these three and keep the best on valid; default values: "
         + "; ".join(f"{name} {' '.join(format(v, 'g') for v in values)}" for name, values in GRID.items()),
     )  # fmt: skip
-    training.add_argument("--batch_size", type=int, default=Settings.batch_size, help="(default: %(default)s)")
-    training.add_argument("--epochs", type=int, default=Settings.epochs, help="at most (default: %(default)s)")
+    training.add_argument(
+        "--batch_size", type=int, default=Settings.batch_size, help="ratings per batch (default: %(default)s)"
+    )
+    training.add_argument("--epochs", type=int, default=Settings.epochs, help="most epochs (default: %(default)s)")
     training.add_argument(
         "--patience",
         type=int,
-        help="epochs without a better valid metric to stop after (default: 30, sasrec and din 10)",
+        help="stop after so many epochs without improvement on valid (default: 30; 10 for sasrec and din)",
     )
     training.add_argument(
         "--metric_for_best_model",
         choices=METRICS,
         default=Settings.metric_for_best_model,
-        help="valid metric that picks the epoch (default: %(default)s)",
+        help="valid metric that selects the epoch (default: %(default)s)",
     )
-    training.add_argument("--seed", type=int, default=Settings.seed, help="(default: %(default)s)")
+    training.add_argument("--seed", type=int, default=Settings.seed, help="random seed (default: %(default)s)")
     results = parser.add_argument_group("results")
     results.add_argument("--output_dir", type=Path, help="default: ckpt/<dataset>/<model>")
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<model>.json")
@@ -210,27 +212,27 @@ def parse_args() -> argparse.Namespace:
 
 
 def combinations(args: argparse.Namespace) -> list[Settings]:
-    """The settings to try: one, or with --sweep every combination of what was given."""
-    values = []
-    for name, grid in GRID.items():
-        given = getattr(args, name) or (grid if args.sweep else [getattr(DEFAULTS[args.model], name)])
-        if len(given) > 1 and not args.sweep:
-            raise InputError(f"--{name} has {len(given)} values: give one, or add --sweep")
-        if not all(math.isfinite(value) and (value > 0 or name == "weight_decay" and value == 0) for value in given):
-            raise InputError(f"--{name} {' '.join(map(str, given))}: should be above 0")
-        values.append(given)
+    """Return the settings to train with: one, or with --sweep every combination of the values."""
+    grid = []
+    for name, defaults in GRID.items():
+        values = getattr(args, name) or (defaults if args.sweep else [getattr(DEFAULTS[args.model], name)])
+        if len(values) > 1 and not args.sweep:
+            raise InputError(f"--{name} has {len(values)} values: give one, or add --sweep")
+        if not all(math.isfinite(value) and (value > 0 or name == "weight_decay" and value == 0) for value in values):
+            raise InputError(f"--{name} {' '.join(map(str, values))}: should be above 0")
+        grid.append(values)
     rest = {name: getattr(args, name) for name in ("batch_size", "epochs", "metric_for_best_model", "seed")}
     rest["patience"] = args.patience or DEFAULTS[args.model].patience
     heads = SASRecConfig.num_heads
-    if args.model == "sasrec" and (odd := [size for size in values[2] if size % heads]):
+    if args.model == "sasrec" and (odd := [size for size in grid[2] if size % heads]):
         raise InputError(f"--embedding_size {odd[0]}: should be a multiple of {heads}, the attention heads of sasrec")
-    return [Settings(*combination, **rest) for combination in itertools.product(*values)]
+    return [Settings(*combination, **rest) for combination in itertools.product(*grid)]
 
 
 @cli_main
 def main() -> None:
     args = parse_args()
-    tried = combinations(args)
+    settings_to_train = combinations(args)
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
 
@@ -244,41 +246,41 @@ def main() -> None:
 
     # ---- Train, with each of the settings ----
     runs, best = [], None
-    for settings in tried:
-        began = time.monotonic()
+    for settings in settings_to_train:
+        run_started = time.monotonic()
         varied = {name: getattr(settings, name) for name in GRID}
-        said = ", ".join(f"{name} {value:g}" for name, value in varied.items())
+        label = ", ".join(f"{name} {value:g}" for name, value in varied.items())
         model = build(args.model, dataset, settings)
         try:
             curve = train(model, dataset, settings)
         except Diverged as error:
-            print(f"{said}: {error}")
+            print(f"{label}: {error}")
             continue
-        kept = max(curve[model.warmup_epochs :], key=lambda line: line[args.metric_for_best_model])
-        runs.append({**varied, **kept, "epochs": len(curve), "seconds": round(time.monotonic() - began, 1)})
-        if best is None or kept[args.metric_for_best_model] > best[0][args.metric_for_best_model]:
-            best = kept, model, curve, settings
+        selected = max(curve[model.warmup_epochs :], key=lambda line: line[args.metric_for_best_model])
+        runs.append({**varied, **selected, "epochs": len(curve), "seconds": round(time.monotonic() - run_started, 1)})
+        if best is None or selected[args.metric_for_best_model] > best[0][args.metric_for_best_model]:
+            best = selected, model, curve, settings
         print(
-            f"{said}: valid AUC {kept['auc']:.4f}, UAUC {kept['uauc']:.4f} in epoch {kept['epoch']} of {len(curve)} "
-            f"({runs[-1]['seconds']:.0f} s)"
+            f"{label}: valid AUC {selected['auc']:.4f}, UAUC {selected['uauc']:.4f} in epoch {selected['epoch']} of "
+            f"{len(curve)} ({runs[-1]['seconds']:.0f} s)"
         )
     if best is None:
-        raise InputError("no training came to an end; lower --learning_rate")
+        raise InputError("no training finished: all of them diverged; lower --learning_rate")
     _, model, curve, settings = best
     if args.sweep:
         print_sweep(runs, args.metric_for_best_model)
 
-    # ---- Keep the best, measure it once on test ----
+    # ---- Save the best, measure it once on test ----
     results = auc_metrics(dataset.parts["test"], score(model, model_inputs(dataset.parts["test"], model)))
-    facts = run_metadata(vars(args), started) | {"settings": asdict(settings)}
-    save(model.cpu(), output_dir, facts | {"sweep": runs, "curve": curve})
-    write_json(results_file, {**results, **facts}, indent=1)
+    metadata = run_metadata(vars(args), started) | {"settings": asdict(settings)}
+    save(model.cpu(), output_dir, metadata | {"sweep": runs, "curve": curve})
+    write_json(results_file, {**results, **metadata}, indent=1)
     print_table({args.model: results})
     print(f"\nmodel in {output_dir}/, results in {results_file}")
 
 
 def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
-    """Write the model, `run` and the record, each whole or not at all; a folder that has the record is complete."""
+    """Write model, run.json and metadata, each atomically; a folder that holds the metadata is complete."""
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             model.save_pretrained(temporary)
@@ -288,10 +290,11 @@ def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from None
     write_json(folder / "run.json", run, indent=1)
-    write_json(folder / METADATA_FILE, {"method": model.config.model_type, "dataset": model.config.dataset}, indent=1)
+    CheckpointMetadata(model.config.model_type, model.config.dataset).save(folder)
 
 
 def print_sweep(runs: list[dict], metric_for_best_model: str) -> None:
+    """Print the valid metrics of all runs, best first."""
     print(f"\n{'lr':>8}{'wd':>8}{'width':>7}{'AUC':>9}{'UAUC':>9}{'epoch':>7}{'s':>6}   (valid)")
     for run in sorted(runs, key=lambda run: -run[metric_for_best_model]):
         print(

@@ -1,10 +1,12 @@
-"""The report of a run, which test.py writes as well; or several runs side by side, and which differences are real.
+"""Report of a run, which test.py writes as well, or a comparison of several runs on the same users.
 
-python -m report results/ml-100k/lcrec.json                                    the report of one run, made again
-python -m report results/ml-1m/tallrec.json results/ml-1m/collm-mf.json        runs on the same users, side by side
+python -m report results/ml-100k/lcrec.json                                    write the report of one run again
+python -m report results/ml-1m/tallrec.json results/ml-1m/collm-mf.json        compare runs
 
-One run: results/D/lcrec/report.html, and its pictures beside it as PNG. Several: a table on the screen and
-results/D/lcrec.compared.html beside the first. A page needs no network and no other file.
+One run: results/D/lcrec/report.html, with its plots as PNG beside it. Several runs: tables on the screen and
+results/D/lcrec.compared.html beside the first results file. Differences to the first run whose 95% bootstrap interval
+excludes 0 are marked significant (*), not corrected for multiple comparisons. A page needs no network and no other
+file.
 """
 
 import reclingua.utils.logging  # noqa: F401
@@ -12,32 +14,31 @@ import reclingua.utils.logging  # noqa: F401
 import argparse
 from pathlib import Path
 
-from reclingua.reporting.compare import KINDS, check_alike, sections, tables
-from reclingua.reporting.details import folder_of
+from reclingua.reporting.compare import KINDS, check_comparable, comparison_sections, comparison_tables
+from reclingua.reporting.details import report_folder
 from reclingua.reporting.html import Table, write_page
-from reclingua.reporting.single_run import open_checked, write_report
+from reclingua.reporting.next_item import SIGNIFICANCE_NOTE
+from reclingua.reporting.single_run import load_checked_run, write_report
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_file
 from reclingua.utils.text import unique_names
 
 
-def print_tables(*given: Table) -> None:
-    for table in given:
-        rows = [table.columns, *table.rows]
-        widths = [max(len(row[at]) for row in rows) for at in range(len(table.columns))]
-        print(f"\n{table.caption}")
-        for name, *cells in rows:
-            print(
-                f"{name:<{widths[0]}}"
-                + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-            )
+def print_table(table: Table) -> None:
+    """Print a table with aligned columns."""
+    rows = [table.columns, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
+    print(f"\n{table.caption}")
+    for name, *cells in rows:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([f"{name:<{widths[0]}}", *aligned]))
 
 
 @cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results files of test.py")
-    parser.add_argument("--output", type=Path, help="the page (default: beside the first results file)")
+    parser.add_argument("--output", type=Path, help="path of the page (default: beside the first results file)")
     args = one_line_errors(parser).parse_args()
     if args.output:
         output_file(args.output)
@@ -46,18 +47,23 @@ def main() -> None:
         return
     if len(set(args.results)) < len(args.results):
         raise InputError("a results file is given twice; name each once")
+    compare_runs(args.results, args.output)
 
-    runs = dict(zip(unique_names(args.results), map(open_checked, args.results), strict=True))
-    check_alike(list(runs.values()))
-    metrics, compared, found = tables(runs)
-    print_tables(metrics, compared)
-    first = args.results[0]
-    page = args.output or first.with_name(f"{folder_of(first).name}.compared.html")
-    base = next(iter(runs.values()))
-    title = f"{base.evidence['dataset']}: {', '.join(runs)}"
-    facts = {name: run.file for name, run in runs.items()}
-    write_page(page, title, KINDS[base.kind].summary(base), sections(runs, metrics, compared, found), facts)
-    print(f"\n* the interval of the difference does not hold 0\nreport in {page}")
+
+def compare_runs(results_files: list[Path], output: Path | None) -> None:
+    """Print the comparison of several runs and write its page."""
+    runs = dict(zip(unique_names(results_files), map(load_checked_run, results_files), strict=True))
+    check_comparable(list(runs.values()))
+    metrics, compared, differences = comparison_tables(runs)
+    print_table(metrics)
+    print_table(compared)
+
+    first, base = results_files[0], next(iter(runs.values()))
+    page = output or first.with_name(f"{report_folder(first).name}.compared.html")
+    title = f"{base.details['dataset']}: {', '.join(runs)}"
+    sections = comparison_sections(runs, metrics, compared, differences)
+    write_page(page, title, KINDS[base.kind].summarize(base), sections, {name: run.file for name, run in runs.items()})
+    print(f"\n{SIGNIFICANCE_NOTE}\nreport in {page}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Side-by-side benchmarks: each prints a table of ratios and writes bench/results/<name>.json."""
+"""Side-by-side benchmarks; each prints a table of ratios and writes bench/results/<name>.json."""

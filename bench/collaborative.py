@@ -1,10 +1,10 @@
-"""Collaborative models: AUC and UAUC beside the published ones, and what their training and their metric cost.
+"""Benchmark collaborative models: AUC and UAUC next to published ones, time of training and of the metric.
 
 python -m bench.collaborative --data_path ../shared/data
 python -m bench.collaborative --data_path ../shared/data --models mf hash --seeds 1 2 3 4 5
 
-MF is timed against the plain PyTorch loop: `nn.Embedding`, Adam, one shuffled tensor indexed batch by batch, valid AUC
-by scikit-learn after every epoch. Both do the same epochs in turns; then each runs to the epoch that is best on valid.
+MF is timed against a plain PyTorch loop: `nn.Embedding`, Adam, one shuffled tensor indexed batch by batch, valid AUC
+by scikit-learn after each epoch. Both train the same number of epochs in turns, then each to its best epoch on valid.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.base import CollaborativeConfig
 from reclingua.utils.errors import cli_main, one_line_errors
 
-PUBLISHED = {  # AUC, UAUC on ml-1m: CoLLM, table 2; the hashed model is held against MF
+PUBLISHED = {  # AUC, UAUC on ml-1m (CoLLM, table 2); the hashed model is compared with MF
     "mf": (0.6482, 0.6361),
     "lightgcn": (0.5959, 0.6499),
     "sasrec": (0.7078, 0.6884),
     "din": (0.7166, 0.6459),
 }
-OF_PAPER = Settings(learning_rate=1e-3, weight_decay=1e-4, embedding_size=256)  # MF's
+PAPER_SETTINGS = Settings(learning_rate=1e-3, weight_decay=1e-4, embedding_size=256)  # for MF
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,9 +47,14 @@ def parse_args() -> argparse.Namespace:
         "--models", nargs="+", choices=COLLABORATIVE_MODELS, default=list(COLLABORATIVE_MODELS), help="(default: all)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
-    parser.add_argument("--repeats", type=int, default=5, help="of each timing (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, help="of each timing (default: %(default)s)")
-    parser.add_argument("--plain_epochs", type=int, default=320, help="the plain loop's, to its best (default: 320)")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each side (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of each timing (default: %(default)s)")
+    parser.add_argument(
+        "--plain_epochs",
+        type=int,
+        default=320,
+        help="epochs of the plain loop when it trains to its best (default: 320)",
+    )
     return one_line_errors(parser).parse_args()
 
 
@@ -59,22 +64,22 @@ def main() -> None:
     dataset = open_ratings(args.data_path, args.dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = time_uauc(args.repeats) | time_mf(dataset, args)
-    figures["models"] = {kind: quality(dataset, kind, args.seeds) for kind in args.models}
+    figures["models"] = {kind: test_quality(dataset, kind, args.seeds) for kind in args.models}
     print(f"\n{'':<10}{'AUC':>8}{'+-':>7}{'published':>11}{'UAUC':>8}{'+-':>7}{'published':>11}{'s a seed':>10}")
-    for kind, found in figures["models"].items():
-        known = [f"{value:.4f}" for value in PUBLISHED.get(kind, ())] or ["-", "-"]
+    for kind, result in figures["models"].items():
+        published = [f"{value:.4f}" for value in PUBLISHED.get(kind, ())] or ["-", "-"]
         print(
-            f"{kind:<10}{found['auc']:>8.4f}{found['std']['auc']:>7.4f}{known[0]:>11}"
-            f"{found['uauc']:>8.4f}{found['std']['uauc']:>7.4f}{known[1]:>11}{found['seconds']:>10.0f}"
+            f"{kind:<10}{result['auc']:>8.4f}{result['std']['auc']:>7.4f}{published[0]:>11}"
+            f"{result['uauc']:>8.4f}{result['std']['uauc']:>7.4f}{published[1]:>11}{result['seconds']:>10.0f}"
         )
     print(f"\nresults in {write_results('collaborative', device, figures)}")
 
 
 def time_uauc(repeats: int) -> dict:
-    """One million scores of 100,000 users: by the function and by the `evaluate` module around it."""
-    draw = np.random.default_rng(0)
-    users, labels = draw.integers(0, 100_000, 1_000_000), draw.integers(0, 2, 1_000_000)
-    scores = draw.normal(size=1_000_000)
+    """Time UAUC of one million scores of 100,000 users, by the function and by its `evaluate` module."""
+    generator = np.random.default_rng(0)
+    users, labels = generator.integers(0, 100_000, 1_000_000), generator.integers(0, 2, 1_000_000)
+    scores = generator.normal(size=1_000_000)
     module = load_metric("uauc")
     seconds = {
         "uauc_1m_seconds": median_time(lambda: uauc(users, labels, scores), repeats),
@@ -96,8 +101,8 @@ def median_time(function, repeats: int) -> float:
 
 
 def time_mf(dataset: RatingsDataset, args: argparse.Namespace) -> dict:
-    """Both loops for the same epochs in turns, then each to its best epoch."""
-    sides = {"plain": lambda n: plain_mf(dataset, n), "ours": lambda n: our_mf(dataset, n, OF_PAPER)}
+    """Time both loops for the same epochs in turns, then each to its best epoch."""
+    sides = {"plain": lambda n: plain_mf(dataset, n), "ours": lambda n: our_mf(dataset, n, PAPER_SETTINGS)}
     for side in sides.values():
         side(2)  # warm-up
     epoch_seconds = {name: [] for name in sides}
@@ -109,7 +114,7 @@ def time_mf(dataset: RatingsDataset, args: argparse.Namespace) -> dict:
     to_best = {
         "plain": plain_mf(dataset, args.plain_epochs),
         "plain, begun as ours": plain_mf(dataset, 60, std=CollaborativeConfig.initializer_range),
-        "ours": our_mf(dataset, 500, OF_PAPER),
+        "ours": our_mf(dataset, 500, PAPER_SETTINGS),
         "ours, defaults": our_mf(dataset, 500, DEFAULTS["mf"]),
     }
     to_best = {name: max(curve, key=lambda line: line["auc"]) for name, curve in to_best.items()}
@@ -129,7 +134,7 @@ def time_mf(dataset: RatingsDataset, args: argparse.Namespace) -> dict:
 
 
 def our_mf(dataset: RatingsDataset, epochs: int, settings: Settings) -> list[dict]:
-    """The learning curve of `pretrain.train`; its last line knows the test AUC of the best epoch."""
+    """Return the learning curve of `pretrain.train`, each line with the test AUC of the best epoch."""
     settings = replace(settings, epochs=epochs, seed=1)
     model = build("mf", dataset, settings)
     curve = train(model, dataset, settings)
@@ -140,7 +145,7 @@ def our_mf(dataset: RatingsDataset, epochs: int, settings: Settings) -> list[dic
 
 @flushed_denormals()  # as pretrain.py does
 def plain_mf(dataset: RatingsDataset, epochs: int, std: float = 1.0) -> list[dict]:
-    """The loop that one would write: a learning curve with valid and test AUC. `std` of the embeddings at first."""
+    """Train by a plain loop, with initial embeddings of this `std`; return the curve of valid and test AUC."""
     torch.manual_seed(1)
     parts = {
         name: torch.from_numpy(np.stack([to_numpy(part, key) for key in ("uid", "iid", "label")], 1).astype(np.int64))
@@ -148,9 +153,11 @@ def plain_mf(dataset: RatingsDataset, epochs: int, std: float = 1.0) -> list[dic
     }
     users, items = nn.Embedding(dataset.num_users, 256), nn.Embedding(dataset.num_items, 256)
     for embedding in (users, items):
-        nn.init.normal_(embedding.weight, std=std)  # 1 is what nn.Embedding begins with
+        nn.init.normal_(embedding.weight, std=std)  # the default of nn.Embedding is 1
     optimizer = torch.optim.Adam(
-        [*users.parameters(), *items.parameters()], lr=OF_PAPER.learning_rate, weight_decay=OF_PAPER.weight_decay
+        [*users.parameters(), *items.parameters()],
+        lr=PAPER_SETTINGS.learning_rate,
+        weight_decay=PAPER_SETTINGS.weight_decay,
     )
     curve, testing, began = [], 0.0, time.monotonic()
     for epoch in tqdm(range(1, epochs + 1), desc="plain loop", disable=None, leave=False):
@@ -162,19 +169,19 @@ def plain_mf(dataset: RatingsDataset, epochs: int, std: float = 1.0) -> list[dic
             loss.backward()
             optimizer.step()
 
-        def auc_of(part: torch.Tensor) -> float:
+        def part_auc(part: torch.Tensor) -> float:
             with torch.no_grad():
                 return roc_auc_score(part[:, 2], (users(part[:, 0]) * items(part[:, 1])).sum(-1))
 
-        line = {"epoch": epoch, "auc": auc_of(parts["valid"]), "seconds": time.monotonic() - began - testing}
+        line = {"epoch": epoch, "auc": part_auc(parts["valid"]), "seconds": time.monotonic() - began - testing}
         before = time.monotonic()
-        curve.append(line | {"test_auc": auc_of(parts["test"])})
+        curve.append(line | {"test_auc": part_auc(parts["test"])})
         testing += time.monotonic() - before
     return curve
 
 
-def quality(dataset: RatingsDataset, kind: str, seeds: list[int]) -> dict:
-    """Test results of a kind of model with its defaults, over the seeds: mean, spread and each."""
+def test_quality(dataset: RatingsDataset, kind: str, seeds: list[int]) -> dict:
+    """Train a kind of model with its defaults for each seed; return test metrics: mean, std and each seed's."""
     runs, seconds = [], []
     for seed in seeds:
         began = time.monotonic()
@@ -185,12 +192,12 @@ def quality(dataset: RatingsDataset, kind: str, seeds: list[int]) -> dict:
         test = dataset.parts["test"]
         runs.append(auc_metrics(test, score(model, model_inputs(test, model))))
     values = {name: [run["test"][name] for run in runs] for name in ("auc", "uauc")}
-    found = {name: statistics.mean(each) for name, each in values.items()}
-    found["std"] = {name: statistics.stdev(each) if len(each) > 1 else 0.0 for name, each in values.items()}
+    result: dict = {name: statistics.mean(seed_values) for name, seed_values in values.items()}
+    result["std"] = {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()}
     for part in ("warm", "cold"):
-        found[part] = {name: statistics.mean(run[part][name] for run in runs) for name in values}
+        result[part] = {name: statistics.mean(run[part][name] for run in runs) for name in values}
     print(f"{kind}: " + "; ".join(f"{a:.4f}/{u:.4f}" for a, u in zip(values["auc"], values["uauc"], strict=True)))
-    return found | {"seeds": seeds, "runs": runs, "seconds": statistics.mean(seconds)}
+    return result | {"seeds": seeds, "runs": runs, "seconds": statistics.mean(seconds)}
 
 
 if __name__ == "__main__":

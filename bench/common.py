@@ -1,4 +1,4 @@
-"""What the benchmarks share: Instruments without twins, peak memory, and the file of results."""
+"""Helpers of the benchmarks: Instruments without duplicate semantic IDs, peak memory, the results file."""
 
 import json
 import os
@@ -17,9 +17,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def remove_duplicates(data_path: Path, name: str, output: Path) -> int:
-    """Copy dataset `name` to `output`, leaving out items that have another item's index; returns how many.
+    """Copy dataset `name` to `output` without items that share another item's semantic ID; return how many these are.
 
-    The published index of Instruments gives some indices to two items. Every way of searching gets the same items.
+    The published index of Instruments gives some semantic IDs to two items. All sides get the same items.
     """
     folder = data_path / name
     index = read_json(folder / f"{name}.index.json", "item -> list of code tokens")
@@ -27,18 +27,18 @@ def remove_duplicates(data_path: Path, name: str, output: Path) -> int:
     first: dict[str, str] = {}
     for item, codes in index.items():
         first.setdefault("".join(codes), item)
-    kept = set(first.values())
+    unique = set(first.values())
     output_folder(output / name)
-    write_json(output / name / f"{name}.index.json", {item: index[item] for item in index if item in kept})
+    write_json(output / name / f"{name}.index.json", {item: index[item] for item in index if item in unique})
     write_json(
         output / name / f"{name}.inter.json",
-        {user: left for user, items in histories.items() if (left := [i for i in items if str(i) in kept])},
+        {user: rest for user, items in histories.items() if (rest := [i for i in items if str(i) in unique])},
     )
-    return len(index) - len(kept)
+    return len(index) - len(unique)
 
 
 class Peak:
-    """`with Peak(device) as peak: ...`: MB in use `before` and at most, `mb`; on the CPU of the whole process."""
+    """Context that measures memory, MB: `before` in use at its start, `mb` at most; on a CPU of the whole process."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -48,7 +48,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device) / 2**20
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: begin a new high-water mark
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the high-water mark
             self.before = process_mb("VmRSS")
         return self
 
@@ -60,31 +60,31 @@ class Peak:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given, before a clock is read."""
+    """Wait until the device is idle, before the clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def process_mb(kind: str, process: int | str = "self") -> float:
-    """Memory of a process, MB, as Linux has it: VmRSS resident now, VmHWM the most since the mark; 0 once it ended."""
+    """Return the memory of a process, MB: VmRSS resident now, VmHWM the high-water mark; 0 once it has ended."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith(kind)), 0) / 2**10
 
 
 def results_path(name: str, device: torch.device) -> Path:
-    """bench/results/<name>.json, with -gpu in the name where one was used."""
+    """Return bench/results/<name>.json, or <name>-gpu.json if a GPU is used."""
     return RESULTS / f"{name}{'-gpu' if device.type == 'cuda' else ''}.json"
 
 
-def last_figures(name: str, device: torch.device) -> dict:
-    """What an earlier run left in the file of results, for a benchmark whose parts are run one by one."""
+def earlier_figures(name: str, device: torch.device) -> dict:
+    """Return the figures of an earlier run, for a benchmark whose parts run one by one."""
     path = results_path(name, device)
     figures = read_json(path, "the last results") if path.exists() else {}
     return {key: value for key, value in figures.items() if key not in ("command", "machine", "versions")}
 
 
 def write_results(name: str, device: torch.device, figures: dict) -> Path:
-    """Write machine, versions, command and figures to the file of results."""
+    """Write machine, versions, command and figures to the results file; return its path."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     cpu = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()

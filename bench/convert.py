@@ -1,6 +1,6 @@
-"""convert.merge_delta beside a plain copy of the files that it reads: speed, and the most memory it takes.
+"""Benchmark convert.merge_delta: speed next to a plain copy of the files that it reads, and peak memory.
 
-python -m bench.convert                   # makes 2 GB of base, and as much of target and delta, in a temporary folder
+python -m bench.convert                   # base, target and delta of 2 GB each, in a temporary folder
 python -m bench.convert --gb 0.2 --work /dev/shm
 """
 
@@ -25,45 +25,46 @@ from transformers import LlamaConfig
 from bench.common import Peak, write_results
 from convert import make_delta, merge_delta
 from convert.folders import is_tied
-from convert.shards import INDEX, Spec, Writer, plan, read_weights
+from convert.shards import INDEX, Spec, Writer, plan_shards, read_weights
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 WIDTH, INNER, WORDS = 2048, 5632, 32_000  # TinyLlama's
 SHARDS = 4
-MOVED = 0.02  # by how much of their spread tuning has changed the weights
-DRAWN = 2**24  # random numbers, of which stretches make the weights
+CHANGE = 0.02  # change of the weights by tuning, relative to their standard deviation
+POOL_SIZE = 2**24  # random numbers of which the weights are slices
 
 
 def write_model(folder: Path, size: int, tuned: bool) -> None:
-    """A model of `size` bytes in bf16, of as many layers as that takes, in SHARDS files; or that model tuned."""
+    """Write a model of `size` bytes in bf16, in SHARDS files, with as many layers as that takes; or its tuned copy."""
     layer = {name: (WIDTH, WIDTH) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     layer |= {"gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER), "norm": (WIDTH,)}
-    of_layer = sum(Spec(torch.bfloat16, shape).nbytes for shape in layer.values())
-    layers = max(1, round((size - 4 * WORDS * WIDTH) / of_layer))
+    layer_bytes = sum(Spec(torch.bfloat16, shape).nbytes for shape in layer.values())
+    layers = max(1, round((size - 4 * WORDS * WIDTH) / layer_bytes))
     shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(layers) for name, shape in layer.items()}
     shapes["model.embed_tokens.weight"] = shapes["lm_head.weight"] = (WORDS + 1024 * tuned, WIDTH)
     specs = {name: Spec(torch.bfloat16, shape) for name, shape in shapes.items()}
     folder.mkdir()
     LlamaConfig(hidden_size=WIDTH, num_hidden_layers=layers, tie_word_embeddings=False).save_pretrained(folder)
-    drawn = 0.02 * torch.randn(2 * DRAWN, generator=torch.Generator().manual_seed(0))
-    with Writer(folder, plan(specs, -(-sum(spec.nbytes for spec in specs.values()) // SHARDS))) as writer:
+    pool = 0.02 * torch.randn(2 * POOL_SIZE, generator=torch.Generator().manual_seed(0))
+    with Writer(folder, plan_shards(specs, -(-sum(spec.nbytes for spec in specs.values()) // SHARDS))) as writer:
         for number, (name, spec) in enumerate(specs.items()):
-            for start in range(0, spec.numel, DRAWN):
-                count = min(DRAWN, spec.numel - start)
-                weights = drawn[number : number + count]
-                moved = MOVED * drawn[DRAWN - number : DRAWN - number + count]
-                writer.put(name, weights.bfloat16() + moved if tuned else weights, start)
+            for start in range(0, spec.numel, POOL_SIZE):
+                count = min(POOL_SIZE, spec.numel - start)
+                weights = pool[number : number + count]
+                change = CHANGE * pool[POOL_SIZE - number : POOL_SIZE - number + count]
+                writer.put(name, weights.bfloat16() + change if tuned else weights, start)
 
 
-def run(script, *argv: str) -> None:
+def run(script, *argv: object) -> None:
+    """Run a script of convert/ in this process, without its output."""
     before, sys.argv = sys.argv, ["convert", *map(str, argv)]
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w") as null, redirect_stdout(null):
         script.main()
     sys.argv = before
 
 
-def settle(folders: list[Path]) -> None:
-    """Read all files once, so that no side waits for the disk to read, and let it write what is to be written."""
+def warm_files(folders: list[Path]) -> None:
+    """Read all files once and flush writes, so that no side waits for the disk."""
     for file in (file for folder in folders for file in folder.iterdir()):
         with file.open("rb") as content:
             while content.read(2**24):
@@ -72,22 +73,22 @@ def settle(folders: list[Path]) -> None:
 
 
 def merge(base: Path, delta: Path, output: Path) -> tuple[float, float, float]:
-    """Seconds, those of the cores, and MB above what a process with its libraries has; for a process of its own."""
-    is_tied(delta)  # imports what reading a config needs
-    settle([base, delta])
+    """Merge in a process of its own; return seconds, CPU seconds and MB above the process with its libraries."""
+    is_tied(delta)  # imports the libraries that reading a config needs
+    warm_files([base, delta])
     with Peak(torch.device("cpu")) as peak:
         started, used = time.monotonic(), time.process_time()
-        where = ("--base-model-path", base, "--delta-path", delta, "--target-model-path", output)
-        run(merge_delta, *where)
+        paths = ("--base-model-path", base, "--delta-path", delta, "--target-model-path", output)
+        run(merge_delta, *paths)
         seconds, used = time.monotonic() - started, time.process_time() - used
     return seconds, used, peak.mb - peak.before
 
 
 def copy(folders: list[Path], output: Path) -> tuple[float, float]:
-    """Seconds, and those of the cores, that copying their files takes, one folder after another."""
+    """Copy the files of each folder in turn; return seconds and CPU seconds."""
     seconds = used = 0.0
     for folder in folders:
-        settle([folder])
+        warm_files([folder])
         seconds, used = seconds - time.monotonic(), used - time.process_time()
         shutil.copytree(folder, output, copy_function=shutil.copyfile)
         seconds, used = seconds + time.monotonic(), used + time.process_time()
@@ -95,7 +96,7 @@ def copy(folders: list[Path], output: Path) -> tuple[float, float]:
     return seconds, used
 
 
-def held(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in read_weights(folder).values())
 
 
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2, help="size of the base model, GB (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each side (default: %(default)s)")
-    parser.add_argument("--work", type=Path, help="where the files go (default: the system's temporary folder)")
+    parser.add_argument("--work", type=Path, help="folder for the files (default: the system's temporary folder)")
     args = one_line_errors(parser).parse_args()
     if args.gb <= 0 or args.repeats < 1:
         raise InputError("--gb should be above 0, --repeats 1 at least")
@@ -114,57 +115,60 @@ def main() -> None:
         write_model(base, int(args.gb * 1e9), tuned=False)
         write_model(target, int(args.gb * 1e9), tuned=True)
         started = time.monotonic()
-        where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", delta)
-        run(make_delta, *where)
-        made = time.monotonic() - started
-        moved = {"copy": 2 * (held(base) + held(delta)), "merge": held(base) + 2 * held(delta)}
+        paths = ("--base-model-path", base, "--target-model-path", target, "--delta-path", delta)
+        run(make_delta, *paths)
+        make_delta_seconds = time.monotonic() - started
+        transferred = {
+            "copy": 2 * (weight_bytes(base) + weight_bytes(delta)),
+            "merge": weight_bytes(base) + 2 * weight_bytes(delta),
+        }
         seconds: dict[str, list[float]] = {"copy": [], "merge": []}
-        of_cores: dict[str, list[float]] = {side: [] for side in seconds}
+        cpu_seconds: dict[str, list[float]] = {side: [] for side in seconds}
         peaks = []
         for number in range(args.repeats + 1):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                *took, peak = pool.submit(merge, base, delta, output).result()
-            rounds = {"merge": took, "copy": copy([base, delta], work / "copies")}
-            if number:  # the first is to warm up
+                *timing, peak = pool.submit(merge, base, delta, output).result()
+            rounds = {"merge": timing, "copy": copy([base, delta], work / "copies")}
+            if number:  # the first round is the warm-up
                 peaks.append(peak)
                 for side in seconds:
                     seconds[side].append(round(rounds[side][0], 2))
-                    of_cores[side].append(round(rounds[side][1], 2))
+                    cpu_seconds[side].append(round(rounds[side][1], 2))
             else:
-                check(target, output)
+                check_merged(target, output)
                 shards = [file.stat().st_size for file in target.glob("*.safetensors")]
                 shutil.rmtree(target)
             shutil.rmtree(output)
         corrections = sum(file.stat().st_size for file in delta.glob("corrections*"))
 
-    middle = {side: statistics.median(of) for side, of in seconds.items()}
-    speed = {side: moved[side] / 1e9 / middle[side] for side in moved}
+    medians = {side: statistics.median(times) for side, times in seconds.items()}
+    speed = {side: transferred[side] / 1e9 / medians[side] for side in transferred}
     figures = {
         "ratio_vs_copy": round(speed["merge"] / speed["copy"], 2),
         "peak_over_largest_shard": round(max(peaks) * 2**20 / max(shards), 3),
-        "gb_per_second": {side: round(of, 2) for side, of in speed.items()},
-        "gb_read_and_written": {side: round(of / 1e9, 2) for side, of in moved.items()},
+        "gb_per_second": {side: round(rate, 2) for side, rate in speed.items()},
+        "gb_read_and_written": {side: round(size / 1e9, 2) for side, size in transferred.items()},
         "seconds": seconds,
-        "seconds_of_the_cores": of_cores,
-        "make_delta_seconds": round(made, 1),
+        "seconds_of_the_cores": cpu_seconds,
+        "make_delta_seconds": round(make_delta_seconds, 1),
         "peak_mb": [round(peak, 1) for peak in peaks],
         "largest_shard_mb": round(max(shards) / 2**20, 1),
         "delta_mb": round(sum(shards) / 2**20),
         "corrections_mb": round(corrections / 2**20, 1),
     }
-    print(f"{'':6}{'seconds':>9}{'of cores':>9}{'GB/s':>7}")
-    for side, of in middle.items():
-        print(f"{side:6}{of:9.2f}{statistics.median(of_cores[side]):9.2f}{speed[side]:7.2f}")
+    print(f"{'':6}{'seconds':>9}{'CPU s':>9}{'GB/s':>7}")
+    for side, median in medians.items():
+        print(f"{side:6}{median:9.2f}{statistics.median(cpu_seconds[side]):9.2f}{speed[side]:7.2f}")
     print(f"merging is {figures['ratio_vs_copy']} times as fast as copying, a byte read and written")
     print(f"peak memory {max(peaks):.1f} MB, {figures['peak_over_largest_shard']} times the largest shard")
     print(f"written to {write_results('convert', torch.device('cpu'), figures)}")
 
 
-def check(target: Path, output: Path) -> None:
-    """InputError unless the files of weights are the same, byte by byte."""
+def check_merged(target: Path, output: Path) -> None:
+    """Raise InputError unless the weight files are the same byte by byte."""
     for file in sorted([*target.glob("*.safetensors"), target / INDEX]):
         if not filecmp.cmp(file, output / file.name, shallow=False):
-            raise InputError(f"{output / file.name}: is not what was to be merged, {file}")
+            raise InputError(f"{output / file.name}: differs from {file}")
 
 
 if __name__ == "__main__":

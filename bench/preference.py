@@ -1,4 +1,4 @@
-"""Methods that answer Yes or No: scoring beside the naive way, a CoRA step beside a LoRA step, and what each is worth.
+"""Benchmark Yes/No methods: scoring next to naive scoring, a CoRA step next to a LoRA step, and AUC of each method.
 
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
 python -m bench.preference --data_path ../shared/data --parts scoring step
@@ -21,12 +21,12 @@ import torch
 import transformers
 from datasets import Dataset
 
-from bench.common import last_figures, synchronise, write_results
+from bench.common import earlier_figures, synchronise, write_results
+from reclingua import Scorer
 from reclingua.datasets.collators import pad
 from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, read_prompts
 from reclingua.datasets.ratings import RatingsDataset, open_ratings
 from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
-from reclingua.inference.scorer import ask
 from reclingua.models.collaborative.mf import MF, MFConfig
 from reclingua.models.cora import CoRA, CoRAConfig
 from reclingua.models.language import load_model, load_tokenizer
@@ -34,11 +34,12 @@ from reclingua.models.lora import add_lora
 from reclingua.models.yes_no import YesNoConfig, YesNoModel
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import read_json
+from reclingua.utils.metadata import CheckpointMetadata
 
 PARTS = ("scoring", "step", "methods")
-HISTORY = 10  # titles, the papers'
-RANK, TARGETS = 16, ["q_proj", "k_proj", "v_proj", "o_proj"]  # CoRA's with MF
-# Name -> method, kind of collaborative model, AUC / UAUC published on this split with models of 7 billion parameters.
+HISTORY = 10  # titles, as in the papers
+RANK, TARGETS = 16, ["q_proj", "k_proj", "v_proj", "o_proj"]  # of CoRA with MF
+# Name -> method, collaborative model, published AUC / UAUC on this split with models of 7 billion parameters.
 METHODS = {
     "text only": ("tallrec", None, ".7097 / .6818"),
     "CoLLM-MF": ("collm", "mf", ".7295 / .6875"),
@@ -52,8 +53,10 @@ METHODS = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the others keep their last figures")
-    parser.add_argument("--data_path", default="../shared/data", help="of ml-1m (default: %(default)s)")
+    parser.add_argument(
+        "--parts", nargs="+", default=PARTS, choices=PARTS, help="parts to run; others keep their figures"
+    )
+    parser.add_argument("--data_path", default="../shared/data", help="folder of ml-1m (default: %(default)s)")
     parser.add_argument("--base_model", default="ckpt/base/SmolLM2-135M-Instruct", help="(default: %(default)s)")
     parser.add_argument("--rows", type=int, default=256, help="rows of test that are scored (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="rows of a batch (default: %(default)s)")
@@ -63,9 +66,9 @@ def parse_args() -> argparse.Namespace:
     methods.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="(default: %(default)s)")
     methods.add_argument("--names", nargs="+", default=list(METHODS), choices=METHODS, help="(default: all)")
     methods.add_argument(
-        "--work", type=Path, default=Path("ckpt/bench-preference"), help="what is there is not redone"
+        "--work", type=Path, default=Path("ckpt/bench-preference"), help="folder for models; finished ones are reused"
     )
-    methods.add_argument("--tune_flags", default="", help="more flags for finetune.py; a preset is given anyway")
+    methods.add_argument("--tune_flags", default="", help="more flags for finetune.py, besides the preset")
     methods.add_argument("--test_flags", default="", help="more flags for test.py")
     return one_line_errors(parser).parse_args()
 
@@ -77,7 +80,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = open_ratings(args.data_path, "ml-1m")
-    figures = last_figures("preference", device)
+    figures = earlier_figures("preference", device)
     if "scoring" in args.parts:
         figures |= time_scoring(args, dataset, device)
     if "step" in args.parts:
@@ -87,81 +90,83 @@ def main() -> None:
     print(f"\n{write_results('preference', device, figures)}")
 
 
-def questions_of(rows: Dataset, dataset: RatingsDataset, tokenizer) -> YesNoDataset:
+def build_samples(rows: Dataset, dataset: RatingsDataset, tokenizer) -> YesNoDataset:
     titles = {int(item): about["title"] for item, about in dataset.items.items()}
     templates = read_prompts(YES_NO_PROMPT_FILE, {"text": YES_NO_FIELDS["text"]})["text"]
     return YesNoDataset(rows, titles, tokenizer, templates[:1], HISTORY, ", ", 8192)
 
 
-# ---- Scoring: one beginning for many rows, one logit, beside padded batches with all logits ----
+# ---- Scoring: shared prefixes and one logit per row, next to padded batches with all logits ----
 
 
 def time_scoring(args: argparse.Namespace, dataset: RatingsDataset, device: torch.device) -> dict:
     tokenizer = load_tokenizer(args.base_model)
-    questions = questions_of(dataset.parts["test"].take(args.rows), dataset, tokenizer)
+    samples = build_samples(dataset.parts["test"].take(args.rows), dataset, tokenizer)
     language = load_model(args.base_model).requires_grad_(False)
     add_lora(language, 8, 16, 0.05, ["q_proj", "v_proj"])
-    yes = questions.answer.yes
+    yes = samples.answer.yes
     model = YesNoModel(YesNoConfig(answer=yes, trained=[], saved=[]), language).eval().to(device)
+    scorer = Scorer(model, dataset, CheckpointMetadata("tallrec", dataset.name, prompts={"text": []}), tokenizer)
 
     @torch.no_grad()
-    def naive(questions: YesNoDataset) -> np.ndarray:
+    def naive(samples: YesNoDataset) -> np.ndarray:
         scores = []
-        for start in range(0, len(questions), args.batch_size):
-            ids = [questions[i]["input_ids"] for i in range(start, min(start + args.batch_size, len(questions)))]
+        for start in range(0, len(samples), args.batch_size):
+            ids = [samples[i]["input_ids"] for i in range(start, min(start + args.batch_size, len(samples)))]
             batch = {
                 "input_ids": pad(ids, tokenizer.pad_token_id, left=True).to(device),
-                "attention_mask": pad([[1] * len(each) for each in ids], 0, left=True).to(device),
+                "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True).to(device),
             }
             scores.append(language(**batch, use_cache=False).logits[:, -1, yes].float().cpu())
         return torch.cat(scores).numpy()
 
     sides = {
         "padded to the longest, all logits": naive,
-        "ours": lambda questions: ask(model, questions, args.batch_size, show_progress=False),
+        "ours": lambda samples: scorer.score_samples(samples, args.batch_size),
     }
     for score in sides.values():
-        score(questions_of(dataset.parts["test"].take(8), dataset, tokenizer))  # before the clock: threads start
+        score(build_samples(dataset.parts["test"].take(8), dataset, tokenizer))  # warm-up: threads start
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     scores = {}
     for _ in range(args.repeats):
         for side, score in sides.items():
-            seconds[side].append(timed(lambda score=score, side=side: scores.update({side: score(questions)}), device))
-    middle = {side: statistics.median(times) for side, times in seconds.items()}
+            seconds[side].append(
+                time_call(lambda score=score, side=side: scores.update({side: score(samples)}), device)
+            )
+    medians = {side: statistics.median(times) for side, times in seconds.items()}
     first, ours = sides
-    print(f"\nscoring {args.rows} rows, {questions.lengths().mean():.0f} tokens each, batches of {args.batch_size}")
-    for side, time_taken in middle.items():
-        apart = np.abs(scores[side] - scores[first]).max()
+    print(f"\nscoring {args.rows} rows, {samples.lengths().mean():.0f} tokens each, batches of {args.batch_size}")
+    for side, median in medians.items():
+        difference = np.abs(scores[side] - scores[first]).max()
         print(
-            f"{side:<36}{args.rows / time_taken:>8.2f} rows/s{middle[first] / time_taken:>8.2f} x   {apart:.0e} apart"
+            f"{side:<36}{args.rows / median:>8.2f} rows/s{medians[first] / median:>8.2f} x   "
+            f"difference {difference:.0e}"
         )
     return {
-        "ratio_vs_naive": middle[first] / middle[ours],
+        "ratio_vs_naive": medians[first] / medians[ours],
         "scoring": {
             "rows": args.rows,
             "batch_size": args.batch_size,
-            "tokens": float(questions.lengths().mean()),
+            "tokens": float(samples.lengths().mean()),
             "seconds": seconds,
             "largest_difference": float(np.abs(scores[ours] - scores[first]).max()),
         },
     }
 
 
-# ---- A training step of CoRA beside one of LoRA ----
+# ---- Training: a step of CoRA next to one of LoRA ----
 
 
 def time_steps(args: argparse.Namespace, dataset: RatingsDataset, device: torch.device) -> dict:
     tokenizer = load_tokenizer(args.base_model)
     rows = dataset.parts["train"].shuffle(seed=1).take(args.batch_size * args.steps)
-    questions = questions_of(rows, dataset, tokenizer)
+    samples = build_samples(rows, dataset, tokenizer)
     collate = YesNoCollator(tokenizer)
-    batches = [
-        collate([questions[i + j] for j in range(args.batch_size)]) for i in range(0, len(rows), args.batch_size)
-    ]
+    batches = [collate([samples[i + j] for j in range(args.batch_size)]) for i in range(0, len(rows), args.batch_size)]
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     for batch in batches:
         del batch["lengths"]
-    shared = {"answer": questions.answer.yes, "saved": [], "load_in_4bit": False}
+    shared = {"answer": samples.answer.yes, "saved": [], "load_in_4bit": False}
 
     def build(kind: str) -> tuple[YesNoModel, torch.optim.Optimizer]:
         language = load_model(args.base_model).requires_grad_(False)
@@ -170,8 +175,8 @@ def time_steps(args: argparse.Namespace, dataset: RatingsDataset, device: torch.
             model = YesNoModel(YesNoConfig(**shared, trained=["lora"]), language)
         else:
             cf_model = MF(MFConfig(num_users=dataset.num_users, num_items=dataset.num_items)).eval()
-            own = {"r": RANK, "alpha": 2 * RANK, "targets": TARGETS, "cf_config": cf_model.config.to_dict()}
-            model = CoRA(CoRAConfig(**shared, **own, trained=["projector"]), language, cf_model)
+            cora = {"r": RANK, "alpha": 2 * RANK, "targets": TARGETS, "cf_config": cf_model.config.to_dict()}
+            model = CoRA(CoRAConfig(**shared, **cora, trained=["projector"]), language, cf_model)
         model.train().to(device)
         return model, torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4)
 
@@ -187,16 +192,16 @@ def time_steps(args: argparse.Namespace, dataset: RatingsDataset, device: torch.
     seconds: dict[str, list[float]] = {kind: [] for kind in sides}
     for _ in range(args.repeats):
         for kind, side in sides.items():
-            seconds[kind].append(timed(lambda side=side: step(*side), device) / len(batches))
-    middle = {kind: statistics.median(times) for kind, times in seconds.items()}
+            seconds[kind].append(time_call(lambda side=side: step(*side), device) / len(batches))
+    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
     print(f"\na training step of {args.batch_size} rows, rank {RANK}, {', '.join(TARGETS)}")
     for kind, (model, _) in sides.items():
         trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
-        print(f"{kind:<8}{middle[kind]:>8.3f} s{middle[kind] / middle['LoRA']:>8.2f} times   {trained:,} trained")
-    return {"cora_step_ratio": middle["CoRA"] / middle["LoRA"], "step_seconds": seconds}
+        print(f"{kind:<8}{medians[kind]:>8.3f} s{medians[kind] / medians['LoRA']:>8.2f} times   {trained:,} trained")
+    return {"cora_step_ratio": medians["CoRA"] / medians["LoRA"], "step_seconds": seconds}
 
 
-def timed(work, device: torch.device) -> float:
+def time_call(work, device: torch.device) -> float:
     synchronise(device)
     began = time.perf_counter()
     work()
@@ -204,18 +209,18 @@ def timed(work, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-# ---- What the methods are worth: stage by stage, as a user would run them ----
+# ---- Quality of the methods: stage by stage, as a user would run them ----
 
 
 def compare_methods(args: argparse.Namespace) -> dict[str, dict]:
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for name in args.names:
         by_seed = [run_method(args, name, seed) for seed in args.seeds]
-        found[name] = {
-            "auc": [each["test"]["auc"] for each in by_seed],
-            "uauc": [each["test"]["uauc"] for each in by_seed],
-            "warm": [[each["warm"][key] for key in ("auc", "uauc")] for each in by_seed],
-            "cold": [[each["cold"][key] for key in ("auc", "uauc")] for each in by_seed],
+        results[name] = {
+            "auc": [run["test"]["auc"] for run in by_seed],
+            "uauc": [run["test"]["uauc"] for run in by_seed],
+            "warm": [[run["warm"][key] for key in ("auc", "uauc")] for run in by_seed],
+            "cold": [[run["cold"][key] for key in ("auc", "uauc")] for run in by_seed],
             "seeds": args.seeds,
             "samples": by_seed[0]["test"]["samples"],
             "users_counted": by_seed[0]["test"]["users_counted"],
@@ -223,15 +228,15 @@ def compare_methods(args: argparse.Namespace) -> dict[str, dict]:
             "test_flags": args.test_flags,
         }
     print(f"\n{'':<16}{'AUC':>8}{'UAUC':>8}   by seed                           published, 7B")
-    for name, each in found.items():
-        means = "".join(f"{statistics.mean(each[key]):>8.4f}" for key in ("auc", "uauc"))
-        seeds = "  ".join(f"{a:.4f}/{u:.4f}" for a, u in zip(each["auc"], each["uauc"], strict=True))
+    for name, result in results.items():
+        means = "".join(f"{statistics.mean(result[key]):>8.4f}" for key in ("auc", "uauc"))
+        seeds = "  ".join(f"{a:.4f}/{u:.4f}" for a, u in zip(result["auc"], result["uauc"], strict=True))
         print(f"{name:<16}{means}   {seeds:<34}{METHODS[name][2]}")
-    return found
+    return results
 
 
 def run_method(args: argparse.Namespace, name: str, seed: int) -> dict:
-    """Results of test.py for one method and seed, trained and measured now unless they are in `--work`."""
+    """Return the results of test.py for a method and seed; train and test it unless they are in `--work`."""
     method, kind, _ = METHODS[name]
     work = args.work / f"seed-{seed}"
     data = ["--dataset", "ml-1m", "--data_path", args.data_path]
@@ -246,10 +251,10 @@ def run_method(args: argparse.Namespace, name: str, seed: int) -> dict:
             run("pretrain.py", "--model", kind, *data, "--seed", seed, "--output_dir", cf_model,
                 "--results_file", work / f"{kind}.json")  # fmt: skip
         start = ["--init_from", work / "tallrec", "--cf_model", cf_model]
-    config = f"config/{method}{f'-{kind}' if method in ('collm', 'cora') else ''}.yaml"
+    rank = ["--lora_r", 64, "--lora_alpha", 128] if method == "cora" and kind != "mf" else []  # the preset is for MF
     if not (stage / "run.json").exists():
-        run("finetune.py", "--config", config, *data, *start, "--output_dir", stage, "--seed", seed,
-            "--resume_from_checkpoint", "auto", *args.tune_flags.split())  # fmt: skip
+        run("finetune.py", "--config", f"config/{method}.yaml", *rank, *data, *start, "--output_dir", stage,
+            "--seed", seed, "--resume_from_checkpoint", "auto", *args.tune_flags.split())  # fmt: skip
     run("test.py", "--ckpt_path", stage, *data, "--results_file", results, *args.test_flags.split())
     return read_json(results, "results of test.py")
 
@@ -258,7 +263,7 @@ def run(*command) -> None:
     command = [str(word) for word in command]
     print(f"\n$ python {' '.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command]).returncode:
-        raise InputError(f"{command[0]} stopped; see above")
+        raise InputError(f"{command[0]} failed, see above")
 
 
 if __name__ == "__main__":

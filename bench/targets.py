@@ -1,10 +1,10 @@
-"""Quality at equal wall time: one sample per prefix of a history (`next`, LC-Rec's) against whole histories.
+"""Benchmark quality at equal wall time: one sample per prefix of a history (LC-Rec's) against whole histories.
 
 bash run.sh Industrial --data_path ../shared/data       # or its stages up to `index`
-python -m bench.supervise --data_path ../shared/data --dataset Industrial --seconds 240 --seeds 1 2 3
+python -m bench.targets --data_path ../shared/data --dataset Industrial --seconds 240 --seeds 1 2 3
 
-Both run at the same time, each on half of the cores, so that they get the same machine. A short run of each tells how
-many updates fit into the time given. Learning rate, dropout and tokens per batch are the preset's for both.
+Both sides run at the same time, each on half of the cores, so that they share the load of the machine. A short run of
+each finds how many updates fit into the time. Learning rate, dropout and tokens per batch are those of the preset.
 """
 
 import argparse
@@ -30,10 +30,12 @@ METRICS = ("hit@10", "ndcg@10")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, default=Path("../shared/data"), help="(default: %(default)s)")
-    parser.add_argument("--dataset", default="Industrial", help="with item texts (default: %(default)s)")
-    parser.add_argument("--index_file", type=Path, help="(default: data/<dataset>/<dataset>.index.json, run.sh's)")
+    parser.add_argument("--dataset", default="Industrial", help="dataset with item texts (default: %(default)s)")
+    parser.add_argument(
+        "--index_file", type=Path, help="(default: data/<dataset>/<dataset>.index.json, made by run.sh)"
+    )
     parser.add_argument("--config", help="preset (default: config/lcrec-<dataset>-cpu.yaml)")
-    parser.add_argument("--seconds", type=float, default=240, help="of training for each run (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=240, help="training seconds per run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: %(default)s)")
     return one_line_errors(parser).parse_args()
 
@@ -46,62 +48,64 @@ def main() -> None:
     index = ("--index_file", args.index_file or Path("data") / args.dataset / f"{args.dataset}.index.json")
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        paired_chunks(["-m", "models.scratch", *data, "--output_dir", base])
+        run_side_by_side(["-m", "convert.scratch", *data, "--output_dir", base])
 
         def tune(name: str, updates: dict[str, int], seed: int, evaluations: int) -> dict[str, dict]:
-            """run.json of both ways, tuned at the same time."""
+            """Tune with both targets at the same time; return run.json of each."""
             same = ("finetune.py", "--config", config, *data, *index, "--base_model", base, "--seed", seed)
             same += ("--save_and_eval_strategy", "steps" if evaluations else "no")
-            outputs = {way: Path(folder) / f"{name}-{way}" for way in TARGETS}
-            paired_chunks(
+            outputs = {target: Path(folder) / f"{name}-{target}" for target in TARGETS}
+            run_side_by_side(
                 *(
-                    [*same, "--supervise", way, "--output_dir", outputs[way], "--max_steps", updates[way]]
-                    + ["--save_steps", updates[way] // max(1, evaluations)]
-                    for way in TARGETS
+                    [*same, "--targets", target, "--output_dir", outputs[target], "--max_steps", updates[target]]
+                    + ["--save_steps", updates[target] // max(1, evaluations)]
+                    for target in TARGETS
                 )
             )
-            return {way: json.loads((output / "run.json").read_text()) for way, output in outputs.items()}
+            return {target: json.loads((output / "run.json").read_text()) for target, output in outputs.items()}
 
-        def fitting(trial: dict[str, dict], updates: dict[str, int], seconds: float) -> dict[str, int]:
-            """Updates for that time at the speed of a trial, a multiple of six, as of six checkpoints one is kept."""
+        def updates_in(trial: dict[str, dict], updates: dict[str, int], seconds: float) -> dict[str, int]:
+            """Return the updates that fit into `seconds` at the speed of the trial, a multiple of six checkpoints."""
             return {
-                way: max(6, 6 * round(updates[way] * seconds / run["throughput"]["seconds"] / 6))
-                for way, run in trial.items()
+                target: max(6, 6 * round(updates[target] * seconds / run["throughput"]["seconds"] / 6))
+                for target, run in trial.items()
             }
 
         updates = dict.fromkeys(TARGETS, 60)
-        updates = fitting(tune("first", updates, 0, evaluations=0), updates, 20)
-        # Once more, now that both end at about the same time: alone on the machine either is faster.
-        updates = fitting(tune("second", updates, 0, evaluations=0), updates, args.seconds)
-        runs: dict[str, list[dict]] = {way: [] for way in TARGETS}
+        updates = updates_in(tune("first", updates, 0, evaluations=0), updates, 20)
+        # A second trial, in which both end at about the same time: a side alone on the machine is faster.
+        updates = updates_in(tune("second", updates, 0, evaluations=0), updates, args.seconds)
+        runs: dict[str, list[dict]] = {target: [] for target in TARGETS}
         for seed in args.seeds:
             tuned = tune(f"seed{seed}", updates, seed, evaluations=6)
-            results = {way: Path(folder) / f"seed{seed}-{way}.json" for way in TARGETS}
+            results = {target: Path(folder) / f"seed{seed}-{target}.json" for target in TARGETS}
             same = ("test.py", *data, *index, "--num_beams", 20, "--exclude_seen", "--metrics", ",".join(METRICS))
-            paired_chunks(
+            run_side_by_side(
                 *(
-                    [*same, "--ckpt_path", Path(folder) / f"seed{seed}-{way}", "--results_file", results[way]]
-                    for way in TARGETS
+                    [*same, "--ckpt_path", Path(folder) / f"seed{seed}-{target}", "--results_file", results[target]]
+                    for target in TARGETS
                 )
             )
-            for way, run in tuned.items():
-                found = json.loads(results[way].read_text())["mean_results"]
-                runs[way].append({"seed": seed, "updates": updates[way], **run["throughput"], **found})
-                said = "   ".join(f"{metric} {found[metric]:.4f}" for metric in METRICS)
-                print(f"seed {seed}   {way:<8}{run['throughput']['seconds']:>6.0f} s   {said}", flush=True)
-    summary = {way: {name: spread([run[name] for run in rows]) for name in METRICS} for way, rows in runs.items()}
-    for way, metrics in summary.items():
-        said = (f"{name} {s['mean']:.4f} ({s['low']:.4f} to {s['high']:.4f})" for name, s in metrics.items())
-        print(f"{way:<8}", "   ".join(said))
+            for target, run in tuned.items():
+                metrics = json.loads(results[target].read_text())["mean_results"]
+                runs[target].append({"seed": seed, "updates": updates[target], **run["throughput"], **metrics})
+                text = "   ".join(f"{metric} {metrics[metric]:.4f}" for metric in METRICS)
+                print(f"seed {seed}   {target:<8}{run['throughput']['seconds']:>6.0f} s   {text}", flush=True)
+    summary = {
+        target: {name: spread([run[name] for run in rows]) for name in METRICS} for target, rows in runs.items()
+    }
+    for target, spreads in summary.items():
+        texts = (f"{name} {s['mean']:.4f} ({s['low']:.4f} to {s['high']:.4f})" for name, s in spreads.items())
+        print(f"{target:<8}", "   ".join(texts))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(write_results("supervise", device, {"arguments": vars(args), "summary": summary, "runs": runs}))
+    print(write_results("targets", device, {"arguments": vars(args), "summary": summary, "runs": runs}))
 
 
-def paired_chunks(*commands: list) -> None:
-    """Run Python commands at the same time, each on its own share of the cores, to their end."""
+def run_side_by_side(*commands: list) -> None:
+    """Run Python commands at the same time, each on its own share of the cores; InputError if one fails."""
     cores, processes = sorted(os.sched_getaffinity(0)), []
-    for at, command in enumerate(commands):
-        share = cores[at :: len(commands)] or cores
+    for number, command in enumerate(commands):
+        share = cores[number :: len(commands)] or cores
         processes.append(
             subprocess.Popen(
                 [sys.executable, *map(str, command)],

@@ -1,7 +1,7 @@
-"""Time training beside LC-Rec's way (random batches, pad to longest, full logits, plain Trainer), step by step.
+"""Benchmark training next to LC-Rec's (random batches, padding to the longest, all logits, plain Trainer).
 
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
-python -m bench.train --data_path ../shared/data --ml_100k data     # data/ml-100k with an index, as run.sh leaves it
+python -m bench.train --data_path ../shared/data --ml_100k data     # data/ml-100k as run.sh makes it
 python -m bench.train --data_path ../shared/data --ml_100k data --bf16 --updates 60 --batch_size 32
 """
 
@@ -19,7 +19,7 @@ import transformers
 from bench.common import Peak, remove_duplicates, write_results
 from reclingua.datasets.collators import IGNORE, CausalLMCollator
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.datasets.tasks import seqrec_task, train_samples
@@ -32,7 +32,7 @@ from reclingua.training.trainer import RecTrainer
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 MAX_HIS_LEN = 20  # LC-Rec's
-# Each side has what the one before it has, except that packing stands instead of batches by length.
+# Each side adds to the one before it, except that packing replaces batches by length.
 SIDES = {
     "LC-Rec's way": {"plain": True},
     "+ output head where labels are": {},
@@ -41,20 +41,24 @@ SIDES = {
     "packing, by tokens": {"by_tokens": True, "packing": True},
     "whole histories, by tokens": {"order": "group_by_length", "by_tokens": True, "targets": "all"},
 }
+DEFAULTS = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "targets": "last"}
 OURS, HISTORY = "+ batches by tokens", "whole histories, by tokens"
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data_path", type=Path, default=Path("../shared/data"), help="of Instruments (default: %(default)s)"
+        "--data_path",
+        type=Path,
+        default=Path("../shared/data"),
+        help="folder of Instruments (default: %(default)s)",
     )
-    parser.add_argument("--ml_100k", type=Path, default=Path("data"), help="of ml-100k (default: %(default)s)")
+    parser.add_argument("--ml_100k", type=Path, default=Path("data"), help="folder of ml-100k (default: %(default)s)")
     parser.add_argument("--base_model", default="ckpt/base/SmolLM2-135M-Instruct", help="(default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=8, help="of each side (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=8, help="updates of each side (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="samples per update (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="for a GPU; what there is is used")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (a GPU is used if there is one)")
     return one_line_errors(parser).parse_args()
 
 
@@ -62,19 +66,19 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if not (args.ml_100k / "ml-100k" / "ml-100k.index.json").exists():
-        raise InputError(f"{args.ml_100k}/ml-100k: has no index; make one with bash run.sh, or name its folder")
+        raise InputError(f"{args.ml_100k}/ml-100k: has no index; make one by bash run.sh, or name its folder")
     timings: dict[str, dict[str, list[dict]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        print(f"Instruments: {remove_duplicates(args.data_path, 'Instruments', Path(folder))} twin items left out")
+        print(f"Instruments: {remove_duplicates(args.data_path, 'Instruments', Path(folder))} duplicate items removed")
         for name, path in (("Instruments", folder), ("ml-100k", args.ml_100k)):
             timings[name] = {side: [] for side in SIDES}
             for _ in range(args.repeats):
                 for side in SIDES:
-                    # A process for each: what one side leaves in memory is not the other's.
+                    # A process for each side, so that none inherits memory of another.
                     with multiprocessing.get_context("spawn").Pool(1) as pool:
-                        timings[name][side].append(pool.apply(measure, (args, name, str(path), side)))
-            table(name, timings[name])
-    figures = {name: ratios(by_side) for name, by_side in timings.items()}
+                        timings[name][side].append(pool.apply(train_side, (args, name, str(path), side)))
+            print_table(name, timings[name])
+    figures: dict = {name: ratios(by_side) for name, by_side in timings.items()}
     instruments, ml = figures["Instruments"], figures["ml-100k"]
     figures |= {
         "ratio_next": instruments[OURS]["targets_per_s_ratio"],
@@ -88,41 +92,51 @@ def main() -> None:
     print(f"\n{write_results('train', device, {'arguments': vars(args), **figures, 'timings': timings})}")
 
 
-def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> dict[str, float]:
-    """One side's training on the same samples: the items and labelled tokens (targets) of a second, and memory, MB,
-    above that of weights, gradients and optimizer state."""
-    how = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "targets": "last"} | SIDES[side]
+def train_side(args: argparse.Namespace, name: str, data_path: str, side: str) -> dict[str, float]:
+    """Train one side on the same samples; return items, targets (labelled tokens) and tokens per second, and memory.
+
+    Memory, MB, is that above weights, gradients and optimizer state.
+    """
+    settings: dict = {
+        "plain": False,
+        "order": "random",
+        "by_tokens": False,
+        "packing": False,
+        "targets": "last",
+    } | SIDES[side]
     silence_third_party()
-    dataset = open_dataset(data_path, name, ["index"])
+    dataset = open_interactions(data_path, name, ["index"])
     tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model)
     extend_vocabulary(model, tokenizer, dataset.index)
     model.config.use_cache = False
     codes = index_token_ids(tokenizer, dataset.index)
     count = args.updates * args.batch_size
-    samples = train_samples(dataset, seqrec_task(how["supervise"]), MAX_HIS_LEN, count=count, seed=1)
+    samples = train_samples(dataset, seqrec_task(settings["targets"]), MAX_HIS_LEN, count=count, seed=1)
     index_tokens = {token for ids in codes.values() for token in ids}
     instructions = InstructionDataset(
         samples, dataset, tokenizer, read_prompts(LCREC_PROMPT_FILE), index_tokens, MAX_HIS_LEN, ", "
     )
     lengths, tokens = instructions.lengths(longest=True), 0
-    if how["by_tokens"]:  # as many as make the same number of updates
-        limits = range(2 * max(lengths) if how["packing"] else max(lengths), int(sum(lengths)) + 2 * max(lengths), 8)
+    if settings["by_tokens"]:  # the fewest tokens that make the same number of updates
+        limits = range(
+            2 * max(lengths) if settings["packing"] else max(lengths), int(sum(lengths)) + 2 * max(lengths), 8
+        )
         tokens = next(
             n
             for n in limits
-            if len(LengthGroupedBatchSampler(lengths, 1, n, how["packing"], how["order"])) <= args.updates
+            if len(LengthGroupedBatchSampler(lengths, 1, n, settings["packing"], settings["order"])) <= args.updates
         )
     batches = LengthGroupedBatchSampler(
-        lengths, args.batch_size, tokens, how["packing"], how["order"], epoch_lengths=instructions.lengths
+        lengths, args.batch_size, tokens, settings["packing"], settings["order"], epoch_lengths=instructions.lengths
     )
     rows = [instructions[i] for i in range(count)]
     targets = sum(label != IGNORE for row in rows for label in row["labels"][1:])
     depth = len(next(iter(codes.values())))
-    items = count if how["targets"] == "last" else targets / depth
+    items = count if settings["targets"] == "last" else targets / depth
 
-    collator = CausalLMCollator(tokenizer, how["packing"])
+    collator = CausalLMCollator(tokenizer, settings["packing"])
     with tempfile.TemporaryDirectory() as output:
-        shared = {
+        shared: dict = {
             "model": model,
             "args": TuningArguments(
                 output_dir=output,
@@ -136,20 +150,25 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
             "train_dataset": instructions,
             "processing_class": tokenizer,
         }
-        if how["plain"]:
+        if settings["plain"]:
             shared["args"].train_sampling_strategy = "random"
-            without_lengths = lambda rows: {k: v for k, v in collator(rows).items() if k != "lengths"}  # noqa: E731
-            trainer = transformers.Trainer(**shared, data_collator=without_lengths)
+            drop_lengths = lambda rows: {k: v for k, v in collator(rows).items() if k != "lengths"}  # noqa: E731
+            trainer = transformers.Trainer(**shared, data_collator=drop_lengths)
             trainer.pop_callback(transformers.PrinterCallback)
             throughput = Throughput(model, trainer.args.device)
             trainer.add_callback(ThroughputCallback(throughput))
         else:
-            ours = {"batches": batches, "max_logits_mb": shared["args"].max_logits_mb, "measure": None, "record": {}}
-            trainer = RecTrainer(**shared, **ours, data_collator=collator)
+            own = {
+                "batches": batches,
+                "max_logits_mb": shared["args"].max_logits_mb,
+                "compute_valid_metrics": None,
+                "metadata": None,
+            }
+            trainer = RecTrainer(**shared, **own, data_collator=collator)
             throughput = trainer.throughput
         device = next(model.parameters()).device
-        small = {k: v.to(device) for k, v in CausalLMCollator(tokenizer)(rows[:1]).items() if k != "lengths"}
-        model(**small).loss.backward()  # before the clock: libraries load, threads start, Adam makes its state
+        first_row = {k: v.to(device) for k, v in CausalLMCollator(tokenizer)(rows[:1]).items() if k != "lengths"}
+        model(**first_row).loss.backward()  # warm-up: libraries load, threads start, Adam makes its state
         trainer.create_optimizer().step()
         model.zero_grad()
         with Peak(device) as peak:
@@ -164,9 +183,9 @@ def measure(args: argparse.Namespace, name: str, data_path: str, side: str) -> d
         "updates": trainer.state.global_step,
         "max_tokens_per_batch": tokens,
     }
-    if not how["plain"]:
-        ours = throughput.figures(trainer.accelerator)
-        figures |= {key: ours[key] for key in ("padding", "tflops", "mfu") if key in ours}
+    if not settings["plain"]:
+        rates = throughput.figures(trainer.accelerator)
+        figures |= {key: rates[key] for key in ("padding", "tflops", "mfu") if key in rates}
     return figures
 
 
@@ -175,20 +194,20 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def ratios(timings: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    """Each side's medians over those of the first."""
+    """Return the medians of each side relative to those of the first."""
     first, *_ = map(medians, timings.values())
     keys = ("items_per_s", "targets_per_s", "memory_mb")
     return {side: {f"{key}_ratio": medians(runs)[key] / first[key] for key in keys} for side, runs in timings.items()}
 
 
-def table(name: str, timings: dict[str, list[dict]]) -> None:
+def print_table(name: str, timings: dict[str, list[dict]]) -> None:
     print(f"\n{name:<34}{'items/s':>9}{'targets/s':>11}{'tokens/s':>10}{'memory MB':>11}{'times items/s':>15}")
     for (side, runs), ratio in zip(timings.items(), ratios(timings).values(), strict=True):
-        middle = medians(runs)
+        row = medians(runs)
         print(
-            f"{side:<34}{middle['items_per_s']:>9.2f}{middle['targets_per_s']:>11.1f}{middle['tokens_per_s']:>10.0f}"
-            f"{middle['memory_mb']:>11,.0f}{ratio['items_per_s_ratio']:>15.2f}"
-            + (f"   {middle['mfu']:.1%} of peak" if "mfu" in middle else "")
+            f"{side:<34}{row['items_per_s']:>9.2f}{row['targets_per_s']:>11.1f}{row['tokens_per_s']:>10.0f}"
+            f"{row['memory_mb']:>11,.0f}{ratio['items_per_s_ratio']:>15.2f}"
+            + (f"   MFU {row['mfu']:.1%}" if "mfu" in row else "")
         )
 
 

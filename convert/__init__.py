@@ -1,1 +1,1 @@
-"""Weights on their way to others: exact deltas, merges, model cards. Stands apart: nothing else imports it."""
+"""Conversion of weights: exact deltas, merges, base models, model cards. The library never imports it."""

@@ -1,8 +1,8 @@
-"""What a delta is: the difference of each tensor to a base model, and what is needed to undo it to the last bit.
+"""Format of deltas: the differences of a fine-tuned model to its base model, and exact corrections.
 
-A delta folder looks like the tuned model's, and plain addition to the base gives that model up to rounding, as with
-LC-Rec's deltas. Beside it, `delta.json` says which base it belongs to, and `corrections*.safetensors` hold the
-elements that addition does not bring back.
+A delta folder has the files of the fine-tuned model; adding its tensors to the base model restores that model up to
+rounding, as with LC-Rec's deltas. In addition, `delta.json` names the base model, and `corrections*.safetensors`
+contain the elements that addition does not restore bit by bit.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,26 @@ from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
 DELTA, FORMAT = "delta.json", 1
-CORRECTIONS = "corrections"  # what the names of files with them begin with
+CORRECTIONS = "corrections"  # prefix of file names
 HEAD = "lm_head.weight"
-SUBTRACTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # to compare, where NaN is not NaN and -0 is 0
+SUBTRACTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGER_DTYPES = {
+    8: torch.int64,
+    4: torch.int32,
+    2: torch.int16,
+}  # bytes of an element -> dtype, for bitwise comparison
 
 
 @dataclass
 class Entry:
-    """How a tensor is stored.
+    """Entry of `delta.json`: how a tensor is stored.
 
     Args:
         stored: "difference" or "whole".
-        why: it is stored whole.
-        corrected: elements of a difference that `corrections*.safetensors` has; all of them where it has the tensor.
-        base_xxh3: of the base's tensor, or None where the base has none.
+        why: reason for storing it whole.
+        corrected: number of elements of a difference in `corrections*.safetensors`; all of them if the file contains
+            the whole tensor.
+        base_xxh3: checksum of the tensor in the base model; None if the base model has none.
     """
 
     stored: str
@@ -40,7 +45,7 @@ class Entry:
 
 
 def read_model(folder: Path, tied: bool) -> dict[str, StoredTensor]:
-    """The weights of a folder, less what a model makes itself: a head that is tied, frequencies of old checkpoints."""
+    """Read the weights of a folder, except tensors that the model computes: a tied head, rotary frequencies."""
     weights = read_weights(folder)
     return {
         name: tensor
@@ -49,57 +54,55 @@ def read_model(folder: Path, tied: bool) -> dict[str, StoredTensor]:
     }
 
 
-def entries(
-    base: Path, other: Path, wanted: str | None = None
+def pair_tensors(
+    base: Path, other: Path, base_name: str | None = None
 ) -> tuple[dict[str, Entry], dict[str, tuple[StoredTensor | None, StoredTensor]]]:
-    """How each tensor of `other`, a tuned model or a delta, is stored, and the tensors of both.
+    """Pair the tensors of a base model and of `other`, a fine-tuned model or a delta.
 
-    Of another shape may be what has a row for each token, as LC-Rec has it: it grows when a vocabulary does.
+    The first dimension can differ: tensors with a row per token grow with the vocabulary, as in LC-Rec.
 
     Args:
-        wanted: name of the base that `other` is a delta to, if known.
+        base_name: name of the base model of the delta `other`, if known.
+
+    Returns:
+        (name -> how the tensor is stored, name -> tensors of (base or None, other)).
 
     Raises:
-        InputError: naming the tensor that shows that these are not of one architecture.
+        InputError: the architectures differ; it names the tensor.
     """
-    apart = "they are of different architectures" + (f"; the delta is one to {wanted!r}" if wanted else "")
+    advice = "they are of different architectures" + (f"; the base of the delta is {base_name!r}" if base_name else "")
     tied = is_tied(other)
-    bases, others = read_model(base, tied), read_model(other, tied)
-    if lacking := next((name for name in bases if name not in others and name != HEAD), None):
-        raise InputError(f"{other}: has no tensor {lacking!r}, which {base} has; {apart}")
-    found = {}
-    for name, tensor in others.items():
-        under = bases.get(name)
-        if under is None:
+    base_tensors, tensors = read_model(base, tied), read_model(other, tied)
+    if missing := next((name for name in base_tensors if name not in tensors and name != HEAD), None):
+        raise InputError(f"{other}: has no tensor {missing!r}, which {base} has; {advice}")
+    entries = {}
+    for name, tensor in tensors.items():
+        base_tensor = base_tensors.get(name)
+        if base_tensor is None:
             if name != HEAD:
-                raise InputError(
-                    f"{base}: has no tensor {name!r}, which {other} has; they are of different architectures"
-                )
-            found[name] = Entry("whole", "the base has none: its head is its embeddings")
-        elif under.shape != tensor.shape:
-            if len(tensor.shape) != len(under.shape) or tensor.shape[1:] != under.shape[1:]:
-                raise InputError(
-                    f"{other}: tensor {name!r} is {list(tensor.shape)}, that of {base} {list(under.shape)}; {apart}"
-                )
-            found[name] = Entry("whole", f"the base's is {list(under.shape)}")
-        elif not {tensor.dtype, under.dtype} <= set(SUBTRACTED):
-            found[name] = Entry("whole", f"{CODES[tensor.dtype]} has no differences")
+                raise InputError(f"{base}: has no tensor {name!r}, which {other} has; {advice}")
+            entries[name] = Entry("whole", "the base has none: its head is tied")
+        elif base_tensor.shape != tensor.shape:
+            shapes = f"{list(tensor.shape)}, that of {base} {list(base_tensor.shape)}"
+            if len(tensor.shape) != len(base_tensor.shape) or tensor.shape[1:] != base_tensor.shape[1:]:
+                raise InputError(f"{other}: tensor {name!r} has shape {shapes}; {advice}")
+            entries[name] = Entry("whole", f"the base's is {list(base_tensor.shape)}")
+        elif not {tensor.dtype, base_tensor.dtype} <= set(SUBTRACTABLE):
+            entries[name] = Entry("whole", f"{CODES[tensor.dtype]} has no differences")
         else:
-            found[name] = Entry("difference")
-    return found, {name: (bases.get(name), tensor) for name, tensor in others.items()}
+            entries[name] = Entry("difference")
+    return entries, {name: (base_tensors.get(name), tensor) for name, tensor in tensors.items()}
 
 
 def read_delta(delta: Path) -> tuple[str, dict[str, Entry]]:
-    """The name of a delta's base, and how each tensor is stored; InputError for what make_delta has not written."""
-    record = read_json(delta / DELTA, "what convert.make_delta says of a delta")
-    if record.get("format") != FORMAT:
-        raise InputError(f"{delta / DELTA}: is of format {record.get('format')!r}; this version knows {FORMAT}")
+    """Read the base model's name and the entries of `delta.json`; InputError unless make_delta has written it."""
+    content = read_json(delta / DELTA, "the format of a delta, by convert.make_delta")
+    if content.get("format") != FORMAT:
+        raise InputError(f"{delta / DELTA}: has format {content.get('format')!r}; this version supports {FORMAT}")
     try:
-        told = {name: Entry(**entry) for name, entry in record["tensors"].items()}
-        if not all(isinstance(entry.corrected, int) for entry in told.values()):
+        entries = {name: Entry(**entry) for name, entry in content["tensors"].items()}
+        if not all(isinstance(entry.corrected, int) for entry in entries.values()):
             raise TypeError("corrected should be a number")
-        return str(record["base"]), told
+        return str(content["base"]), entries
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{delta / DELTA}: is not as convert.make_delta writes it ({error!r}); get it again"
-        ) from None
+        raise InputError(f"{delta / DELTA}: is no file of convert.make_delta ({error!r}); download it again") from None

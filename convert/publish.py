@@ -1,4 +1,4 @@
-"""A model card for what the other scripts here make, and its way to the hub where the user asks for it."""
+"""Model cards of converted folders, and their upload to the hub on request."""
 
 import argparse
 import sys
@@ -9,16 +9,15 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from convert.folders import read_metadata
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
-from reclingua.utils.metadata import METADATA_FILE
+from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
 
 CARD, RESULTS = "README.md", "results of test.py"
 KINDS = {
-    "delta": "These are delta weights: what is to be added to `{base}` to get the tuned model. RecLingua adds them so "
-    "that every weight is the tuned one to the last bit, and refuses another base:",
-    "merged": "This is a whole model, tuned from `{base}`. RecLingua measures it:",
+    "delta": "These are delta weights, fine-tuned minus base weights; the base model is `{base}`. RecLingua adds them "
+    "to the base and restores the fine-tuned model bit by bit:",
+    "merged": "This is a complete model, fine-tuned from `{base}`. To evaluate it with RecLingua:",
 }
 COMMANDS = {
     "delta": "python -m convert.merge_delta --base-model-path BASE --delta-path DELTA --target-model-path tuned\n",
@@ -27,71 +26,75 @@ COMMANDS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What scripts that make a folder take to publish it."""
+    """Add the flags for publishing a folder to a parser."""
     group = parser.add_argument_group("publishing")
     group.add_argument(
         "--push_to_hub", "--hub-repo-id", "--hub_repo_id", metavar="REPO_ID",
-        help="put the folder on the hub as this repository, with the token of `hf auth login` or HF_TOKEN (default: "
-        "the network is not touched)",
+        help="upload the folder to this repository, with the token of `hf auth login` or HF_TOKEN "
+        "(default: no upload, no network access)",
     )  # fmt: skip
     group.add_argument(
         "--results_file", type=Path,
-        help="results of test.py, whose metrics go into the model card (default: results/<dataset>/<method>.json if "
-        "that is of this model)",
+        help="results of test.py for the model card (default: results/<dataset>/<method>.json if it is of this model)",
     )  # fmt: skip
 
 
 def validated_metrics(args: argparse.Namespace, tuned: Path) -> dict[str, float]:
-    """The metrics of the model in `tuned`, as far as they are known; InputError for flags that cannot be followed.
+    """Return the metrics of the model in `tuned`, {} if unknown, and validate the flags of `add_flags`.
 
-    To be called first: what is wrong with publishing should not be found out when the work is done.
+    Scripts call it first, so that a wrong flag does not fail after the work.
+
+    Raises:
+        InputError: the repository name is invalid, no token exists, or the results file is none.
     """
     if args.push_to_hub:
         try:
             validate_repo_id(args.push_to_hub)
         except HFValidationError as error:
-            raise InputError(f"--push_to_hub {args.push_to_hub}: is no name of a repository ({error})") from None
+            raise InputError(f"--push_to_hub {args.push_to_hub}: is no valid repository name ({error})") from None
         if not get_token():
             raise InputError("--push_to_hub needs a token: hf auth login, or the environment variable HF_TOKEN")
     if args.results_file:
-        return metrics_of(read_json(args.results_file, RESULTS), args.results_file)
-    record = read_metadata(tuned) if (tuned / METADATA_FILE).exists() else {}
-    file = Path("results") / str(record.get("dataset")) / f"{record.get('method')}.json"
+        return extract_metrics(read_json(args.results_file, RESULTS), args.results_file)
+    if not (tuned / METADATA_FILE).exists():
+        return {}
+    metadata = CheckpointMetadata.load(tuned)
+    file = Path("results") / metadata.dataset / f"{metadata.method}.json"
     if not file.exists():
         return {}
     results = read_json(file, RESULTS)
     arguments = results.get("arguments")
-    measured = arguments.get("ckpt_path") if isinstance(arguments, dict) else None
-    is_its = isinstance(measured, str) and Path(measured).resolve() == tuned.resolve()
-    return metrics_of(results, file) if is_its else {}
+    checkpoint = arguments.get("ckpt_path") if isinstance(arguments, dict) else None
+    is_same = isinstance(checkpoint, str) and Path(checkpoint).resolve() == tuned.resolve()
+    return extract_metrics(results, file) if is_same else {}
 
 
-def metrics_of(results: dict, file: Path) -> dict[str, float]:
-    """Metric -> value, of a model that generates or that answers Yes or No; InputError for other files."""
-    found = results.get("mean_results") or results.get("test")
-    if not isinstance(found, dict):
+def extract_metrics(results: dict, file: Path) -> dict[str, float]:
+    """Return metric -> value from next-item or Yes/No results; InputError for other files."""
+    metrics = results.get("mean_results") or results.get("test")
+    if not isinstance(metrics, dict):
         raise InputError(f"{file}: should be results of test.py, with mean_results or test")
-    found = {name: value for name, value in found.items() if "@" in name or name in ("auc", "uauc")}
-    if wrong := next((name for name, value in found.items() if not isinstance(value, float | int | None)), None):
+    metrics = {name: value for name, value in metrics.items() if "@" in name or name in ("auc", "uauc")}
+    if wrong := next((name for name, value in metrics.items() if not isinstance(value, float | int | None)), None):
         raise InputError(f"{file}: {wrong} should be a number")
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def write_card(folder: Path, kind: str, name: str | Path, base: str, metrics: dict[str, float]) -> None:
-    """Write the model card of `folder`: what it is, its metrics, how to use it.
+    """Write the model card of `folder`: kind, metrics, usage.
 
     Args:
         kind: one of KINDS.
-        name: of the model, a path or the name of a repository.
+        name: path or repository name of the model.
         base: name of the base model.
 
     Raises:
-        OSError: as writing does.
+        OSError: the card cannot be written.
     """
-    record = read_metadata(folder) if (folder / METADATA_FILE).exists() else {}
-    method, dataset = str(record.get("method", "")), str(record.get("dataset", "DATASET"))
+    metadata = CheckpointMetadata.load(folder) if (folder / METADATA_FILE).exists() else None
+    method, dataset = (metadata.method, metadata.dataset) if metadata else ("", "DATASET")
     name = Path(name).absolute().name
-    measured = {"task_type": "recommendation", "dataset_type": dataset, "dataset_name": dataset}
+    task = {"task_type": "recommendation", "dataset_type": dataset, "dataset_name": dataset}
     data = ModelCardData(
         base_model=base,
         library_name="transformers" if method in ("lcrec", "") else "reclingua",
@@ -99,25 +102,24 @@ def write_card(folder: Path, kind: str, name: str | Path, base: str, metrics: di
         tags=["recommendation", "reclingua", *filter(None, [method]), *(["delta-weights"] if kind == "delta" else [])],
         model_name=name,
         eval_results=[
-            EvalResult(**measured, metric_type=metric, metric_value=round(value, 4))
-            for metric, value in metrics.items()
+            EvalResult(**task, metric_type=metric, metric_value=round(value, 4)) for metric, value in metrics.items()
         ]
         or None,
     )
-    tested = f"python test.py --ckpt_path {'tuned' if kind == 'delta' else 'FOLDER'} --dataset {dataset}"
+    test_command = f"python test.py --ckpt_path {'tuned' if kind == 'delta' else 'FOLDER'} --dataset {dataset}"
     lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", KINDS[kind].format(base=base), ""]
-    lines += ["```bash", COMMANDS[kind] + tested, "```"]
+    lines += ["```bash", COMMANDS[kind] + test_command, "```"]
     if method == "lcrec":
         index = f"`{dataset}.index.json`"
-        lines += ["", f"Its items are those of the dataset {dataset}, by the index it was tuned with ({index})."]
+        lines += ["", f"It generates semantic IDs of the dataset {dataset}; evaluation needs the same file {index}."]
     if metrics:
-        lines += ["", f"Measured on the test users of {dataset}:", "", "| metric | |", "|---|---|"]
+        lines += ["", f"Results on the test users of {dataset}:", "", "| metric | |", "|---|---|"]
         lines += [f"| {metric} | {value:.4f} |" for metric, value in metrics.items()]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def push(repo: str | None, folder: Path) -> None:
-    """Put a folder on the hub as repository `repo`, if there is one; InputError if this fails, the folder stays."""
+    """Upload a folder to the hub as repository `repo`, unless it is None; after an InputError the folder is kept."""
     if not repo:
         return
     if not sys.stderr.isatty():
@@ -129,6 +131,6 @@ def push(repo: str | None, folder: Path) -> None:
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(get_token() or "\n", "***")
         raise InputError(
-            f"{repo}: did not reach the hub ({reason}); {folder} is whole, try again with: hf upload {repo} {folder}"
+            f"{repo}: upload to the hub failed ({reason}); {folder} is complete, retry with: hf upload {repo} {folder}"
         ) from None
     print(f"{folder} -> {hub.endpoint}/{repo}")

@@ -1,7 +1,8 @@
-"""Make a small Llama with random weights and a tokenizer learned from a dataset's own words.
+"""Create a small Llama with random weights and a tokenizer trained on the titles of a dataset.
 
-The base model where there is no GPU: code tokens carry a generative recommender's knowledge, so on a small dataset a
-model of this size, trained on every item of every history, beats what a slow machine can tune of a larger one.
+A base model for machines without a GPU: a generative recommender stores its knowledge in the semantic-ID tokens, so on
+a small dataset this model, trained on every item of every history, beats a larger one that a slow machine can
+fine-tune.
 
 python -m convert.scratch --dataset ml-100k --output_dir ckpt/base/scratch-ml-100k
 """
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_folder
@@ -24,7 +25,7 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (any text can be encoded) with pad, begin and end tokens."""
+    """Train a byte-level BPE tokenizer, which encodes any text, with pad, begin and end tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -43,31 +44,33 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 @cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="ml-100k", help="dataset with the titles (default: %(default)s)")
     parser.add_argument(
-        "--dataset", default="ml-100k", help="whose titles the tokenizer learns (default: %(default)s)"
+        "--data_path", type=Path, default=Path("data"), help="parent folder of <dataset>/ (default: %(default)s)"
     )
-    parser.add_argument("--data_path", type=Path, default=Path("data"), help="holds <dataset>/ (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--vocab_size", type=int, default=512, help="of the tokenizer (default: %(default)s)")
-    parser.add_argument("--hidden_size", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--vocab_size", type=int, default=512, help="tokens of the tokenizer (default: %(default)s)")
+    parser.add_argument("--hidden_size", type=int, default=128, help="width of the layers (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=3, help="number of layers (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=1024, help="positions (default: %(default)s)")
-    parser.add_argument("--attention_dropout", type=float, default=0.2, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=1024, help="context length (default: %(default)s)")
+    parser.add_argument(
+        "--attention_dropout", type=float, default=0.2, help="dropout of attention weights (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
     args = one_line_errors(parser).parse_args()
     if args.vocab_size < 300:
-        raise InputError(f"--vocab_size {args.vocab_size}: 300 at least, for the 256 bytes and the special tokens")
+        raise InputError(f"--vocab_size {args.vocab_size}: at least 300, for the 256 bytes and the special tokens")
     if args.heads < 1 or args.layers < 1 or args.hidden_size < 1 or not 0 <= args.attention_dropout < 1:
-        raise InputError("--heads, --layers and --hidden_size should be 1 at least, --attention_dropout below 1")
+        raise InputError("--heads, --layers and --hidden_size should be at least 1, --attention_dropout below 1")
     if args.hidden_size % (2 * args.heads):
         raise InputError(f"--hidden_size {args.hidden_size}: should be a multiple of 2 x --heads ({2 * args.heads})")
 
-    dataset = open_dataset(args.data_path, args.dataset)
+    dataset = open_interactions(args.data_path, args.dataset)
     prompts = read_prompts(LCREC_PROMPT_FILE, {task: FIELDS[task] for task in ("seqrec", "seqrec_history")})
     templates = [template for task in prompts.values() for template in task]
-    words = [dataset.title(item) for item in dataset.item_ids] + [p.prompt.replace("{history}", "") for p in templates]
-    tokenizer = train_tokenizer(words, args.vocab_size, args.max_length)
+    texts = [dataset.title(item) for item in dataset.item_ids] + [p.prompt.replace("{history}", "") for p in templates]
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.max_length)
     set_seed(args.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -88,7 +91,7 @@ def main() -> None:
     disable_progress_bar()
     tokenizer.save_pretrained(args.output_dir)
     model.save_pretrained(args.output_dir)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} words -> {args.output_dir}/")
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens -> {args.output_dir}/")
 
 
 if __name__ == "__main__":

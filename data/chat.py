@@ -1,7 +1,7 @@
-"""Ask a chat model many questions: a model that runs here, or one behind an OpenAI-compatible endpoint.
+"""Batched questions to a chat model: a local model, or one behind an OpenAI-compatible endpoint.
 
-Both are asked alike, `chat.ask(questions, keep)`, where `keep(at, answer)` gets the answer to `questions[at]` as soon
-as there is one.
+Both have one interface, `chat.ask(questions, on_answer)`, which calls `on_answer(index, answer)` as soon as
+`questions[index]` is answered.
 """
 
 import asyncio
@@ -24,86 +24,86 @@ from reclingua.models.language import load_model, load_tokenizer
 from reclingua.utils.errors import InputError
 from reclingua.utils.memory import run_with_oom_retry
 
-RETRY_TEMPERATURE = 0.7  # asking again must not give the same answer again
-FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 1.0, 60.0, 600.0  # seconds
-MOST_BYTES = 1_000_000  # of a reply
-PASSING = {408, 409, 425, 429}  # and all from 500 up: worth another try
+RETRY_TEMPERATURE = 0.7  # a retried question must not get the same answer again
+INITIAL_BACKOFF, MAX_BACKOFF, MAX_RETRY_AFTER = 1.0, 60.0, 600.0  # seconds
+MAX_RESPONSE_BYTES = 1_000_000
+TRANSIENT_STATUSES = {408, 409, 425, 429}  # retried, as are all from 500 up
 
 
 class Question(NamedTuple):
-    """`attempt`: how often it has been asked before."""
+    """A prompt for a chat model, and how often it was asked before."""
 
     prompt: str
     attempt: int = 0
 
 
 class Answer(NamedTuple):
-    """`complete` is False where the limit of tokens cut the text off."""
+    """Text of a chat model; `is_complete` is False if the token limit cut it off."""
 
     text: str
-    complete: bool
+    is_complete: bool
 
 
 class Sampling(NamedTuple):
-    """How answers are drawn: `temperature` 0 takes the likeliest token, but where a question is asked again."""
+    """Sampling parameters; `temperature` 0 is greedy decoding, except for questions that are asked again."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int = 42
 
-    def of(self, question: Question) -> tuple[float, int]:
-        """(temperature, seed) of one question, whatever it shares a batch with."""
+    def parameters(self, question: Question) -> tuple[float, int]:
+        """Return (temperature, seed) of a question, which do not depend on its batch."""
         temperature = max(self.temperature, RETRY_TEMPERATURE) if question.attempt else self.temperature
         digest = sha256(f"{self.seed} {question.attempt} {question.prompt}".encode()).digest()
-        return temperature, int.from_bytes(digest[:4]) // 2  # some servers take 31 bits
+        return temperature, int.from_bytes(digest[:4]) // 2  # some servers accept 31 bits only
 
 
-Keep = Callable[[int, Answer], None]
+OnAnswer = Callable[[int, Answer], None]
 
 
 class LocalChat:
-    """A chat model in a folder (or of a hub name), in batches, on a GPU in bfloat16 where there is one.
+    """Chat model in a folder (or of a hub name), asked in batches; on a GPU in bfloat16, on a CPU in float32.
 
     Raises:
-        InputError: there is no model, or its tokenizer has no chat template.
+        InputError: the model does not exist, or its tokenizer has no chat template.
     """
 
     def __init__(self, path: str, sampling: Sampling, batch_size: int = 16):
         self.sampling, self.batch_size = sampling, batch_size
         self.tokenizer = load_tokenizer(path)
         if not self.tokenizer.chat_template:
-            raise InputError(f"{path}: its tokenizer has no chat template; take a model that was tuned to chat")
+            raise InputError(f"{path}: the tokenizer has no chat template; choose a model that was tuned to chat")
         try:
             self._encode("Hello")
         except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: its chat template takes no message of a user ({error})") from None
-        on_gpu = torch.cuda.is_available()
-        self.model = load_model(path, torch.bfloat16 if on_gpu else torch.float32).eval()
-        self.model.to("cuda" if on_gpu else "cpu")
-        places = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.context = min(places or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+            raise InputError(f"{path}: the chat template accepts no user message ({error})") from None
+        has_gpu = torch.cuda.is_available()
+        self.model = load_model(path, torch.bfloat16 if has_gpu else torch.float32).eval()
+        self.model.to("cuda" if has_gpu else "cpu")
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_length = min(positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
 
     def fits(self, prompt: str) -> bool:
-        """Whether prompt and answer have room in the model's context."""
-        return len(self._encode(prompt)) + self.sampling.max_new_tokens <= self.context
+        """Return whether prompt and answer fit into the context of the model."""
+        return len(self._encode(prompt)) + self.sampling.max_new_tokens <= self.context_length
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> None:
+    def ask(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
         """Answer all questions, the longest first.
 
         Raises:
-            InputError: memory does not suffice for one question.
+            InputError: out of memory with a single question.
         """
         lengths = [len(self._encode(question.prompt)) for question in questions]
         order = sorted(range(len(questions)), key=lambda i: -lengths[i])
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         for rows, answers in run_with_oom_retry(
-            lambda rows: self._generate([questions[i] for i in rows]), batches, "question", "take a smaller model"
+            lambda rows: self._generate([questions[i] for i in rows]), batches, "question", "choose a smaller model"
         ):
             for row, answer in zip(rows, answers, strict=True):
-                keep(row, answer)
+                on_answer(row, answer)
 
     def _encode(self, prompt: str) -> list[int]:
-        # Models that can think aloud before they answer are told not to; other templates ignore it.
+        # enable_thinking turns the reasoning of some models off; other templates ignore it.
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False, enable_thinking=False
         )
@@ -113,7 +113,7 @@ class LocalChat:
     def _generate(self, questions: list[Question]) -> list[Answer]:
         encoded = [self._encode(question.prompt) for question in questions]
         batch = self.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
-        # The likeliest token of what `_Draw` makes of the scores: nothing of the model's own settings draws besides.
+        # Greedy decoding of scores with Gumbel noise is sampling; the model's own sampling settings are turned off.
         output = self.model.generate(
             **batch.to(self.model.device),
             max_new_tokens=self.sampling.max_new_tokens,
@@ -123,43 +123,47 @@ class LocalChat:
             top_p=None,
             top_k=None,
             pad_token_id=self.tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([_Draw([self.sampling.of(question) for question in questions])]),
+            logits_processor=LogitsProcessorList(
+                [_GumbelSampler([self.sampling.parameters(question) for question in questions])]
+            ),
         )
-        new = output[:, batch["input_ids"].shape[1] :]
-        ends = torch.tensor(self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id).to(new.device)
-        complete = torch.isin(new, ends).any(dim=1).tolist()
-        return [
-            Answer(*each)
-            for each in zip(self.tokenizer.batch_decode(new, skip_special_tokens=True), complete, strict=True)
-        ]
+        new_ids = output[:, batch["input_ids"].shape[1] :]
+        eos_ids = torch.tensor(self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id)
+        is_complete = torch.isin(new_ids, eos_ids.to(new_ids.device)).any(dim=1).tolist()
+        texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+        return [Answer(*answer) for answer in zip(texts, is_complete, strict=True)]
 
 
-class _Draw(LogitsProcessor):
-    """Make the largest score of a row a draw with its temperature and seed, by Gumbel noise; temperature 0: none."""
+class _GumbelSampler(LogitsProcessor):
+    """Logits processor that turns argmax into sampling, with one (temperature, seed) per row.
 
-    def __init__(self, rows: list[tuple[float, int]]):
-        self.rows = [(t, torch.Generator().manual_seed(seed)) for t, seed in rows]
-        self.likely = TopPLogitsWarper(0.9)
+    The argmax of log-probabilities / temperature + Gumbel noise is a sample of the softmax (the Gumbel-max trick), and
+    the noise is drawn per row: an answer does not depend on its batch. Temperature 0 leaves the scores unchanged.
+    """
+
+    def __init__(self, parameters: list[tuple[float, int]]):
+        self.parameters = [(temperature, torch.Generator().manual_seed(seed)) for temperature, seed in parameters]
+        self.top_p = TopPLogitsWarper(0.9)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for row, (temperature, generator) in enumerate(self.rows):
+        for row, (temperature, generator) in enumerate(self.parameters):
             if temperature:
-                noise = torch.empty(scores.shape[1]).exponential_(generator=generator).log()
-                likely = self.likely(input_ids, scores[row : row + 1].float() / temperature)
-                scores[row] = (likely[0] - noise.to(scores.device)).to(scores.dtype)
+                log_noise = torch.empty(scores.shape[1]).exponential_(generator=generator).log()  # minus Gumbel
+                nucleus = self.top_p(input_ids, scores[row : row + 1].float() / temperature)
+                scores[row] = (nucleus[0] - log_noise.to(scores.device)).to(scores.dtype)
         return scores
 
 
 class Endpoint:
-    """A chat model behind `<url>/chat/completions`, as vLLM, llama.cpp, Ollama and OpenAI offer it.
+    """Chat model behind `<url>/chat/completions`, the interface of vLLM, llama.cpp, Ollama and OpenAI.
 
     Args:
-        key: sent as bearer token, and never shown: where the server repeats it, asterisks take its place.
-        concurrency: requests under way at a time.
-        requests_per_minute: at most so many are begun, tries of the same one included; None: no limit.
-        timeout: seconds that a reply may take as a whole.
-        retries: how often a request that failed in passing is tried again, after 1, 2, 4 ... seconds (at most 60, a
-            random part of it left out), or as long as the server asks for.
+        key: sent as bearer token and never printed: asterisks replace it where the server repeats it.
+        concurrency: number of concurrent requests.
+        requests_per_minute: rate limit, including retries; None: no limit.
+        timeout: seconds for a complete response.
+        retries: how often a request is retried after a transient error, after 1, 2, 4 ... seconds (at most 60, with
+            jitter), or as long as the server's Retry-After header states.
     """
 
     def __init__(
@@ -180,37 +184,37 @@ class Endpoint:
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise InputError("--endpoint should be like http://host:port/v1")
         if parsed.userinfo:
-            raise InputError("--endpoint should hold no password; see --api_key_env")
+            raise InputError("--endpoint should contain no password; see --api_key_env")
         key = (key or "").strip()
         if not key.isascii() or not key.isprintable():
-            raise InputError("the API key holds characters that cannot be sent; set the environment variable again")
+            raise InputError("the API key contains invalid characters; set the environment variable again")
         self.url, self.model, self.sampling = f"{url.rstrip('/')}/chat/completions", model, sampling
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._key = key
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self.pause = 60 / requests_per_minute if requests_per_minute else 0.0  # between two requests, in seconds
+        self.interval = 60 / requests_per_minute if requests_per_minute else 0.0  # seconds between two requests
         self.next_start = 0.0
-        self.reached = False
+        self.was_reached = False
 
     def fits(self, prompt: str) -> bool:
-        """Nobody says how long the context is; what is too long the server refuses."""
+        """Return True: the server rejects prompts that are too long."""
         return True
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> None:
-        """Answer all questions, in the order in which the answers come.
+    def ask(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
+        """Answer all questions concurrently, in order of arrival.
 
         Raises:
-            InputError: the server cannot be reached, refuses the request, or keeps failing.
+            InputError: the server cannot be reached, rejects a request, or fails after all retries.
         """
         try:
-            asyncio.run(self._ask(enumerate(questions), keep))
+            asyncio.run(self._ask(enumerate(questions), on_answer))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _ask(self, waiting: Iterator[tuple[int, Question]], keep: Keep) -> None:
-        async def work() -> None:
-            for at, question in waiting:
-                keep(at, await self._answer(client, question))
+    async def _ask(self, pending: Iterator[tuple[int, Question]], on_answer: OnAnswer) -> None:
+        async def work() -> None:  # the workers share the iterator: each takes the next question
+            for index, question in pending:
+                on_answer(index, await self._answer(client, question))
 
         try:
             client = httpx2.AsyncClient(
@@ -218,52 +222,54 @@ class Endpoint:
                 timeout=httpx2.Timeout(None, connect=10),
                 limits=httpx2.Limits(max_connections=self.concurrency),
             )
-        except (ImportError, ValueError) as error:  # a proxy in the environment that is none
-            raise InputError(f"{self.url}: no connection can be made ({self._hide(error)})") from None
+        except (ImportError, ValueError) as error:  # an invalid proxy in the environment
+            raise InputError(
+                f"{self.url}: no connection can be made ({self._redact(error)}); check the proxy settings"
+            ) from None
         async with client, asyncio.TaskGroup() as group:
             for _ in range(self.concurrency):
                 group.create_task(work())
 
     async def _answer(self, client: httpx2.AsyncClient, question: Question) -> Answer:
         for attempt in range(self.retries + 1):
-            await self._turn()
-            asked_to_wait = 0.0
+            await self._wait_for_slot()
+            retry_after = 0.0
             try:
                 async with asyncio.timeout(self.timeout):
                     status, headers, body = await self._post(client, question)
             except TimeoutError:
-                failure = f"no reply within {self.timeout:g} seconds"
+                failure = f"no response within {self.timeout:g} seconds"
             except httpx2.RequestError as error:
-                failure = f"{type(error).__name__}: {self._hide(error) or 'the connection broke'}"
-                if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout) and not self.reached:
+                failure = f"{type(error).__name__}: {self._redact(error) or 'connection lost'}"
+                if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout) and not self.was_reached:
                     raise InputError(f"{self.url}: cannot be reached ({failure})") from None
             else:
-                self.reached = True
+                self.was_reached = True
                 if status == 200:
-                    answer = self._read(body)
+                    answer = self._parse_answer(body)
                     if answer is not None:
                         return answer
-                    failure = f"the reply is no chat completion: {self._excerpt(body)}"
+                    failure = f"the response is no chat completion: {self._excerpt(body)}"
                 else:
                     failure = f"status {status}: {self._excerpt(body)}"
-                    if status < 500 and status not in PASSING:
-                        raise InputError(f"{self.url}: refuses the request with {failure}")
-                    asked_to_wait = _seconds(headers.get("retry-after", ""))
-                    if asked_to_wait > LONGEST_RETRY_AFTER:
-                        raise InputError(f"{self.url}: asks to wait {asked_to_wait:.0f} seconds; {failure}")
+                    if status < 500 and status not in TRANSIENT_STATUSES:
+                        raise InputError(f"{self.url}: rejects the request with {failure}")
+                    retry_after = _parse_retry_after(headers.get("retry-after", ""))
+                    if retry_after > MAX_RETRY_AFTER:
+                        raise InputError(f"{self.url}: requests a wait of {retry_after:.0f} seconds; {failure}")
             if attempt < self.retries:
-                self.next_start = max(self.next_start, time.monotonic() + asked_to_wait)
-                await asyncio.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1))
+                self.next_start = max(self.next_start, time.monotonic() + retry_after)
+                await asyncio.sleep(min(MAX_BACKOFF, INITIAL_BACKOFF * 2**attempt) * random.uniform(0.5, 1))
         raise InputError(f"{self.url}: failed {self.retries + 1} times, the last time with {failure}")
 
-    async def _turn(self) -> None:
-        """Wait until the next request may start; all that are under way share the pace."""
-        while (wait := self.next_start - time.monotonic()) > 0:
-            await asyncio.sleep(wait)
-        self.next_start = time.monotonic() + self.pause
+    async def _wait_for_slot(self) -> None:
+        """Wait until the next request can start; all workers share one rate limit."""
+        while (delay := self.next_start - time.monotonic()) > 0:
+            await asyncio.sleep(delay)
+        self.next_start = time.monotonic() + self.interval
 
     async def _post(self, client: httpx2.AsyncClient, question: Question) -> tuple[int, httpx2.Headers, bytes]:
-        temperature, seed = self.sampling.of(question)
+        temperature, seed = self.sampling.parameters(question)
         request = {
             "model": self.model,
             "messages": [{"role": "user", "content": question.prompt}],
@@ -273,15 +279,15 @@ class Endpoint:
         if temperature:
             request["seed"] = seed
         body = b""
-        async with client.stream("POST", self.url, json=request) as reply:
-            async for piece in reply.aiter_bytes():
-                body += piece
-                if len(body) > MOST_BYTES:
+        async with client.stream("POST", self.url, json=request) as response:
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) > MAX_RESPONSE_BYTES:
                     break
-        return reply.status_code, reply.headers, body
+        return response.status_code, response.headers, body
 
-    def _read(self, body: bytes) -> Answer | None:
-        """The first choice of a chat completion; None if that is not what the body holds."""
+    def _parse_answer(self, body: bytes) -> Answer | None:
+        """Return the first choice of a chat completion; None if the body is none."""
         try:
             choice = json.loads(body)["choices"][0]
             text, reason = choice["message"]["content"], choice.get("finish_reason")
@@ -289,24 +295,25 @@ class Endpoint:
             return None
         if not isinstance(text, str | None):
             return None
-        return Answer(self._hide(text or ""), reason != "length")
+        return Answer(self._redact(text or ""), reason != "length")
 
     def _excerpt(self, body: bytes) -> str:
-        text = self._hide(" ".join(body.decode("utf-8", "replace").split()))
-        return re.sub(r"[^ -~]", "?", text)[:200] or "nothing"
+        """Return the beginning of a response body in one printable line, without the key."""
+        text = self._redact(" ".join(body.decode("utf-8", "replace").split()))
+        return re.sub(r"[^ -~]", "?", text)[:200] or "an empty body"
 
-    def _hide(self, text: object) -> str:
-        # Keys of a few letters stand for "no key", and are found in any text.
+    def _redact(self, text: object) -> str:
+        # Keys shorter than 8 characters are placeholders such as "none", and occur in ordinary text.
         return str(text).replace(self._key, "***") if len(self._key) >= 8 else str(text)
 
 
-def _seconds(retry_after: str) -> float:
-    """How long a server asks to wait, in seconds or until a date; 0 where it does not say."""
+def _parse_retry_after(value: str) -> float:
+    """Return the delay of a Retry-After header (seconds or a date) in seconds; 0 if there is none."""
     try:
-        return max(0.0, float(retry_after))
+        return max(0.0, float(value))
     except ValueError:
         pass
     try:
-        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # TypeError: a date that does not say its zone
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # TypeError: a date without time zone
         return 0.0

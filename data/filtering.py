@@ -1,24 +1,26 @@
-"""What of the raw ratings counts: of repeated ones the first, those in a time window, a k-core; and its ids.
+"""Filters of raw ratings: first of duplicates, time window, k-core; and the assignment of ids.
 
-All of it happens in DuckDB, which moves to disk what does not fit into its memory. The readers of `data.sources` leave
-the table `ratings`; here it becomes
-    rated: u, i (INTEGER, numbers of user and item), rating, timestamp (DOUBLE, in seconds), place (BIGINT, the order
-        in time, among ratings of one second that of the file).
+All filters run in DuckDB, which spills to disk. The table `ratings` of `data.readers` becomes
+    rated: u, i (INTEGER, numbers of user and item), rating, timestamp (DOUBLE, seconds), place (BIGINT, order in time,
+        within one second the order of the file).
 """
 
 from duckdb import DuckDBPyConnection
 
 
 def fetch_one(con: DuckDBPyConnection, query: str) -> tuple | None:
-    """The first row, None if there is none."""
+    """Run a query and return its first row, None if there is none."""
     rows = con.execute(query).fetchall()
     return rows[0] if rows else None
 
 
 def number_ratings(con: DuckDBPyConnection, only_known: bool) -> int:
-    """Make `rated`, with `user_names` and `item_names`: name, number; returns how many ratings were left out.
+    """Create the tables `rated`, and `user_names` and `item_names` with columns name, number.
 
-    These are the ratings of items that are not in the table `items`, left out if `only_known`.
+    If `only_known`, ratings of items that are not in the table `items` are dropped.
+
+    Returns:
+        number of dropped ratings.
     """
     known = "WHERE item IN (SELECT item FROM items)" if only_known else ""
     for column, condition in (("user", ""), ("item", known)):
@@ -34,43 +36,48 @@ def number_ratings(con: DuckDBPyConnection, only_known: bool) -> int:
 
 
 def num_ratings(con: DuckDBPyConnection) -> int:
-    """How many ratings are left."""
+    """Return the number of ratings left."""
     return fetch_one(con, "SELECT count(*) FROM rated")[0]
 
 
 def filter_ratings(con: DuckDBPyConnection, selection: str) -> int:
-    """Go on with what the SELECT gives of `rated`; returns how many ratings that leaves out."""
-    before = num_ratings(con)
+    """Replace `rated` by a SELECT from it; return the number of dropped ratings."""
+    num_before = num_ratings(con)
     con.execute(f"CREATE OR REPLACE TABLE rated AS {selection}")
-    con.execute("CHECKPOINT")  # gives the room of what was left out back
-    return before - num_ratings(con)
+    con.execute("CHECKPOINT")  # frees the disk space of the dropped ratings
+    return num_before - num_ratings(con)
 
 
 def filter_window(con: DuckDBPyConnection, first: float, end: float) -> int:
-    """Leave out what was rated before `first` or from `end` on, seconds; returns how many."""
+    """Drop ratings before `first` or from `end` on (seconds); return their number."""
     return filter_ratings(con, f"SELECT * FROM rated WHERE timestamp >= {first!r} AND timestamp < {end!r}")
 
 
-def filter_duplicates(con: DuckDBPyConnection, same: str) -> int:
-    """Of ratings that are the same in these columns leave out all but the first; returns how many."""
-    earliest = f"SELECT min(place) FROM rated GROUP BY {same}"
+def filter_duplicates(con: DuckDBPyConnection, columns: str) -> int:
+    """Keep the first of the ratings that are equal in these columns; return the number of dropped ratings."""
+    earliest = f"SELECT min(place) FROM rated GROUP BY {columns}"
     return filter_ratings(con, f"SELECT * FROM rated WHERE place IN ({earliest})")
 
 
 def filter_core(con: DuckDBPyConnection, k: int) -> int:
-    """Leave out users and items with fewer than `k` ratings until none is left to leave out; returns how many."""
-    often = "{0} IN (SELECT {0} FROM rated GROUP BY {0} HAVING count(*) >= " + str(k) + ")"
-    left_out = 0
-    while now := filter_ratings(con, f"SELECT * FROM rated WHERE {often.format('u')} AND {often.format('i')}"):
-        left_out += now
-    return left_out
+    """Reduce the ratings to their k-core; return the number of dropped ratings.
+
+    Users and items with fewer than `k` ratings are dropped until none is left: dropping items can take users below
+    `k`, and the other way round.
+    """
+    frequent = "{0} IN (SELECT {0} FROM rated GROUP BY {0} HAVING count(*) >= " + str(k) + ")"
+    selection = f"SELECT * FROM rated WHERE {frequent.format('u')} AND {frequent.format('i')}"
+    total = 0
+    while num_dropped := filter_ratings(con, selection):
+        total += num_dropped
+    return total
 
 
 def assign_ids(con: DuckDBPyConnection, first: int = 0) -> None:
-    """Make `users` and `items_kept`: id, name, number.
+    """Create `users` and `items_kept` with columns id, name, number.
 
-    Ids run from `first` in the order of the names, by value where all of them are whole numbers, else letter by
-    letter: the same data always gets the same ids, in whatever order its lines come.
+    Ids count from `first` in the order of the names, by value if all of them are integers, else alphabetically: the
+    same data always gets the same ids, independent of the order of lines.
     """
     for table, names, column in (("users", "user_names", "u"), ("items_kept", "item_names", "i")):
         con.execute(f"""

@@ -1,1 +1,1 @@
-"""Item text -> embeddings -> RQ-VAE -> item indices."""
+"""Item texts -> embeddings -> RQ-VAE -> semantic IDs."""

@@ -1,4 +1,4 @@
-"""What an index is made of: levels named by letters, on each a codebook of numbered codes, written `<a_12><b_3>`."""
+"""Semantic IDs: one code from the codebook of each level; levels are named by letters, written `<a_12><b_3>`."""
 
 from math import prod
 from random import Random
@@ -10,28 +10,31 @@ from reclingua.utils.errors import InputError
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def default_sizes(items: int) -> list[int]:
-    """Codes of each level: LC-Rec's for many items, fewer for up to 5,000."""
-    return [32, 32, 64] if items <= 5_000 else [256] * 4
+def default_sizes(num_items: int) -> list[int]:
+    """Return the number of codes of each level: LC-Rec's for many items, fewer for up to 5,000."""
+    return [32, 32, 64] if num_items <= 5_000 else [256] * 4
 
 
-def check_sizes(sizes: list[int], items: int) -> None:
-    """InputError where levels cannot be named, a level has no choice, or the items cannot all get an index."""
+def check_sizes(sizes: list[int], num_items: int) -> None:
+    """Raise InputError for more than 26 levels, a level of one code, or fewer semantic IDs than items."""
     if len(sizes) > len(LETTERS):
         raise InputError(f"{len(sizes)} levels of codes; at most {len(LETTERS)} can be named, from a to z")
     if min(sizes) < 2:
-        raise InputError(f"a level of {min(sizes)} codes; each needs at least 2")
-    if prod(sizes) < items:
-        raise InputError(f"{items:,} items do not fit into {prod(sizes):,} indices; use more or larger codebooks")
+        raise InputError(f"a level of {min(sizes)} codes; every level needs at least 2")
+    if prod(sizes) < num_items:
+        raise InputError(
+            f"{num_items:,} items do not fit into {prod(sizes):,} semantic IDs; use more or larger codebooks"
+        )
 
 
-def random_codes(sizes: list[int], items: int, seed: int) -> np.ndarray:
-    """Distinct indices that say nothing of the items, int64 [items, levels], drawn from all that `sizes` allow."""
-    draw, room = Random(seed), prod(sizes)
-    numbers: dict[int, None] = {}  # in the order of drawing; room may be more than numpy's integers hold
-    while len(numbers) < items:
-        numbers[draw.randrange(room)] = None
-    codes = np.empty((items, len(sizes)), dtype=np.int64)
+def random_codes(sizes: list[int], num_items: int, seed: int) -> np.ndarray:
+    """Draw distinct random semantic IDs, int64 [items, levels], uniformly from all that `sizes` allow."""
+    rng, num_ids = Random(seed), prod(sizes)
+    numbers: dict[int, None] = {}  # a set in drawing order; num_ids can exceed the range of numpy integers
+    while len(numbers) < num_items:
+        numbers[rng.randrange(num_ids)] = None
+    codes = np.empty((num_items, len(sizes)), dtype=np.int64)
+    # A number is a semantic ID in mixed radix: the last level is its least significant digit.
     for row, number in enumerate(numbers):
         for level in reversed(range(len(sizes))):
             number, codes[row, level] = divmod(number, sizes[level])
@@ -39,5 +42,5 @@ def random_codes(sizes: list[int], items: int, seed: int) -> np.ndarray:
 
 
 def to_tokens(codes: np.ndarray) -> list[list[str]]:
-    """int64 [items, levels] as the tokens of D.index.json."""
+    """Convert codes int64 [items, levels] to the tokens of D.index.json."""
     return [[f"<{LETTERS[level]}_{code}>" for level, code in enumerate(row)] for row in codes.tolist()]

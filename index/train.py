@@ -1,13 +1,13 @@
-"""Find the codes of an index in item embeddings, by an RQ-VAE or, to compare with, by residual k-means.
+"""Train the codebooks of semantic IDs on item embeddings: RQ-VAE, or residual k-means as a baseline.
 
 python -m index.train --embeddings data/ml-100k/ml-100k.emb-minilm-td.npy --output_dir ckpt/ml-100k/rqvae
 python -m index.train --method kmeans --embeddings data/D/D.emb-minilm-td.npy --output_dir ckpt/D/kmeans
 
---method rqvae             LC-Rec's; --sinkhorn_epsilon 0 leaves its Sinkhorn out
---method kmeans            every level clusters what the levels before it leave of the embeddings
---method balanced-kmeans   the same with as many items in each cluster of a level
+--method rqvae             as in LC-Rec; --sinkhorn_epsilon 0 turns Sinkhorn off
+--method kmeans            every level clusters the residuals of the levels before it
+--method balanced-kmeans   the same with equally large clusters
 
-Either way the outcome is an RQ-VAE in a folder, for k-means one without encoder and decoder.
+The output is an RQ-VAE folder; with k-means the model has no encoder and no decoder.
 """
 
 import reclingua.utils.logging  # noqa: F401
@@ -32,27 +32,27 @@ from reclingua.utils.files import output_folder, write_json
 from reclingua.utils.metadata import run_metadata
 
 METHODS = ("rqvae", "kmeans", "balanced-kmeans")
-OF_RQVAE = ("code_dim", "hidden_sizes", "epochs", "batch_size", "learning_rate", "weight_decay")
+RQVAE_FLAGS = ("code_dim", "hidden_sizes", "epochs", "batch_size", "learning_rate", "weight_decay")
 
 
 def train(embeddings: torch.Tensor, config: RQVAEConfig, args: argparse.Namespace) -> tuple[RQVAE, list[dict]]:
-    """An RQ-VAE fitted to embeddings float32 [items, dim], and its learning curve."""
+    """Train an RQ-VAE on embeddings float32 [items, dim]; return it with its learning curve."""
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embeddings = embeddings.to(device)
     model = RQVAE(config).to(device)
     model.fit_scale(embeddings)
-    batch = min(args.batch_size, len(embeddings))
-    first = embeddings[torch.randperm(len(embeddings), device=device)[:batch]]
-    fill_codebooks(model.encode(first).detach(), model.codebooks, args.seed)
+    batch_size = min(args.batch_size, len(embeddings))
+    sample = embeddings[torch.randperm(len(embeddings), device=device)[:batch_size]]
+    fill_codebooks(model.encode(sample).detach(), model.codebooks, args.seed)
 
-    steps = args.epochs * -(-len(embeddings) // batch)
+    steps = args.epochs * -(-len(embeddings) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, min(100, steps // 10), steps)
     curve, report_every = [], max(1, args.epochs // 10)
     for epoch in tqdm(range(1, args.epochs + 1), desc="rq-vae", unit="epoch", disable=None):
         total = np.zeros(2)
-        for rows in torch.randperm(len(embeddings), device=device).split(batch):
+        for rows in torch.randperm(len(embeddings), device=device).split(batch_size):
             output = model(embeddings[rows])
             optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
@@ -63,7 +63,7 @@ def train(embeddings: torch.Tensor, config: RQVAEConfig, args: argparse.Namespac
         if epoch % report_every == 0 or epoch == args.epochs:
             reconstruction, rq = total / len(embeddings)
             with torch.no_grad():
-                codes = model(embeddings, balanced=False).codes.cpu().numpy()
+                codes = model(embeddings, use_sinkhorn=False).codes.cpu().numpy()
             curve.append(
                 {
                     "epoch": epoch,
@@ -74,33 +74,32 @@ def train(embeddings: torch.Tensor, config: RQVAEConfig, args: argparse.Namespac
             )
             tqdm.write(
                 f"  epoch {epoch:>5}   reconstruction {reconstruction:.4f}   rq {rq:.4f}   "
-                f"colliding items, nearest codes: {curve[-1]['colliding_items']:,} of {len(codes):,}"
+                f"colliding items with nearest codes: {curve[-1]['colliding_items']:,} of {len(codes):,}"
             )
     return model.eval().cpu(), curve
 
 
 @torch.no_grad()
 def cluster(embeddings: torch.Tensor, config: RQVAEConfig, seed: int) -> tuple[RQVAE, list[dict]]:
-    """Residual k-means of embeddings float32 [items, dim] as an RQ-VAE without encoder; and a curve of one point."""
+    """Fit residual k-means to embeddings float32 [items, dim]; return an RQ-VAE without encoder, and a curve of 1."""
     model = RQVAE(config).eval()
     model.fit_scale(embeddings)
-    fill_codebooks(model.encode(embeddings), model.codebooks, seed, equal=config.balanced_assignment)
-    output = model(embeddings, balanced=False)
+    fill_codebooks(model.encode(embeddings), model.codebooks, seed, balanced=config.balanced)
+    output = model(embeddings, use_sinkhorn=False)
     point = {
         "reconstruction": output.reconstruction_loss.item(),
         "colliding_items": count_collisions(output.codes.numpy()),
     }
     print(
         f"  reconstruction {point['reconstruction']:.4f}   "
-        f"colliding items, nearest codes: {point['colliding_items']:,} of {len(embeddings):,}"
+        f"colliding items with nearest codes: {point['colliding_items']:,} of {len(embeddings):,}"
     )
     return model, [point]
 
 
-@cli_main
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=METHODS, default="rqvae", help="(default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="rqvae", help="see above (default: %(default)s)")
     parser.add_argument("--embeddings", type=Path, required=True, help=".npy from index.embed, float [items, dim]")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the RQ-VAE (config + safetensors)")
     parser.add_argument(
@@ -110,38 +109,44 @@ def main() -> None:
     parser.add_argument("--code_dim", type=int, default=32, help="width of a code (default: %(default)s)")
     parser.add_argument(
         "--hidden_sizes", type=int, nargs="+", default=[256, 128, 64],
-        help="hidden widths of the encoder; LC-Rec's 2048 1024 512 256 128 64 is for 4096-wide embeddings "
+        help="hidden widths of the encoder; LC-Rec uses 2048 1024 512 256 128 64 for embeddings of width 4096 "
         "(default: 256 128 64)",
     )  # fmt: skip
     parser.add_argument(
         "--sinkhorn_epsilon", type=float,
-        help="of the last level, in training and for items that collide; 0: no Sinkhorn (default: 0.003; k-means: 0)",
+        help="Sinkhorn regularization on the last level, in training and for colliding items; 0: no Sinkhorn "
+        "(default: 0.003; k-means: 0)",
     )  # fmt: skip
-    parser.add_argument("--epochs", type=int, default=400, help="(default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=1024, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=400, help="training epochs (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=1024, help="items per step (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
-    parser.add_argument("--weight_decay", type=float, default=1e-4, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    parser.add_argument("--weight_decay", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
     args = one_line_errors(parser).parse_args()
-    for flag in OF_RQVAE if args.method != "rqvae" else ():
+    for flag in RQVAE_FLAGS if args.method != "rqvae" else ():
         if getattr(args, flag) != parser.get_default(flag):
-            raise InputError(f"--{flag} means nothing with --method {args.method}; leave it out")
+            raise InputError(f"--{flag} has no effect with --method {args.method}; leave it out")
     if args.sinkhorn_epsilon is None:
         args.sinkhorn_epsilon = 0.003 if args.method == "rqvae" else 0.0
     if args.epochs < 1 or args.batch_size < 2 or min(args.code_dim, *args.hidden_sizes) < 1:
         raise InputError("--batch_size needs at least 2, --epochs, --code_dim and --hidden_sizes at least 1")
     if not args.learning_rate > 0 or not (args.sinkhorn_epsilon == 0 or args.sinkhorn_epsilon >= 0.0015):
         raise InputError(
-            "--learning_rate should be above 0, --sinkhorn_epsilon 0 or at least 0.0015 (below, it overflows)"
+            "--learning_rate should be above 0, --sinkhorn_epsilon 0 or at least 0.0015 (smaller values overflow)"
         )
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: should be from 0 to 2^32 - 1")
+    return args
 
+
+@cli_main
+def main() -> None:
+    args = parse_args()
     embeddings = torch.from_numpy(read_embeddings(args.embeddings))
     args.codebook_sizes = args.codebook_sizes or default_sizes(len(embeddings))
     check_sizes(args.codebook_sizes, len(embeddings))
     if (embeddings == embeddings[0]).all():
-        raise InputError(f"{args.embeddings}: all {len(embeddings):,} rows are alike; there is nothing to tell apart")
+        raise InputError(f"{args.embeddings}: all {len(embeddings):,} rows are equal; embed the items again")
     if args.method != "rqvae" and len(embeddings) < max(args.codebook_sizes):
         raise InputError(
             f"{args.embeddings}: {len(embeddings):,} items, fewer than the {max(args.codebook_sizes)} codes of a "
@@ -155,7 +160,7 @@ def main() -> None:
         code_dim=args.code_dim,
         codebook_sizes=args.codebook_sizes,
         sinkhorn_epsilon=args.sinkhorn_epsilon,
-        balanced_assignment=args.method == "balanced-kmeans",
+        balanced=args.method == "balanced-kmeans",
     )
     started = time.monotonic()
     if args.method == "rqvae":

@@ -12,4 +12,5 @@ if [[ $EUID -eq 0 ]] && ! command -v chromium >/dev/null && command -v apt-get >
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet . || { echo "error: run .venv/bin/ruff format ." >&2; exit 1; }
+.venv/bin/mypy
 exec .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,41 +1,47 @@
-"""Two recommenders that learn nothing, measured beside every model on the same users."""
+"""Co-occurrence baseline: items that followed the user's latest items in other histories."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Mapping
 
 from reclingua.baselines.popularity import Popularity
-from reclingua.datasets.interactions import RecDataset
+from reclingua.datasets.interactions import InteractionDataset
 
-WINDOW = 3  # how far apart two items may be to count as co-occurring
-RECENT = 5  # how many of a user's last items speak
+WINDOW = 3  # largest distance of two items that count as co-occurring
+RECENT = 5  # number of a user's latest items that vote
 
 
 class CoOccurrence:
-    """First-order co-occurrence: what followed the user's last items in other histories, near ones more.
+    """Recommender by first-order co-occurrence: candidates followed the user's latest items in other histories.
 
-    A training pair (earlier, later) at most three places apart weighs 1 / distance. A candidate scores the sum over
-    the user's last five items of its weight / (recency rank), over the square root of its popularity. Items that never
-    followed any of those come after, by popularity.
+    A training pair (earlier, later) at most WINDOW places apart weighs 1 / distance, summed over all histories:
+
+        weight(a -> c) = sum over pairs (a, c) of 1 / distance
+        score(c)       = sum over the RECENT latest items a of weight(a -> c) / recency rank of a / sqrt(count(c))
+
+    Items that never followed any of the latest ones come last, by popularity.
     """
 
-    def __init__(self, dataset: RecDataset):
+    def __init__(self, dataset: InteractionDataset):
         self.popularity = Popularity(dataset)
-        self.followers: dict[str, Counter] = defaultdict(Counter)
+        self.counts = self.popularity.counts
+        # item -> later item -> weight
+        self.followers: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
         for user in dataset.histories:
             history = dataset.train_history(user)
-            for at, earlier in enumerate(history):
-                for distance, later in enumerate(history[at + 1 : at + 1 + WINDOW], start=1):
+            for index, earlier in enumerate(history, start=1):
+                for distance, later in enumerate(history[index : index + WINDOW], start=1):
                     self.followers[earlier][later] += 1 / distance
 
-    def scores(self, history: list[str]) -> Counter:
-        """Item -> score after `history`, oldest first; 0 for those that are not there."""
-        scores = Counter()
+    def scores(self, history: list[str]) -> Mapping[str, float]:
+        """Return item -> score after `history`, oldest first; 0 for missing items."""
+        scores: defaultdict[str, float] = defaultdict(float)
         for rank, item in enumerate(reversed(history[-RECENT:]), start=1):
             for candidate, weight in self.followers.get(item, {}).items():
                 scores[candidate] += weight / rank / self.popularity.counts[candidate] ** 0.5
         return scores
 
     def recommend(self, history: list[str], k: int, excluded: set[str]) -> list[str]:
-        """The best `k` items not in `excluded` for a user with `history`, oldest first."""
+        """Return the best `k` items that are not in `excluded` for a user with `history`, oldest first."""
         scores = self.scores(history)
         best = sorted((item for item in scores if item not in excluded), key=lambda item: -scores[item])[:k]
         return best + self.popularity.recommend(history, k - len(best), excluded | set(best))

@@ -1,4 +1,4 @@
-"""Samples of LC-Rec's tasks -> token ids and labels: the phrasing is drawn here, per sample and epoch."""
+"""Instruction dataset: samples of LC-Rec's tasks as token ids and labels, with a prompt template drawn per epoch."""
 
 import random
 from collections.abc import Collection, Mapping
@@ -10,35 +10,37 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from reclingua.datasets.collators import IGNORE, encode_prompt, sanitizer
-from reclingua.datasets.interactions import TEXT_KEYS, RecDataset
+from reclingua.datasets.interactions import TEXT_KEYS, InteractionDataset
 from reclingua.datasets.prompts import INTENTION_FIELDS, TARGET, PromptTemplate
-from reclingua.datasets.tasks import stretch
+from reclingua.datasets.tasks import history_segment
 from reclingua.utils.errors import InputError
 
-COMPOSED = {"history", "titles", "preference"}  # fields that are made of several texts, or of one of them
+COMPOSED = {"history", "titles", "preference"}  # fields made of several texts, or of one drawn from several
 
 
 class InstructionDataset(torch.utils.data.Dataset):
-    """A `datasets.Dataset` of samples (reclingua/datasets/tasks.py) as token ids and labels.
+    """Torch dataset of samples (reclingua/datasets/tasks.py) with input_ids and labels, lists of int.
 
-    Which phrasing a sample gets, which of a user's preferences it tells, and where a long history is cut, depends on
-    seed, epoch and sample alone: the same in every run, different in every epoch (`set_epoch`).
+    The prompt template of a sample, the preference in it and the segment of a long history are functions of seed,
+    epoch and sample: the same in every run, different in every epoch (`set_epoch`).
 
     Args:
-        dataset: the indices and texts of the items that samples name.
-        prompts: task -> its phrasings. A sample is given one whose fields it can fill.
-        index_tokens: ids of the code tokens; in a history sample these are what is learned.
-        max_text_len: words of a title, a description or what is told of a user, at most.
+        dataset: semantic IDs and texts of the items in `samples`.
+        prompts: task -> its prompt templates. A sample gets one of those whose fields it can fill.
+        index_tokens: ids of the code tokens, the labels of a history sample.
+        max_his_len: largest number of targets of a history sample.
+        his_sep: separator between history items.
+        max_text_len: largest number of words of a title, a description or a user text.
         add_prefix: number the items of a history: "1. <a_3>...".
-        only_response: labels on the response alone, else on every token.
-        templates_per_sample: task -> how many phrasings each sample gets in an epoch, LC-Rec's
-            `train_prompt_sample_num`; 1 for a task that is not there.
+        only_response: labels on the response only, else on every token.
+        templates_per_sample: task -> number of prompt templates that each sample gets in an epoch, LC-Rec's
+            `train_prompt_sample_num` (default: 1).
     """
 
     def __init__(
         self,
         samples: datasets.Dataset,
-        dataset: RecDataset,
+        dataset: InteractionDataset,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Mapping[str, list[PromptTemplate]],
         index_tokens: Collection[int],
@@ -54,10 +56,10 @@ class InstructionDataset(torch.utils.data.Dataset):
         self.index_tokens = frozenset(index_tokens)
         self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
         self.only_response, self.seed, self.epoch = only_response, seed, 0
-        self._plain = lru_cache(2**18)(sanitizer(tokenizer, max_text_len))
-        times = np.array([(templates_per_sample or {}).get(task, 1) for task in samples["task"]], dtype=np.int64)
-        self._row = np.repeat(np.arange(len(samples)), times)  # of its sample, and which copy of it one is
-        self._copy = np.arange(len(self._row)) - np.repeat(np.cumsum(times) - times, times)
+        self._sanitize = lru_cache(2**18)(sanitizer(tokenizer, max_text_len))
+        copies = np.array([(templates_per_sample or {}).get(task, 1) for task in samples["task"]], dtype=np.int64)
+        self._row = np.repeat(np.arange(len(samples)), copies)  # number of the sample, and of its copy
+        self._copy = np.arange(len(self._row)) - np.repeat(np.cumsum(copies) - copies, copies)
         self._fitting: dict[tuple[str, frozenset[str]], list[int]] = {}
         self._template_lengths: dict[tuple[str, frozenset[str], int], dict[int, tuple[int, frozenset[str]]]] = {}
 
@@ -70,31 +72,36 @@ class InstructionDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         sample = self.samples[int(self._row[i])]
         task = sample["task"]
-        template = self.prompts[task][self._drawn(i, task, self._known(sample))]
+        template = self.prompts[task][self._draw_template(i, task, self._known_fields(sample))]
         if task == "seqrec_history" and not sample["item"]:
-            shift = self._shift(sample["user"], int(self._copy[i]))
-            items = stretch(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
-            return self._whole([self._index(item) for item in items], template)
+            shift = self._draw_shift(sample["user"], int(self._copy[i]))
+            items = history_segment(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
+            return self._encode_history([self._index(item) for item in items], template)
         if sample["preferences"]:
-            draw = random.Random(f"{self.seed} {self.epoch} {i} preference")
-            sample["preferences"] = [draw.choice(sample["preferences"])]
-        return self.answered(sample, template)
+            generator = random.Random(f"{self.seed} {self.epoch} {i} preference")
+            sample["preferences"] = [generator.choice(sample["preferences"])]
+        return self.encode(sample, template)
 
-    def prompt(self, sample: dict, template: PromptTemplate) -> str:
-        """The text up to where the answer is to be given."""
-        if lacking := template.fields - self._known(sample):
-            whose = f"user {sample['user']!r}, of whom there is no {', '.join(sorted(lacking))}"
-            raise InputError(f"the phrasing {template.prompt[:60]!r} cannot be put to {whose}")
-        return self._asked(sample["task"], template, self._words(sample, template.fields), len(sample["history"]))
+    def render_prompt(self, sample: dict, template: PromptTemplate) -> str:
+        """Return the text of the prompt, up to the response; InputError if the sample lacks a field."""
+        if missing := template.fields - self._known_fields(sample):
+            raise InputError(
+                f"user {sample['user']!r} has no {', '.join(sorted(missing))}, which the prompt template "
+                f"{template.prompt[:60]!r} needs; choose another one"
+            )
+        return self._render(
+            sample["task"], template, self._field_texts(sample, template.fields), len(sample["history"])
+        )
 
-    def answered(self, sample: dict, template: PromptTemplate) -> dict[str, list[int]]:
-        """Prompt and response, as at test."""
-        return self._write(sample["task"], template, self._words(sample, template.fields), len(sample["history"]))
+    def encode(self, sample: dict, template: PromptTemplate) -> dict[str, list[int]]:
+        """Return input_ids and labels of prompt and response."""
+        texts = self._field_texts(sample, template.fields)
+        return self._encode_texts(sample["task"], template, texts, len(sample["history"]))
 
-    # ---- What fills the fields of a phrasing ----
+    # ---- Fields of a prompt template ----
 
-    def _known(self, sample: dict) -> frozenset[str]:
-        """The fields that a sample can fill."""
+    def _known_fields(self, sample: dict) -> frozenset[str]:
+        """Return the fields that a sample can fill."""
         known = {"history"} if sample["history"] else set()
         if sample["history"] and all(self.dataset.items.get(item, {}).get("title") for item in sample["history"]):
             known |= {"titles"}
@@ -104,112 +111,115 @@ class InstructionDataset(torch.utils.data.Dataset):
         known |= {"preference"} if sample["preferences"] else set()
         return frozenset(known | set(INTENTION_FIELDS) if sample["intentions"] else known)
 
-    def _choices(self, task: str, known: frozenset[str], whose: str = "a sample") -> list[int]:
-        """The numbers of the phrasings that a sample can fill; InputError if there is none."""
+    def _fitting_templates(self, task: str, known: frozenset[str], owner: str = "a sample") -> list[int]:
+        """Return the numbers of the prompt templates that a sample can fill; InputError if there is none."""
         if (task, known) not in self._fitting:
             fitting = [number for number, template in enumerate(self.prompts[task]) if template.fields <= known]
             if not fitting:
                 raise InputError(
-                    f"no phrasing of {task} suits {whose}, which can fill just {', '.join(sorted(known))}: "
+                    f"no prompt template of {task} fits {owner}, which can only fill {', '.join(sorted(known))}: "
                     "add one to the prompt file (--prompt_file), or complete the item texts"
                 )
             self._fitting[task, known] = fitting
         return self._fitting[task, known]
 
-    def _drawn(self, i: int, task: str, known: frozenset[str]) -> int:
-        """The number of the phrasing that sample i has in this epoch."""
-        choices = self._choices(task, known)
+    def _draw_template(self, i: int, task: str, known: frozenset[str]) -> int:
+        """Return the number of the prompt template of sample i in this epoch."""
+        choices = self._fitting_templates(task, known)
         return choices[random.Random(f"{self.seed} {self.epoch} {i}").randrange(len(choices))]
 
-    def _shift(self, user: str, copy: int) -> float:
-        """Where the stretches of a user begin in this epoch, in this copy of them."""
+    def _draw_shift(self, user: str, copy: int) -> float:
+        """Return the shift of a user's history segments in this epoch and copy, see `history_segment`."""
         return random.Random(f"{self.seed} {self.epoch} {user}{f' {copy}' if copy else ''}").random()
 
-    def _words(self, sample: dict, fields: Collection[str]) -> dict[str, str]:
-        """What stands for each of the fields, and for the target if there is one."""
-        words, about = {}, self.dataset.items.get(sample["item"], {})
+    def _field_texts(self, sample: dict, fields: Collection[str]) -> dict[str, str]:
+        """Return the text of each of the fields, and of the target if the sample has one."""
+        texts, about = {}, self.dataset.items.get(sample["item"], {})
         for field in fields:
             if field == "history":
-                words[field] = self._joined([self._index(item) for item in sample["history"]])
+                texts[field] = self._join_items([self._index(item) for item in sample["history"]])
             elif field == "titles":
-                words[field] = self._quoted([self.dataset.title(item) for item in sample["history"]])
+                texts[field] = self._join_titles([self.dataset.title(item) for item in sample["history"]])
             elif field in TEXT_KEYS:
-                words[field] = self._plain(str(about[field]))
+                texts[field] = self._sanitize(str(about[field]))
             elif field == "preference":
-                words[field] = self._plain(sample["preferences"][0])
+                texts[field] = self._sanitize(sample["preferences"][0])
             elif field in INTENTION_FIELDS:
-                words[field] = self._plain(sample["intentions"][INTENTION_FIELDS.index(field)])
-        return words | {"target": self._index(sample["item"])} if sample["item"] else words
+                texts[field] = self._sanitize(sample["intentions"][INTENTION_FIELDS.index(field)])
+        return texts | {"target": self._index(sample["item"])} if sample["item"] else texts
 
     def _index(self, item: str) -> str:
         return "".join(self.dataset.index[item])
 
-    def _joined(self, items: list[str]) -> str:
-        return self.his_sep.join(self._number(at) + item for at, item in enumerate(items, start=1))
+    def _join_items(self, items: list[str]) -> str:
+        return self.his_sep.join(self._number(position) + item for position, item in enumerate(items, start=1))
 
-    def _quoted(self, titles: list[str]) -> str:
-        numbered = (f'{self._number(at)}"{self._plain(title)}"' for at, title in enumerate(titles, start=1))
-        return (self.his_sep or ", ").join(numbered)  # indices need nothing between them, titles do
+    def _join_titles(self, titles: list[str]) -> str:
+        numbered = (f'{self._number(place)}"{self._sanitize(title)}"' for place, title in enumerate(titles, start=1))
+        return (self.his_sep or ", ").join(numbered)  # semantic IDs need no separator, titles do
 
-    def _gap(self, length: int) -> str:
-        """What stands between the last item of a history and the next one."""
+    def _separator(self, length: int) -> str:
+        """Return the text between the last item of a history and the next one."""
         return (self.his_sep if length else "") + self._number(length + 1)
 
-    def _number(self, at: int) -> str:
-        return f"{at}. " if self.add_prefix else ""
+    def _number(self, position: int) -> str:
+        return f"{position}. " if self.add_prefix else ""
 
-    # ---- Words -> token ids and labels ----
+    # ---- Token ids and labels ----
 
-    def _asked(self, task: str, template: PromptTemplate, words: dict[str, str], length: int) -> str:
-        text = template.prompt.format(**words)
-        return text + self._gap(length) if task == "seqrec_history" else text
+    def _render(self, task: str, template: PromptTemplate, texts: dict[str, str], length: int) -> str:
+        text = template.prompt.format(**texts)
+        return text + self._separator(length) if task == "seqrec_history" else text
 
-    def _write(self, task: str, template: PromptTemplate, words: dict[str, str], length: int) -> dict[str, list[int]]:
-        """Prompt and response; the response ends with the end token unless it is part of a history."""
-        prompt = encode_prompt(self.tokenizer, self._asked(task, template, words, length))
-        ids = self.tokenizer((template.response or TARGET).format(**words), add_special_tokens=False).input_ids
+    def _encode_texts(
+        self, task: str, template: PromptTemplate, texts: dict[str, str], length: int
+    ) -> dict[str, list[int]]:
+        """Return prompt and response; the response ends with the end token unless it is part of a history."""
+        prompt = encode_prompt(self.tokenizer, self._render(task, template, texts, length))
+        ids = self.tokenizer((template.response or TARGET).format(**texts), add_special_tokens=False).input_ids
         if task != "seqrec_history":
             ids = [*ids, self.tokenizer.eos_token_id]
         labels = [IGNORE] * len(prompt) if self.only_response else prompt
         return {"input_ids": prompt + ids, "labels": [*labels, *ids]}
 
-    def _whole(self, items: list[str], template: PromptTemplate) -> dict[str, list[int]]:
-        """Items one after another, the codes of every item after the first as labels."""
-        ids = encode_prompt(self.tokenizer, template.prompt.format(history=self._joined(items)))
+    def _encode_history(self, items: list[str], template: PromptTemplate) -> dict[str, list[int]]:
+        """Return a prompt that ends with the items; the codes of every item after the first are labels."""
+        ids = encode_prompt(self.tokenizer, template.prompt.format(history=self._join_items(items)))
         if not self.only_response:
             return {"input_ids": ids, "labels": list(ids)}
-        given = encode_prompt(self.tokenizer, template.prompt.format(history=self._joined(items[:1])))
+        context = encode_prompt(self.tokenizer, template.prompt.format(history=self._join_items(items[:1])))
         labels = [token if token in self.index_tokens else IGNORE for token in ids]
-        labels[: len(given)] = [IGNORE] * len(given)
+        labels[: len(context)] = [IGNORE] * len(context)
         return {"input_ids": ids, "labels": labels}
 
-    # ---- How long it gets ----
+    # ---- Lengths ----
 
     def lengths(self, longest: bool = False) -> np.ndarray:
-        """Tokens of each sample in this epoch, int64 [samples]; or in whichever epoch it is `longest`.
+        """Return the tokens of each sample, int64 [samples], in this epoch, or in the epoch where it is `longest`.
 
-        No sample is written out for it: index tokens stand for themselves whatever surrounds them, so that what a
-        phrasing adds depends on the number of items alone. Other texts are counted by themselves; what their ends
-        make with the words around them can be a few tokens less, or one or two more.
+        No sample is encoded for it. Code tokens never merge with the text around them, so the tokens that a prompt
+        template adds depend on the number of items only. Other texts are counted on their own; merges at their ends
+        make this an estimate: a few tokens fewer in the sample, or one or two more.
         """
-        found = []
+        lengths = []
         for i, row in enumerate(self._row.tolist()):
             task, user, known, items, own, part, parts = self._sizes[row]
             if task == "seqrec_history" and "target" not in known:
                 if longest:
                     items = sorted(items)[-self.max_his_len - 1 :]
                 else:
-                    items = stretch(items, part, parts, self.max_his_len, self._shift(user, int(self._copy[i])))
+                    shift = self._draw_shift(user, int(self._copy[i]))
+                    items = history_segment(items, part, parts, self.max_his_len, shift)
             own["history"] = sum(items)
-            around = self._template_sizes(task, known, len(items))
-            drawn = around.values() if longest else [around[self._drawn(i, task, known)]]
-            found.append(max(tokens + sum(own[field] for field in fields) for tokens, fields in drawn))
-        return np.array(found, dtype=np.int64)
+            sizes = self._template_sizes(task, known, len(items))
+            candidates = sizes.values() if longest else [sizes[self._draw_template(i, task, known)]]
+            lengths.append(max(tokens + sum(own[field] for field in fields) for tokens, fields in candidates))
+        return np.array(lengths, dtype=np.int64)
 
     @cached_property
     def _sizes(self) -> list[tuple]:
-        """Of each sample: task, user, the fields it can fill, tokens of the items of its history, tokens of what fills
-        the other fields, part, parts."""
+        """Of each sample: task, user, the fields it can fill, tokens of each item of its history, tokens of the texts
+        of its other fields, part, parts."""
 
         @lru_cache(2**18)
         def count(text: str) -> int:
@@ -217,36 +227,36 @@ class InstructionDataset(torch.utils.data.Dataset):
 
         sizes = []
         for sample in self.samples.to_list():
-            task, known, history = sample["task"], self._known(sample), sample["history"]
-            whose = f"item {sample['item']!r}" if not sample["user"] else f"user {sample['user']!r}"
-            choices = self._choices(task, known, whose)
-            asked = frozenset().union(*(self.prompts[task][number].fields for number in choices))
-            own = {field: count(text) for field, text in self._words(sample, asked - COMPOSED).items()}
-            if "titles" in asked:
-                own["titles"] = sum(count(self._plain(self.dataset.title(item))) for item in history)
-            if "preference" in asked:
-                own["preference"] = max(count(self._plain(text)) for text in sample["preferences"])
+            task, known, history = sample["task"], self._known_fields(sample), sample["history"]
+            owner = f"item {sample['item']!r}" if not sample["user"] else f"user {sample['user']!r}"
+            fitting = self._fitting_templates(task, known, owner)
+            needed = {field for number in fitting for field in self.prompts[task][number].fields}
+            own = {field: count(text) for field, text in self._field_texts(sample, needed - COMPOSED).items()}
+            if "titles" in needed:
+                own["titles"] = sum(count(self._sanitize(self.dataset.title(item))) for item in history)
+            if "preference" in needed:
+                own["preference"] = max(count(self._sanitize(text)) for text in sample["preferences"])
             items = [count(self._index(item)) for item in history]
             sizes.append((task, sample["user"], known, items, own, sample["part"], sample["parts"]))
         return sizes
 
     def _template_sizes(self, task: str, known: frozenset[str], length: int) -> dict[int, tuple[int, frozenset[str]]]:
-        """The phrasings that such a sample can have: the tokens besides what fills their fields, and these fields."""
+        """Return prompt template number -> (tokens without the texts of its fields, these fields)."""
         if (task, known, length) not in self._template_lengths:
             index, text = self._index(next(iter(self.dataset.index))), "x"
-            words = dict.fromkeys(known, text) | {"target": index, "history": self._joined([index] * length)}
-            words["titles"] = self._quoted([text] * length)
+            texts = dict.fromkeys(known, text) | {"target": index, "history": self._join_items([index] * length)}
+            texts["titles"] = self._join_titles([text] * length)
             tokens = {word: len(self.tokenizer(word, add_special_tokens=False).input_ids) for word in (index, text)}
             own = dict.fromkeys(known, tokens[text]) | {"target": tokens[index], "history": tokens[index] * length}
             own["titles"] = tokens[text] * length
-            around = {}
-            for number in self._choices(task, known):
+            sizes = {}
+            for number in self._fitting_templates(task, known):
                 template = self.prompts[task][number]
                 if task == "seqrec_history" and "target" not in known:
-                    sample, fields = self._whole([index] * length, template), template.fields
+                    sample, fields = self._encode_history([index] * length, template), template.fields
                 else:
-                    sample = self._write(task, template, words, length)
+                    sample = self._encode_texts(task, template, texts, length)
                     fields = template.fields if template.response else template.fields | {"target"}
-                around[number] = len(sample["input_ids"]) - sum(own[field] for field in fields), fields
-            self._template_lengths[task, known, length] = around
+                sizes[number] = len(sample["input_ids"]) - sum(own[field] for field in fields), fields
+            self._template_lengths[task, known, length] = sizes
         return self._template_lengths[task, known, length]

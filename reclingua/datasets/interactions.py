@@ -1,6 +1,8 @@
-"""Open and check a dataset folder: the one gate through which every script reads interactions, items and indices.
+"""Interaction datasets: read a dataset folder and check its interactions, item texts and semantic IDs.
 
-A dataset D is the folder <data_path>/D/ with D.inter.json, and D.item.json and D.index.json where a script needs them.
+LC-Rec calls the semantic ID of an item, a list of code tokens, its index.
+
+A dataset D is the folder <data_path>/D/ with D.inter.json, and D.item.json and D.index.json where they are needed.
 """
 
 import hashlib
@@ -18,67 +20,75 @@ TEXT_KEYS = ("title", "description")
 
 
 @dataclass(frozen=True)
-class RecDataset:
+class InteractionDataset:
     """Interactions in time order, split leave-one-out: last item = test, last but one = valid, the rest = train.
 
-    Users with fewer than three interactions can't be split: all they have is train (`too_short` lists them).
+    The interactions of users with fewer than three are all train (`too_short` lists these users).
+
+    Args:
+        name, folder: the dataset and where it was read from.
+        histories: user -> item ids, oldest first.
+        items: item -> texts by key; empty where D.item.json was not read.
+        index: item -> code tokens of its semantic ID; empty where it was not needed.
     """
 
     name: str
     folder: Path
     histories: dict[str, list[str]]
-    items: dict[str, dict] = field(default_factory=dict)  # empty where no D.item.json was read
-    index: dict[str, list[str]] = field(default_factory=dict)  # empty where no index was asked for
+    items: dict[str, dict] = field(default_factory=dict)
+    index: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def item_ids(self) -> list[str]:
-        """Every item, numeric ids in numeric order: row i of an embedding file belongs to item i of this list."""
+        """All items, numeric ids in numeric order; row i of an embedding file belongs to item i of this list."""
         ids = self.items or self.index or {item for history in self.histories.values() for item in history}
         return sorted(ids, key=int) if all(item.isdecimal() for item in ids) else list(ids)
 
     @property
     def too_short(self) -> list[str]:
+        """Users with fewer than three interactions."""
         return [user for user, history in self.histories.items() if len(history) < 3]
 
     @property
     def test_users(self) -> list[str]:
-        """Users that have a valid and a test item."""
+        """Users with a valid and a test item."""
         return [user for user, history in self.histories.items() if len(history) >= 3]
 
     def train_history(self, user: str) -> list[str]:
+        """Return the training items of a user, oldest first."""
         history = self.histories[user]
         return history[:-2] if len(history) >= 3 else history
 
     def split(self, user: str, part: str) -> tuple[list[str], str]:
-        """(what the user had before, the item to find) for `part` "valid" or "test"."""
+        """Return (history, target item) of a user for `part` "valid" or "test"."""
         history = self.histories[user]
         return (history[:-2], history[-2]) if part == "valid" else (history[:-1], history[-1])
 
     def sha256(self, part: str) -> str:
-        """Fingerprint of `part`, "index" or "histories"; a checkpoint keeps it and refuses other data."""
+        """Return the fingerprint of `part`, "index" or "histories", that a checkpoint stores to refuse other data."""
         return hashlib.sha256(json.dumps(getattr(self, part), sort_keys=True).encode()).hexdigest()
 
     def title(self, item: str) -> str:
-        """The item's title; its id where the dataset has no item texts."""
+        """Return the item's title, or its id where the dataset has no item texts."""
         return str(self.items.get(item, {}).get("title") or f"item {item}").strip()
 
     def text(self, item: str) -> str:
-        """Title and description, what the text embedding reads."""
+        """Return title and description, the input of the text embedding."""
         return ". ".join(text for key in TEXT_KEYS if (text := str(self.items[item].get(key) or "").strip()))
 
 
-def open_dataset(
+def open_interactions(
     data_path: str | Path, name: str, needs: Collection[str] = (), index_file: str | Path = ".index.json"
-) -> RecDataset:
-    """Read dataset `name` below `data_path`, check it, and return it with all ids as strings.
+) -> InteractionDataset:
+    """Read and check interaction dataset `name` below `data_path`; all ids become strings.
 
     Args:
-        needs: "items" where item texts are required, "index" where indices are. Without "items" the texts are read
-            if the file is there.
-        index_file: suffix of the index file (LC-Rec's way: D + suffix), or a path if it holds a slash.
+        needs: "items" if item texts are required, "index" if semantic IDs are. Without "items" the texts are read
+            if their file exists.
+        index_file: file suffix (as in LC-Rec: D + suffix), or a path if it contains a slash.
 
     Raises:
-        InputError: naming the file and the record that is wrong.
+        InputError: names the file and the invalid record.
     """
     folder = Path(data_path) / name
     if not folder.is_dir():
@@ -102,11 +112,11 @@ def open_dataset(
         )
     if items and index and (extra := next((item for item in index if item not in items), None)) is not None:
         raise InputError(f"{index_path}: item {extra!r} is not in {item_path.name}; the files are of different data")
-    return RecDataset(name, folder, histories, items, index)
+    return InteractionDataset(name, folder, histories, items, index)
 
 
 def dataset_file(folder: Path, name: str, file: str | Path) -> Path:
-    """Where a file of dataset `name` is: `file` is a suffix, LC-Rec's way, or a path if it holds a slash."""
+    """Return the path of a file of dataset `name`; `file` is a suffix, or a path if it contains a slash."""
     return Path(file) if "/" in str(file) else folder / f"{name}{file}"
 
 
@@ -135,18 +145,18 @@ def _read_items(path: Path, need_text: bool) -> dict[str, dict]:
 
 def _read_index(path: Path) -> dict[str, list[str]]:
     index = read_codes(path)
-    owner: dict[str, str] = {}  # as in a prompt: what is written alike is alike
+    owner: dict[str, str] = {}  # joined, as in a prompt: [<a>, <b>] and [<a><b>] are the same there
     for item, codes in index.items():
         if (other := owner.setdefault("".join(codes), item)) != item:
             raise InputError(
                 f"{path}: items {other!r} and {item!r} share the index {''.join(codes)}; every item needs its own: "
-                "rebuild it with python -m index.generate, or tell them apart with python -m index.repair"
+                "rebuild it with python -m index.generate, or resolve the collisions with python -m index.repair"
             )
     return index
 
 
 def read_codes(path: Path) -> dict[str, list[str]]:
-    """An index file, item -> code tokens; several items may have the same. InputError for what is no index."""
+    """Read item -> code tokens from an index file, collisions included; InputError if it is no index."""
     index = read_json(path, "item -> list of code tokens")
     for item, codes in index.items():
         if not isinstance(codes, list) or not codes or not all(isinstance(code, str) and code for code in codes):
@@ -155,7 +165,7 @@ def read_codes(path: Path) -> dict[str, list[str]]:
 
 
 def read_embeddings(path: str | Path, rows: int | None = None) -> np.ndarray:
-    """float32 [items, dim] from a .npy file, row i = item i, `rows` of them if given; InputError otherwise."""
+    """Read float32 [items, dim] from a .npy file, row i = item i; InputError unless it has `rows` rows, if given."""
     path = Path(path)
     try:
         embeddings = np.load(path, allow_pickle=False)

@@ -1,5 +1,6 @@
-"""The phrasings of each task, read from YAML and checked before anything is trained on them."""
+"""Prompt templates of each task, read from YAML and checked before training."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +19,14 @@ INTENTION_FIELDS = ("user_intention", "item_intention")
 
 
 class Fields(NamedTuple):
-    """What a task's phrasings fill in: of every set of `prompt` and of `response` at least one field.
+    """Fields of a task's prompt templates: at least one of every set in `prompt` and in `response` is required.
 
-    `optional` fields may stand in the prompt besides.
+    The prompt can also contain the `optional` fields.
     """
 
     prompt: list[set[str]]
     response: list[set[str]] = []
-    optional: set[str] = frozenset()
+    optional: Set[str] = frozenset()
 
 
 FIELDS = {
@@ -46,26 +47,26 @@ YES_NO_FIELDS = {
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """One way to say a task: a prompt and a response with fields in braces."""
+    """Prompt template: a prompt and a response with fields in braces."""
 
     prompt: str
     response: str = ""
 
     @cached_property
     def fields(self) -> frozenset[str]:
-        """What it fills in, prompt and response together."""
+        """Fields of prompt and response together."""
         return frozenset(_fields(self.prompt) | _fields(self.response))
 
     @property
-    def names_target(self) -> bool:
-        """Whether what it answers is the target's index, so that a search can find it."""
+    def has_target_response(self) -> bool:
+        """Whether the response is the target's semantic ID, which beam search can find."""
         return self.response in ("", TARGET)
 
 
 def read_prompts(
     path: str | Path = LCREC_PROMPT_FILE, tasks: dict[str, Fields] = FIELDS
 ) -> dict[str, list[PromptTemplate]]:
-    """Each of `tasks` -> its phrasings. InputError names the file, the task and the number of one that is wrong."""
+    """Read task -> its prompt templates; InputError names the file, the task and the number of an invalid template."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -74,18 +75,18 @@ def read_prompts(
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable YAML file ({error})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: should map each task to a list of phrasings")
+        raise InputError(f"{path}: should map each task to a list of prompt templates")
     prompts = {}
     for task, fields in tasks.items():
         templates = content.get(task)
         if not isinstance(templates, list) or not templates:
-            raise InputError(f"{path}: task {task!r} has no phrasing; give it at least one")
+            raise InputError(f"{path}: task {task!r} has no prompt template; give it at least one")
         prompts[task] = [_check(path, task, number, template, fields) for number, template in enumerate(templates)]
     return prompts
 
 
 def _check(path: Path, task: str, number: int, template: object, fields: Fields) -> PromptTemplate:
-    where = f"{path}: {task} phrasing {number}"
+    where = f"{path}: {task} prompt template {number}"
     keys = {"prompt", "response"} if fields.response else {"prompt"}
     if (
         not isinstance(template, dict)
@@ -93,15 +94,15 @@ def _check(path: Path, task: str, number: int, template: object, fields: Fields)
         or not all(isinstance(v, str) for v in template.values())
     ):
         raise InputError(f"{where} should have just {' and '.join(sorted(keys))}, each a text")
-    for key, wanted, optional in (("prompt", fields.prompt, fields.optional), ("response", fields.response, set())):
+    for key, choices, optional in (("prompt", fields.prompt, fields.optional), ("response", fields.response, set())):
         try:
-            found = _fields(template.get(key, ""))
+            names = _fields(template.get(key, ""))
         except ValueError as error:
             raise InputError(f"{where}: {key} has a stray brace or a format ({error})") from None
-        if unknown := found - optional.union(*wanted):
+        if unknown := names - set(optional).union(*choices):
             raise InputError(f"{where}: {key} has the unknown field {{{min(unknown)}}}")
-        for choice in wanted:
-            if not found & choice:
+        for choice in choices:
+            if not names & choice:
                 lacking = " or ".join(f"{{{field}}}" for field in sorted(choice))
                 raise InputError(f"{where}: {key} lacks the field {lacking}")
     if fields.response == [{"target"}] and template["response"] != TARGET:
@@ -112,8 +113,12 @@ def _check(path: Path, task: str, number: int, template: object, fields: Fields)
 
 
 def _fields(text: str) -> set[str]:
-    """ValueError for a text that `str.format` cannot fill with plain texts."""
-    fields = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
-    if formatted := next((field for field, how, conversion in fields if how or conversion), None):
-        raise ValueError(f"{{{formatted}}} should stand alone in its braces")
-    return {field for field, *_ in fields}
+    """Return the names of the fields; ValueError for a format or conversion, which plain texts cannot fill."""
+    names = set()
+    for _, name, spec, conversion in Formatter().parse(text):
+        if name is None:
+            continue
+        if spec or conversion:
+            raise ValueError(f"{{{name}}} should stand alone in its braces")
+        names.add(name)
+    return names

@@ -1,10 +1,11 @@
-"""Open and check a preference dataset: who liked what, split by time, the ground of CoLLM, BinLLM and CoRA.
+"""Ratings datasets: read and check who liked what, split by time, the data of the Yes/No methods.
 
-A preference dataset D is the folder <data_path>/D/ with train.parquet, valid.parquet, test.parquet and item.json, made
-by `python -m data.prepare --task preference` or published by others. One row is one rating.
+A ratings dataset D is the folder <data_path>/D/ with train.parquet, valid.parquet, test.parquet and item.json, made
+by `python -m data.prepare --task preference` or published with CoLLM, BinLLM or CoRA. A row is one rating.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
 PARTS = ("train", "valid", "test")
-# What a row tells. Ids start at 1; 0 is padding. his: the items the user liked so far, oldest first. not_cold: whether
-# train has both the user and the item.
+# Columns of a row. Ids start at 1; 0 is padding. his: the items that the user has liked so far, oldest first.
+# not_cold: whether train has both the user and the item.
 COLUMNS = {
     "uid": pa.int32(),
     "iid": pa.int32(),
@@ -30,12 +31,17 @@ COLUMNS = {
     "not_cold": pa.int8(),
 }
 
-ROWS_PER_USER = 8  # of a sample
+ROWS_PER_USER = 8  # in `sample_ratings`
 
 
 @dataclass(frozen=True)
 class RatingsDataset:
-    """The three parts as `datasets.Dataset`s with the columns above, and the items' texts."""
+    """Ratings split into train, valid and test, and item texts.
+
+    Args:
+        parts: "train", "valid", "test" -> rows with COLUMNS.
+        items: item id -> texts by key.
+    """
 
     name: str
     folder: Path
@@ -44,16 +50,16 @@ class RatingsDataset:
 
     @property
     def num_users(self) -> int:
-        """Rows of an embedding of users: the largest id and 1 for padding."""
+        """Rows of a user embedding: the largest id, and 1 for padding."""
         return 1 + max(int(to_numpy(part, "uid").max()) for part in self.parts.values())
 
     @property
     def num_items(self) -> int:
-        """Rows of an embedding of items: the largest id and 1 for padding."""
+        """Rows of an item embedding: the largest id, and 1 for padding."""
         return 1 + max(int(item) for item in self.items)
 
     def sha256(self) -> str:
-        """Fingerprint of the training ratings; a checkpoint keeps it and refuses other data."""
+        """Return the fingerprint of the training ratings, which a checkpoint stores to refuse other data."""
         digest = hashlib.sha256()
         for name in ("uid", "iid", "label"):
             digest.update(to_numpy(self.parts["train"], name).astype(np.int64).tobytes())
@@ -61,40 +67,42 @@ class RatingsDataset:
 
 
 def to_numpy(part: Dataset, name: str) -> np.ndarray:
-    """A column of numbers, [rows]."""
+    """Return a column of numbers, [rows]."""
     return part.with_format("arrow")[:][name].to_numpy()
 
 
 def liked_history(part: Dataset, length: int) -> np.ndarray:
-    """int64 [rows, length]: the last `length` items of each history, oldest first, 0 in front of shorter ones."""
+    """Return the last `length` items of each history, int64 [rows, length], oldest first, 0 in front of fewer."""
     lists = part.with_format("arrow")[:]["his"].combine_chunks()
     items, ends = lists.values.to_numpy(), lists.offsets.to_numpy()[1:]
-    places = ends[:, None] + np.arange(-length, 0)
-    there = places >= lists.offsets.to_numpy()[:-1, None]
-    return np.where(there, items[np.where(there, places, 0)] if len(items) else 0, 0).astype(np.int64)
+    positions = ends[:, None] + np.arange(-length, 0)
+    exists = positions >= lists.offsets.to_numpy()[:-1, None]
+    return np.where(exists, items[np.where(exists, positions, 0)] if len(items) else 0, 0).astype(np.int64)
 
 
 def sample_ratings(part: Dataset, count: int) -> Dataset:
-    """About `count` rows: up to ROWS_PER_USER of each of as many users as that takes, all drawn at random, the same
-    ones every time; all rows for 0. Rows of one user in plenty would make AUC a matter of a few users, single ones
-    would leave UAUC without users."""
+    """Return about `count` random rows, the same at every call; all rows for 0.
+
+    Users are drawn at random, with up to ROWS_PER_USER rows each: more rows a user would reduce AUC to a few users,
+    single rows would leave UAUC without users.
+    """
     if not 0 < count < len(part):
         return part
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     users = to_numpy(part, "uid")
-    order = draw.permutation(len(users))
-    names, first = np.unique(users, return_inverse=True)
-    place = draw.permutation(len(names))[first]  # of each row's user among the users
-    order = order[np.argsort(place[order], kind="stable")]
-    earlier = pd.Series(order).groupby(users[order]).cumcount()  # rows of the same user before each
+    order = generator.permutation(len(users))
+    user_ids, user_of_row = np.unique(users, return_inverse=True)
+    rank = generator.permutation(len(user_ids))[user_of_row]
+    order = order[np.argsort(rank[order], kind="stable")]
+    earlier = pd.Series(order).groupby(users[order]).cumcount()  # rows of the same user before each row
     return part.select(np.sort(order[earlier < ROWS_PER_USER][:count]))
 
 
 def open_ratings(data_path: str | Path, name: str) -> RatingsDataset:
-    """Read preference dataset `name` below `data_path` and check every row.
+    """Read and check ratings dataset `name` below `data_path`.
 
     Raises:
-        InputError: naming the file and the row (from 0) that is wrong.
+        InputError: names the file and the invalid row (from 0).
     """
     folder = Path(data_path) / name
     if not folder.is_dir():
@@ -108,12 +116,49 @@ def open_ratings(data_path: str | Path, name: str) -> RatingsDataset:
             raise InputError(f"{folder / 'item.json'}: item {item[:50]!r} should be a number from 1 to 999999999")
         if not isinstance(record, dict) or not str(record.get("title") or "").strip():
             raise InputError(f"{folder / 'item.json'}: item {item!r} should be an object with a title")
-    known = np.array([int(item) for item in items])
-    parts = {part: _read_part(folder / f"{part}.parquet", known) for part in PARTS}
+    item_ids = np.array([int(item) for item in items])
+    parts = {part: _read_part(folder / f"{part}.parquet", item_ids) for part in PARTS}
     return RatingsDataset(name, folder, parts, items)
 
 
-def _read_part(path: Path, known: np.ndarray) -> Dataset:
+def make_ratings(
+    dataset: RatingsDataset,
+    histories: Sequence[Sequence[str]],
+    items: Sequence[str],
+    users: Sequence[str | None] | None = None,
+    is_warm: Sequence[bool] | np.ndarray | None = None,
+) -> Dataset:
+    """Return rows of ratings, all labels 0, of users who liked `histories` and are asked about `items`.
+
+    Args:
+        histories: item ids, oldest first.
+        users: ids; None or "0" for a user who is not in the data.
+        is_warm: whether user and item count as known to training (default: those that are in it).
+
+    Raises:
+        InputError: numbers of rows that differ; an item without a text, a user without a number.
+    """
+    users = [None] * len(histories) if users is None else users
+    if not len(histories) == len(items) == len(users):
+        raise InputError(f"{len(histories)} histories, {len(items)} items, {len(users)} users: give one of each a row")
+    numbers = []
+    for row, (user, item, history) in enumerate(zip(users, items, histories, strict=True)):
+        if unknown := next((name for name in (item, *history) if name not in dataset.items), None):
+            raise InputError(f"row {row}: item {unknown!r} is not in item.json of {dataset.name}")
+        if user is not None and (not user.isdecimal() or int(user) >= dataset.num_users):
+            raise InputError(f"row {row}: user {user!r} is not in {dataset.name}; give None for a new user")
+        numbers.append((int(user or 0), int(item), [int(liked) for liked in history]))
+    uid, iid = (np.array([number[column] for number in numbers], dtype=np.int64) for column in (0, 1))
+    zeros = np.zeros(len(numbers), dtype=np.int64)
+    columns = {"uid": uid, "iid": iid, "label": zeros, "timestamp": zeros, "his": [number[2] for number in numbers]}
+    if is_warm is None:
+        train = dataset.parts["train"]
+        is_warm = np.isin(uid, np.unique(to_numpy(train, "uid"))) & np.isin(iid, np.unique(to_numpy(train, "iid")))
+    columns["not_cold"] = np.array(is_warm, dtype=np.int64)
+    return Dataset(pa.table({name: pa.array(columns[name], kind) for name, kind in COLUMNS.items()}))
+
+
+def _read_part(path: Path, item_ids: np.ndarray) -> Dataset:
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
@@ -135,21 +180,21 @@ def _read_part(path: Path, known: np.ndarray) -> Dataset:
             raise InputError(f"{path}: column {name!r} should be {kind}, not {values.type} ({error})") from None
     numbers = {name: columns[name].to_numpy(zero_copy_only=False) for name in COLUMNS if name != "his"}
 
-    def refuse(wrong: np.ndarray, what: str) -> None:
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise InputError(f"{path}: row {row} has {what.format(**{k: v[row] for k, v in numbers.items()})}")
+    def refuse(is_invalid: np.ndarray, fault: str) -> None:
+        if is_invalid.any():
+            row = int(is_invalid.argmax())
+            raise InputError(f"{path}: row {row} has {fault.format(**{k: v[row] for k, v in numbers.items()})}")
 
     for name in ("label", "not_cold"):
         refuse(~np.isin(numbers[name], (0, 1)), f"{name} {{{name}}}; it should be 0 or 1")
     refuse((numbers["uid"] < 1) | (numbers["uid"] > 999_999_999), "user {uid}; ids go from 1 to 999999999")
-    refuse(~np.isin(numbers["iid"], known), "item {iid}, which is not in item.json")
+    refuse(~np.isin(numbers["iid"], item_ids), "item {iid}, which is not in item.json")
     his = columns["his"]
     liked = pc.fill_null(his.flatten(), 0).to_numpy()
     rows_of_liked = np.repeat(np.arange(len(his)), pc.list_value_length(his).to_numpy(zero_copy_only=False))
-    strange = np.zeros(len(his), bool)
-    strange[rows_of_liked[~np.isin(liked, known)]] = True
-    refuse(strange, "a history with an item that is not in item.json")
+    has_unknown = np.zeros(len(his), bool)
+    has_unknown[rows_of_liked[~np.isin(liked, item_ids)]] = True
+    refuse(has_unknown, "a history with an item that is not in item.json")
     if len(np.unique(numbers["label"])) == 1:
         raise InputError(f"{path}: all labels are {numbers['label'][0]}; AUC needs both 0 and 1")
     return Dataset(pa.table(columns))

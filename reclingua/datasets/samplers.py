@@ -1,4 +1,4 @@
-"""Which samples make a batch: of one length together, or laid end to end, by number or by tokens."""
+"""Batch sampler: length-grouped or packed batches, by sample count or token budget, for one or several processes."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,27 +11,40 @@ ORDERS = ("group_by_length", "random", "sequential")
 
 
 class LengthGroupedBatchSampler(torch.utils.data.Sampler[list[int]]):
-    """The batches of one process. Every sample is in one batch of one process in each epoch, every epoch has the same
-    number of batches, and every process as many as the others (for which, where batches are single samples, some
-    samples are taken twice).
+    """Batch sampler that yields the batches of one process, sample numbers.
+
+    Every epoch has the same number of steps, and so has every process. Each sample is in one batch of one process
+    (except where batches are single samples: then some samples are repeated so that no process runs out).
+
+    The samples in their order are cut at `boundaries`; step s of process r takes piece s * processes + r. With
+    "group_by_length" and two processes:
+
+        samples, longest first   | 50 49 | 48 46 45 | 44 44 40 | 39 38 38 | ... | 9 8 8 7 | 5 5 4 3 |
+        piece                        0        1          2          3               6         7
+        step                         0        0          1          1               3         3
+        process                      0        1          0          1               0         1
+
+    The processes thus work on batches of similar length at the same time. Steps are shuffled, except for step 0 with
+    the longest samples: if memory is short, it runs out at once.
 
     Args:
-        lengths: tokens of each sample at most.
-        now: gives the tokens of each sample in an epoch, by which they are sorted (default: `lengths`).
-        batch_size: samples of a batch at most; ignored where `max_tokens` is given.
-        max_tokens: tokens of a batch at most; padding counts, unless the samples are `packed`.
-        packed: whether samples are laid end to end without padding.
-        order: "group_by_length": the samples by length (equal ones shuffled), the batches shuffled; the longest come
-            first, so that too little memory shows at once. "random" or "sequential": the samples.
-        rank, processes: the batches that all processes take at the same time are neighbours in length.
+        lengths: largest number of tokens that each sample can have in any epoch.
+        batch_size: largest number of samples of a batch; ignored where `max_tokens` is given.
+        max_tokens: largest number of tokens of a batch; padding counts, unless samples are `packed`.
+        packed: samples are packed without padding.
+        order: "group_by_length" sorts samples by length (equal lengths shuffled) and shuffles the steps; "random" or
+            "sequential" is the order of the samples.
+        rank, processes: number of this process and of all processes.
+        epoch_lengths: returns the number of tokens of each sample in the current epoch, by which they are sorted
+            (default: `lengths`).
 
     Raises:
-        InputError: a sample has more tokens than a batch may have.
+        InputError: a sample has more tokens than a batch can have.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int = 8,
         max_tokens: int = 0,
         packed: bool = False,
@@ -43,34 +56,34 @@ class LengthGroupedBatchSampler(torch.utils.data.Sampler[list[int]]):
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.epoch_lengths = epoch_lengths or (lambda: self.lengths)
-        self.order, self.seed, self.epoch, self.over = order, seed, 0, False
+        self.order, self.seed, self.epoch, self.stopped = order, seed, 0, False
         self.rank, self.processes = rank, processes
-        self.window = 0.0  # tokens of a packed batch, about
+        self.window = 0.0  # average number of tokens of a packed batch
         samples, longest, tokens = len(self.lengths), int(self.lengths.max()), int(self.lengths.sum())
         if max_tokens and not packed and order != "group_by_length":
             raise InputError(
                 "--max_tokens_per_batch needs --packing or --train_sampling_strategy group_by_length: "
                 "in another order padding decides how many samples fit"
             )
-        if max_tokens and max_tokens < (least := 2 * longest if packed else longest):
+        if max_tokens and max_tokens < (minimum := 2 * longest if packed else longest):
             raise InputError(
-                f"--max_tokens_per_batch {max_tokens}: should be {least} at least, since a sample has up to {longest} "
-                f"tokens{' and packing needs room for two' if packed else ''}; or lower --max_his_len"
+                f"--max_tokens_per_batch {max_tokens}: should be {minimum} at least, since a sample has up to "
+                f"{longest} tokens{' and packing needs room for two' if packed else ''}; or lower --max_his_len"
             )
-        self.boundaries = [0, samples]  # where a batch ends and the next begins
+        self.boundaries = [0, samples]
         if not max_tokens:
             count = -(-samples // batch_size)
         elif packed:
-            # A batch has the samples that begin within its share of all tokens: one sample more than that at most.
+            # A batch gets the samples that start within its window of tokens; the last of them can exceed the window.
             count = -(-tokens // (max_tokens - longest + 1))
         else:
-            self.boundaries = self._filled(max_tokens)
+            self.boundaries = self._greedy_boundaries(max_tokens)
             count = len(self.boundaries) - 1
         self.steps = -(-count // processes)
         count = self.steps * processes
-        self.taken = max(samples, count)
+        self.num_drawn = max(samples, count)
         if not max_tokens or samples < count:
-            self.boundaries = np.linspace(0, self.taken, count + 1).astype(int).tolist()
+            self.boundaries = np.linspace(0, self.num_drawn, count + 1).astype(int).tolist()
         elif packed:
             self.window = tokens / count
         else:
@@ -80,37 +93,40 @@ class LengthGroupedBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.epoch = epoch
 
     def stop(self) -> None:
-        """From now on there are none: training that goes on from its last step has nothing left to do."""
-        self.over = True
+        """Yield no more batches: a training resumed at its last step has nothing left to do."""
+        self.stopped = True
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.over:
+        if self.stopped:
             return
-        draw = np.random.default_rng((self.seed, self.epoch))
+        generator = np.random.default_rng((self.seed, self.epoch))
         order = np.arange(len(self.lengths))
         if self.order != "sequential":
-            draw.shuffle(order)
+            generator.shuffle(order)
         if self.order == "group_by_length":
             order = order[np.argsort(-self.epoch_lengths()[order], kind="stable")]
-        order = np.resize(order, self.taken)
+        order = np.resize(order, self.num_drawn)
         boundaries = self.boundaries
         if self.window:
+            # Packed: the samples lie on a line of tokens, which is cut where a sample starts in a new window.
+            #   tokens   |----a----|--b--|------c------|-d-|---e---|
+            #   windows  |0            |1            |2            |      batches: a b | c | d e
             starts = np.cumsum(self.lengths[order]) - self.lengths[order]
             cuts = np.flatnonzero(np.diff(starts // self.window)) + 1
             boundaries = split_widest([0, *cuts.tolist(), len(order)], self.steps * self.processes)
         steps = np.arange(self.steps)
         if self.order == "group_by_length":
-            draw.shuffle(steps[1:])
+            generator.shuffle(steps[1:])
         for step in steps * self.processes + self.rank:
             yield order[boundaries[step] : boundaries[step + 1]].tolist()
 
-    def _filled(self, max_tokens: int) -> list[int]:
-        """Borders from the longest sample to the shortest: as many to a batch as its first one leaves room for.
+    def _greedy_boundaries(self, max_tokens: int) -> list[int]:
+        """Return boundaries from the longest sample to the shortest; a batch's first sample decides how many fit.
 
-        They hold in every epoch: if no sample is longer than it may be, neither is the n-th longest of them.
+        They hold in every epoch: if no sample exceeds its largest length, neither does the n-th longest of them.
         """
         lengths, boundaries = -np.sort(-self.lengths), [0]
         while boundaries[-1] < len(lengths):
@@ -119,8 +135,9 @@ class LengthGroupedBatchSampler(torch.utils.data.Sampler[list[int]]):
 
 
 def split_widest(boundaries: list[int], count: int) -> list[int]:
-    """The borders of `count` batches: those given, and the batch of most samples halved until there are enough."""
+    """Return the boundaries of `count` batches: the batch of most samples is halved until there are enough."""
     while len(boundaries) - 1 < count:
-        at = int(np.argmax(np.diff(boundaries)))
-        boundaries = [*boundaries[: at + 1], (boundaries[at] + boundaries[at + 1]) // 2, *boundaries[at + 1 :]]
+        index = int(np.argmax(np.diff(boundaries)))
+        middle = (boundaries[index] + boundaries[index + 1]) // 2
+        boundaries = [*boundaries[: index + 1], middle, *boundaries[index + 1 :]]
     return boundaries

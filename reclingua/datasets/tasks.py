@@ -1,25 +1,25 @@
-"""Histories, items and what users say -> instruction datasets: what is to be asked and answered, as `Dataset`s.
+"""Samples of LC-Rec's six tasks (section 3.2): histories, items and user texts as `datasets.Dataset`s.
 
-LC-Rec's six tasks (section 3.2). A sample names items by their ids and is still without words: which phrasing it gets
-is drawn anew in each epoch (reclingua/datasets/instructions.py). Its columns, empty where a task has no use for them:
-    task; user; history (what the user had, oldest first); item (the target);
-    preferences (texts on the user); intentions (what the user is looking for: in the user's words, described);
-    part, parts (which stretch of a long history a sample is; see `stretch`).
+A sample names items by their ids and contains no prompt yet: its prompt template is drawn anew in each epoch
+(reclingua/datasets/instructions.py). Columns, empty where a task does not use them:
+    task; user; history (the user's items, oldest first); item (the target);
+    preferences (texts about the user); intentions (the user's request, in the user's words and as a description);
+    part, parts (number of a segment of a long history, and of all its segments; see `history_segment`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import datasets
 import pyarrow as pa
 
-from reclingua.datasets.interactions import RecDataset
+from reclingua.datasets.interactions import InteractionDataset
 from reclingua.datasets.user_texts import UserTexts
 from reclingua.utils.errors import InputError
 
 TASKS = ("seqrec", "item2index", "index2item", "fusionseqrec", "itemsearch", "preferenceobtain")
 TEST_TASKS = {"SeqRec": "seqrec", "ItemSearch": "itemsearch", "FusionSeqRec": "fusionseqrec"}  # LC-Rec's names
 TEXT_TASKS = ("item2index", "index2item", "fusionseqrec")  # need item texts
-USER_TASKS = ("itemsearch", "preferenceobtain")  # need what users say
+USER_TASKS = ("itemsearch", "preferenceobtain")  # need user texts
 TARGETS = ("last", "all")
 COLUMNS = datasets.Features(
     {
@@ -36,27 +36,33 @@ COLUMNS = datasets.Features(
 
 
 def seqrec_task(targets: str) -> str:
-    """What seqrec is called: with whole histories as samples it is another task, "seqrec_history"."""
+    """Return the name of the seqrec task: with whole histories as samples it is "seqrec_history"."""
     return "seqrec" if targets == "last" else "seqrec_history"
 
 
 def train_samples(
-    dataset: RecDataset, task: str, max_his_len: int, texts: UserTexts | None = None, count: int = 0, seed: int = 0
+    dataset: InteractionDataset,
+    task: str,
+    max_his_len: int,
+    texts: UserTexts | None = None,
+    count: int = 0,
+    seed: int = 0,
 ) -> datasets.Dataset:
-    """The training samples of one task.
+    """Return the training samples of one task.
 
     seqrec and fusionseqrec: a user of n training items gives n - 1 samples (history, next item), the history cut to
     its last `max_his_len` items. seqrec_history: a history is one sample (a long one several, of `max_his_len` targets
-    each) in which every item after the first is a target. item2index and index2item: every item. itemsearch: every
-    user with an intention. preferenceobtain: every user with preferences, and the history before the
-    last training item, as these were made from.
+    each) where every item after the first is a target. item2index and index2item: every item. itemsearch: every
+    user with an intention. preferenceobtain: every user with preferences, and the history before
+    the last training item, from which the preferences were generated.
 
     Args:
-        count: draw this many of them; 0 takes all.
+        count: number of samples to draw; 0 returns all.
 
     Raises:
-        InputError: there is no such sample.
+        InputError: no sample exists.
     """
+    texts = texts or UserTexts()
     if task in ("seqrec", "fusionseqrec"):
         rows = _pairs(dataset, task, max_his_len)
     elif task == "seqrec_history":
@@ -67,8 +73,8 @@ def train_samples(
         rows = _searches(dataset, texts, "train", max_his_len)
     else:
         rows = (
-            make_sample(task, user, dataset.train_history(user)[:-1][-max_his_len:], preferences=found)
-            for user, found in texts.preferences.items()
+            make_sample(task, user, dataset.train_history(user)[:-1][-max_his_len:], preferences=preferences)
+            for user, preferences in texts.preferences.items()
             if len(dataset.train_history(user)) > 1
         )
     samples = _of_rows(rows)
@@ -87,16 +93,17 @@ _LACKING = {
 
 
 def held_out_samples(
-    dataset: RecDataset, part: str, task: str, max_his_len: int, texts: UserTexts | None = None
+    dataset: InteractionDataset, part: str, task: str, max_his_len: int, texts: UserTexts | None = None
 ) -> datasets.Dataset:
-    """One sample for each user that can be asked: what came before the valid or test item, and that item.
+    """Return one sample for each user: the history before the valid or test item, and that item as the target.
 
-    Of itemsearch, whose `part` is "test", these are the users with preferences and an intention: every phrasing can be
-    asked of them.
+    For itemsearch, with `part` "test", these are the users with preferences and an intention, who fit every prompt
+    template.
     """
     if task == "itemsearch":
-        able = texts.preferences.keys() & set(dataset.test_users)
-        return _of_rows(row for row in _searches(dataset, texts, part, max_his_len) if row[1] in able)
+        texts = texts or UserTexts()
+        users = texts.preferences.keys() & set(dataset.test_users)
+        return _of_rows(row for row in _searches(dataset, texts, part, max_his_len) if row[1] in users)
     held_out = ((user, *dataset.split(user, part)) for user in dataset.test_users)
     return _of_rows(make_sample(task, user, history[-max_his_len:], item) for user, history, item in held_out)
 
@@ -111,8 +118,18 @@ def make_sample(
     part: int = 0,
     parts: int = 1,
 ) -> tuple:
-    """The columns of a sample, in their order."""
+    """Return the values of a sample in the order of COLUMNS."""
     return task, user, history or [], item, preferences or [], intentions or [], part, parts
+
+
+def empty_samples() -> datasets.Dataset:
+    """Return no samples, with the columns of samples."""
+    return datasets.Dataset(COLUMNS.arrow_schema.empty_table())
+
+
+def history_samples(task: str, histories: Sequence[Sequence[str]], max_his_len: int) -> datasets.Dataset:
+    """Return a sample for each history of item ids, oldest first, of nobody in the dataset and without a target."""
+    return _of_rows(make_sample(task, history=list(history[-max_his_len:])) for history in histories)
 
 
 def _of_rows(rows: Iterator[tuple]) -> datasets.Dataset:
@@ -122,14 +139,14 @@ def _of_rows(rows: Iterator[tuple]) -> datasets.Dataset:
     return datasets.Dataset(pa.Table.from_arrays(arrays, schema=schema))  # from_dict would take three times as long
 
 
-def _pairs(dataset: RecDataset, task: str, max_his_len: int) -> Iterator[tuple]:
+def _pairs(dataset: InteractionDataset, task: str, max_his_len: int) -> Iterator[tuple]:
     for user in dataset.histories:
         items = dataset.train_history(user)
-        for at in range(1, len(items)):
-            yield make_sample(task, user, items[max(0, at - max_his_len) : at], items[at])
+        for target in range(1, len(items)):
+            yield make_sample(task, user, items[max(0, target - max_his_len) : target], items[target])
 
 
-def _histories(dataset: RecDataset, max_his_len: int) -> Iterator[tuple]:
+def _histories(dataset: InteractionDataset, max_his_len: int) -> Iterator[tuple]:
     for user in dataset.histories:
         items = dataset.train_history(user)
         parts = -(-(len(items) - 1) // max_his_len)
@@ -137,17 +154,20 @@ def _histories(dataset: RecDataset, max_his_len: int) -> Iterator[tuple]:
             yield make_sample("seqrec_history", user, items, part=part, parts=parts)
 
 
-def _searches(dataset: RecDataset, texts: UserTexts, part: str, max_his_len: int) -> Iterator[tuple]:
-    for user, found in texts.intentions[part].items():
-        said, queries = texts.preferences.get(user), [found.of_user, found.of_item]
-        yield make_sample("itemsearch", user, found.history[-max_his_len:], found.item, said, queries)
+def _searches(dataset: InteractionDataset, texts: UserTexts, part: str, max_his_len: int) -> Iterator[tuple]:
+    for user, intention in texts.intentions[part].items():
+        preferences, queries = texts.preferences.get(user), [intention.of_user, intention.of_item]
+        yield make_sample("itemsearch", user, intention.history[-max_his_len:], intention.item, preferences, queries)
 
 
-def stretch(items: list[str], part: int, parts: int, size: int, shift: float) -> list[str]:
-    """Stretch `part` of `parts`: up to `size` targets and the items before them that they are to be told from.
+def history_segment(items: list[str], part: int, parts: int, size: int, shift: float) -> list[str]:
+    """Return segment `part` of `parts`: up to `size` targets, and the item before them as their first context.
 
-    The stretches tile the history, so each item after the first is a target exactly once. `shift` in [0, 1) moves the
-    borders, so that over the epochs an item is predicted from contexts of many lengths.
+    The segments tile the history, so each item after the first is a target exactly once. `shift` in [0, 1) moves their
+    boundaries, so that over the epochs an item is predicted from contexts of many lengths:
+
+        size 3, shift 0     a[b c d]      d[e f g]      g[h]          brackets: targets
+        size 3, shift .9    a[b]          b[c d e]      e[f g h]
     """
     slack = parts * size - (len(items) - 1)
     start = part * size - int(shift * (slack + 1))

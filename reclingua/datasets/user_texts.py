@@ -1,6 +1,6 @@
-"""D.user.json: what users prefer, and what they were looking for when they took an item; LC-Rec's file, checked.
+"""User texts: preferences of users and intentions behind interactions, from LC-Rec's file D.user.json.
 
-python -m data.intentions writes it.
+python -m data.intentions writes this file.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from reclingua.datasets.interactions import RecDataset, dataset_file
+from reclingua.datasets.interactions import InteractionDataset, dataset_file
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json, write_json
 
@@ -18,10 +18,10 @@ PARTS = ("train", "test")
 
 
 class Intention(NamedTuple):
-    """What a user was looking for.
+    """Intention behind one interaction.
 
-    `item` is what was found; `history` what the user had before, oldest first; `of_user` says it as the user would,
-    `of_item` describes the item. None of both names it.
+    `item` is the item taken; `history` contains the user's items before it, oldest first; `of_user` is the request in
+    the user's words, `of_item` a description of the item. Neither names the item.
     """
 
     item: str
@@ -32,55 +32,56 @@ class Intention(NamedTuple):
 
 @dataclass(frozen=True)
 class UserTexts:
-    """`preferences`: user -> texts; `intentions`: "train" or "test" -> user -> intention."""
+    """Texts of users; `preferences`: user -> texts; `intentions`: "train" or "test" -> user -> intention."""
 
     preferences: dict[str, list[str]] = field(default_factory=dict)
     intentions: dict[str, dict[str, Intention]] = field(default_factory=lambda: {part: {} for part in PARTS})
 
     def sha256(self) -> str:
+        """Return the fingerprint that a checkpoint stores to refuse other texts."""
         return sha256(repr(self).encode()).hexdigest()
 
 
-def intention_context(dataset: RecDataset, user: str, part: str) -> tuple[list[str], str]:
-    """(what the user had before, the item taken) that an intention of `part` is about.
+def intention_context(dataset: InteractionDataset, user: str, part: str) -> tuple[list[str], str]:
+    """Return (history, item taken) that an intention of `part` describes.
 
-    Of "test" the last item; of "train" the last one that training knows, so that nothing held out is told.
+    For "test" this is the last item; for "train" the last training item, so that no held-out item is disclosed.
     """
     history = dataset.histories[user] if part == "test" else dataset.train_history(user)
     return history[:-1], history[-1]
 
 
-def read_users(dataset: RecDataset, user_file: str | Path = ".user.json") -> UserTexts:
-    """The texts of the dataset's users; some of them may have none.
+def read_user_texts(dataset: InteractionDataset, user_file: str | Path = ".user.json") -> UserTexts:
+    """Read the texts of the dataset's users; not every user has some.
 
     Args:
-        user_file: suffix of the file, or a path if it holds a slash.
+        user_file: file suffix, or a path if it contains a slash.
 
     Raises:
-        InputError: naming the file and the user; also where a text of "train" is about an item held out.
+        InputError: names the file and the user; also if a "train" text describes a held-out item.
     """
     path = dataset_file(dataset.folder, dataset.name, user_file)
     content = read_json(path, f"{PREFERENCES} and {INTENTIONS}; python -m data.intentions makes it")
     texts = UserTexts()
-    for user, given in _section(content, PREFERENCES, path).items():
-        _known(user, dataset, path)
-        if not isinstance(given, list) or not given or not all(_is_text(text) for text in given):
+    for user, preferences in _section(content, PREFERENCES, path).items():
+        _check_user(user, dataset, path)
+        if not isinstance(preferences, list) or not preferences or not all(map(_is_text, preferences)):
             raise InputError(f"{path}: {PREFERENCES} of user {user!r} should be a list of texts")
-        texts.preferences[user] = [text.strip() for text in given]
+        texts.preferences[user] = [text.strip() for text in preferences]
     parts = _section(content, INTENTIONS, path)
     for part in PARTS:
         for user, record in _section(parts, part, path, optional=True).items():
-            _known(user, dataset, path)
-            texts.intentions[part][user] = _intention(record, dataset, user, part, path)
+            _check_user(user, dataset, path)
+            texts.intentions[part][user] = _read_intention(record, dataset, user, part, path)
     return texts
 
 
-def write_users(path: Path, texts: UserTexts) -> None:
+def write_user_texts(path: Path, texts: UserTexts) -> None:
     """Write `texts` in LC-Rec's format."""
     intentions = {
         part: {
-            user: {"item": found.item, "inters": found.history, "querys": [found.of_user, found.of_item]}
-            for user, found in texts.intentions[part].items()
+            user: {"item": about.item, "inters": about.history, "querys": [about.of_user, about.of_item]}
+            for user, about in texts.intentions[part].items()
         }
         for part in PARTS
     }
@@ -90,11 +91,11 @@ def write_users(path: Path, texts: UserTexts) -> None:
 def _section(content: Mapping, key: str, path: Path, optional: bool = False) -> dict:
     section = content.get(key, {} if optional else None)
     if not isinstance(section, dict):
-        raise InputError(f"{path}: {key!r} should be there and map users to texts; see python -m data.intentions")
+        raise InputError(f"{path}: {key!r} should exist and map users to texts; see python -m data.intentions")
     return section
 
 
-def _known(user: str, dataset: RecDataset, path: Path) -> None:
+def _check_user(user: str, dataset: InteractionDataset, path: Path) -> None:
     if user not in dataset.histories:
         raise InputError(f"{path}: user {user!r} is not in {dataset.name}.inter.json; the files are of different data")
 
@@ -103,20 +104,21 @@ def _is_text(text: object) -> bool:
     return isinstance(text, str) and bool(text.strip())
 
 
-def _intention(record: object, dataset: RecDataset, user: str, part: str, path: Path) -> Intention:
+def _read_intention(record: object, dataset: InteractionDataset, user: str, part: str, path: Path) -> Intention:
     where = f"{path}: {INTENTIONS}, {part}, user {user!r}"
-    queries = record.get("querys") if isinstance(record, dict) else None
+    record = record if isinstance(record, dict) else {}
+    queries = record.get("querys")
     if not isinstance(queries, list) or len(queries) != 2 or not all(_is_text(query) for query in queries):
         raise InputError(f"{where} should have an item, inters and two querys, the user's and the item's")
     item, inters = record.get("item"), record.get("inters")
     if not isinstance(item, int | str) or not isinstance(inters, list):
         raise InputError(f"{where} should have an item and a list of inters")
-    item, history = str(item), [str(each) for each in inters]
-    told = dataset.histories[user] if part == "test" else dataset.train_history(user)
-    if item not in told or part == "test" and item != told[-1]:
-        which = "not the user's last" if part == "test" else "not in what training knows of the user"
-        raise InputError(f"{where} is about item {item!r}, which is {which}")
-    before = told[: len(told) - 1 - told[::-1].index(item)]
-    if (other := next((each for each in history if each not in before), None)) is not None:
+    item, history = str(item), [str(inter) for inter in inters]
+    items = dataset.histories[user] if part == "test" else dataset.train_history(user)
+    if item not in items or part == "test" and item != items[-1]:
+        fault = "not the user's last" if part == "test" else "not in the user's training history"
+        raise InputError(f"{where} is about item {item!r}, which is {fault}")
+    before = items[: len(items) - 1 - items[::-1].index(item)]
+    if (other := next((inter for inter in history if inter not in before), None)) is not None:
         raise InputError(f"{where} has item {other!r} among its inters, which the user did not have before {item!r}")
     return Intention(item, history, queries[0].strip(), queries[1].strip())

@@ -1,10 +1,10 @@
-"""How the beams of a sample share the KV cache of its prompt: as one query block, or, where a model can't, fanned out.
+"""KV caches for beam search: tree attention over one shared cache, or one copy of the cache per beam.
 
-Both compute the prompt once and then, level by level, the logits after the newest token of every beam.
+Both decoders compute the prompt once and then, level by level, the logits after the newest token of every beam.
 """
 
 import logging
-from weakref import WeakKeyDictionary
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -19,59 +19,74 @@ logger = logging.getLogger(__name__)
 
 
 class TreeAttentionDecoder:
-    """All beams of a sample are one block of queries over one cache; nothing in it is copied or re-ordered.
+    """Decoder with tree attention: all beams of a sample are one block of queries over one cache.
 
-    Every token that any beam took stays in the cache. Which of them a beam sees, the prompt and its own ancestors, is
-    told by a 4-D mask [batch, 1, beams, cached tokens]; where it stands, by its position id.
+    Nothing in the cache is copied or re-ordered. Every token that any beam ever took stays in it, and a 4-D mask
+    [batch, 1, beams, cached tokens] lets a beam see the prompt, its ancestors and itself. Position ids tell the depth.
+    After two steps of three beams, where beams 0 and 1 of the second step continue beam 2 of the first:
+
+                       cached: prompt    step 1     step 2
+                                . p p    a b c      d e f
+        beam 0 (prompt c d)     0 1 1    0 0 1      1 0 0
+        beam 1 (prompt c e)     0 1 1    0 0 1      0 1 0      parents of step 2 = [2, 2, 0]
+        beam 2 (prompt a f)     0 1 1    1 0 0      0 0 1
+
+    A step thus gathers the rows of the parents' ancestors and appends an identity matrix.
 
     Args:
-        room: how many tokens the cache will hold for each sample, prompt and beams together.
+        capacity: number of tokens that the cache holds for each sample, prompt and beams together.
 
     An object serves one search.
     """
 
-    def __init__(self, model: PreTrainedModel, room: int):
+    def __init__(self, model: PreTrainedModel, capacity: int):
         self.model = model
         self.cache = DynamicCache(config=model.config)
-        self.cache.layers = [PreallocatedLayer(room) for _ in self.cache.layers]
+        self.layers = [PreallocatedLayer(capacity) for _ in self.cache.layers]
+        self.cache.layers = [*self.layers]
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, 1, vocabulary] after prompts padded on the left, int64 [batch, length] with their mask.
+        """Return the logits [batch, 1, vocabulary] after prompts padded on the left.
 
-        The words with which all prompts begin, those of the instruction, are computed once for all of them.
+        The tokens with which all prompts begin, those of the instruction, are computed once for the whole batch.
+
+        Args:
+            input_ids: int64 [batch, length].
+            attention_mask: int64 [batch, length], 0 on padding.
         """
         batch, length = input_ids.shape
         padding = length - attention_mask.sum(-1, keepdim=True)
-        shared = _common_beginning(input_ids, padding)
+        shared = _common_prefix_length(input_ids, padding)
         if (batch - 1) * shared >= MIN_SHARED_PREFIX:
-            words = slice(int(padding[0]), int(padding[0]) + shared)
-            _prefill(self.model, input_ids[:1, words], attention_mask[:1, words], self.cache)
-            for layer in self.cache.layers:
+            prefix = slice(int(padding[0]), int(padding[0]) + shared)
+            _forward_prompt(self.model, input_ids[:1, prefix], attention_mask[:1, prefix], self.cache)
+            for layer in self.layers:
                 layer.repeat(batch)
-            # In the cache they stand before the padding: [shared words][padding][rest of the prompt].
+            # The prefix moves in front of the padding: the cache holds [prefix][padding][rest of the prompt].
             columns = torch.arange(length, device=input_ids.device)
             attention_mask = ((columns < shared) | (columns >= padding + shared)).long()
             input_ids = input_ids[:, shared:]
-        output = _prefill(self.model, input_ids, attention_mask, self.cache)
-        self.prompt = attention_mask.bool()
+        output = _forward_prompt(self.model, input_ids, attention_mask, self.cache)
+        self.prompt_mask = attention_mask.bool()
         self.positions = length - padding  # of the next token, [batch, 1]
         self.ancestors = input_ids.new_zeros((batch, 1, 0), dtype=torch.bool)
         return output.logits[:, -1:]
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, beams, vocabulary] after one more token of each beam.
+        """Return the logits [batch, beams, vocabulary] after one more token of each beam.
 
         Args:
             tokens: int64 [batch, beams].
-            parents: int64 [batch, beams], the beam of the previous call that each one continues.
+            parents: int64 [batch, beams], the beam of the previous call that each beam continues.
         """
         batch, beams = tokens.shape
         inherited = self.ancestors.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[2]))
         itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         self.ancestors = torch.cat([inherited, itself], dim=2)
-        seen = torch.cat([self.prompt.unsqueeze(1).expand(-1, beams, -1), self.ancestors], dim=2)
+        visible = torch.cat([self.prompt_mask.unsqueeze(1).expand(-1, beams, -1), self.ancestors], dim=2)
         dtype = self.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=tokens.device)
+        mask = mask.masked_fill_(~visible, torch.finfo(dtype).min)
         output = self.model(
             input_ids=tokens,
             attention_mask=mask.unsqueeze(1),
@@ -84,125 +99,135 @@ class TreeAttentionDecoder:
 
 
 class ReplicatedCacheDecoder:
-    """Every beam is a row with a copy of its prompt's cache, re-ordered at each level: for any model with a cache."""
+    """Decoder for any model with a KV cache: every beam is a row with its own copy, re-ordered at each level."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """As in `TreeAttentionDecoder`."""
-        output = _prefill(self.model, input_ids, attention_mask, None)
-        self.cache, self.mask, self.beams = getattr(output, "past_key_values", None), attention_mask, 1
+        """Return the logits after the prompts, as `TreeAttentionDecoder.prefill` does."""
+        output = _forward_prompt(self.model, input_ids, attention_mask, None)
+        self.cache: Any = getattr(output, "past_key_values", None)
+        self.mask, self.beams = attention_mask, 1
         if self.cache is None:
-            raise InputError(f"{type(self.model).__name__} keeps no key-value cache; the search needs a transformer")
+            raise InputError(f"{type(self.model).__name__} has no key-value cache; beam search needs a transformer")
         return output.logits[:, -1:]
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        """As in `TreeAttentionDecoder`."""
+        """Return the logits after one more token, as `TreeAttentionDecoder.step` does."""
         batch, beams = tokens.shape
         rows = (torch.arange(batch, device=tokens.device).unsqueeze(1) * self.beams + parents).flatten()
         self.beams = beams
         self.cache.reorder_cache(rows)
         self.mask = torch.cat([self.mask[rows], self.mask.new_ones((len(rows), 1))], dim=1)
-        positions = (
-            {"position_ids": self.mask.sum(-1, keepdim=True) - 1}
-            if accepts_argument(self.model, "position_ids")
-            else {}
-        )
+        optional = {"position_ids": self.mask.sum(-1, keepdim=True) - 1}
         output = self.model(
             input_ids=tokens.reshape(-1, 1),
             attention_mask=self.mask,
             past_key_values=self.cache,
             use_cache=True,
-            **positions,
+            **_accepted(self.model, optional),
         )
         return output.logits.view(batch, beams, -1)
 
 
-def choose_decoder(
-    model: PreTrainedModel, length: int, trie: Trie, num_beams: int
-) -> TreeAttentionDecoder | ReplicatedCacheDecoder:
-    """For one search: the faster of the two ways that is right for the model.
+class DecoderSelector:
+    """Choice of the decoder for the searches with one model; remembers what it probed and warned about.
 
     Args:
-        length: tokens of the longest prompt.
+        strategy: "auto", the faster decoder that is exact for the model; "tree" or "replicated", always that one.
     """
-    widths = [min(num_beams, states) for states in trie.level.diff().tolist()]
-    room = length + sum(widths[1:-1])  # the root has no token, the last level is not fed
-    window = attention_window(model)
-    if not window or not _block_is_right(model, room):
-        reason = "its beams cannot be computed as one block"
-    elif length + trie.depth > window:
-        reason = f"a prompt of {length} tokens and an index do not fit into its window of {window:.0f}"
-    else:
-        return TreeAttentionDecoder(model, room)
-    if reason not in _said.setdefault(model, set()):
-        _said[model].add(reason)
-        logger.warning(
-            "%s: %s; every beam gets a copy of its prompt's cache, which is slower and finds the same items",
-            *(type(model).__name__, reason),
-        )
-    return ReplicatedCacheDecoder(model)
 
+    def __init__(self, model: PreTrainedModel, strategy: Literal["auto", "tree", "replicated"] = "auto"):
+        self.model, self.strategy = model, strategy
+        self._tree_is_exact: dict[int, bool] = {}  # by the capacity of the cache
+        self._reported: set[str] = set()
 
-_said: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
-_tried: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()  # room -> is a block right?
+    def select(self, length: int, trie: Trie, num_beams: int) -> TreeAttentionDecoder | ReplicatedCacheDecoder:
+        """Return a new decoder for one search.
 
+        Args:
+            length: number of tokens of the longest prompt.
+        """
+        if self.strategy == "replicated":
+            return ReplicatedCacheDecoder(self.model)
+        beams = [min(num_beams, states) for states in trie.level.diff().tolist()]
+        capacity = length + sum(beams[1:-1])  # the root has no token, the tokens of the last level are not fed
+        reason = self._reason_against_tree(length, trie, capacity) if self.strategy == "auto" else None
+        if reason is None:
+            return TreeAttentionDecoder(self.model, capacity)
+        if reason not in self._reported:
+            self._reported.add(reason)
+            logger.warning(
+                "%s: %s; every beam gets a copy of the prompt's KV cache, which is slower and finds the same items",
+                *(type(self.model).__name__, reason),
+            )
+        return ReplicatedCacheDecoder(self.model)
 
-def _block_is_right(model: PreTrainedModel, room: int) -> bool:
-    """Try it once for each size of cache: what no document says of an architecture, a small forward pass does."""
-    room = max(64, 1 << (room - 1).bit_length())
-    if room not in (tried := _tried.setdefault(model, {})):
-        tried[room] = accepts_argument(model, "position_ids") and _try_block(model, room)
-    return tried[room]
+    def _reason_against_tree(self, length: int, trie: Trie, capacity: int) -> str | None:
+        window = attention_window(self.model)
+        if not window or not self._supports_tree(capacity):
+            return "the model does not support tree attention"
+        if length + trie.depth > window:
+            return f"a prompt of {length} tokens and a semantic ID exceed its attention window of {window:.0f}"
+        return None
+
+    def _supports_tree(self, capacity: int) -> bool:
+        """Return whether tree attention is exact for this model, by one small trial for each power of two."""
+        capacity = max(64, 1 << (capacity - 1).bit_length())
+        if capacity not in self._tree_is_exact:
+            exact = accepts_argument(self.model, "position_ids") and _is_tree_exact(self.model, capacity)
+            self._tree_is_exact[capacity] = exact
+        return self._tree_is_exact[capacity]
 
 
 @torch.no_grad()
-def _try_block(model: PreTrainedModel, room: int) -> bool:
-    """Many beams of two tokens after a prompt: the first and the last of them as in the block, and without a cache.
+def _is_tree_exact(model: PreTrainedModel, capacity: int) -> bool:
+    """Return whether the first and the last of many beams get the same logits from a tree as without a cache.
 
-    There are as many as the cache will hold, to find out an attention that minds how far apart keys lie in it.
+    No configuration states whether an architecture honours 4-D masks, so a small forward pass finds out: a prompt of
+    four tokens and two steps of as many beams as the cache holds, since some attentions depend on the distance of the
+    keys in it (Bloom's ALiBi, local layers).
     """
-    beams = (room - 4) // 2
-    words = torch.arange(4 + 2 * beams, device=model.device) % model.get_input_embeddings().weight.shape[0]
-    prompt, first, second = words[None, :4], words[None, 4 : 4 + beams], words[None, 4 + beams :]
+    beams = (capacity - 4) // 2
+    embedding: Any = model.get_input_embeddings()
+    ids = torch.arange(4 + 2 * beams, device=model.device) % len(embedding.weight)
+    prompt, first, second = ids[None, :4], ids[None, 4 : 4 + beams], ids[None, 4 + beams :]
     parents = torch.arange(beams, device=model.device).flip(0)[None]
-    paths = torch.stack([torch.cat([prompt[0, 1:], first[0, [-1 - at]], second[0, [at]]]) for at in (0, -1)])
-    alone = model(input_ids=paths, use_cache=False).logits[:, -1].float()
+    paths = torch.stack([torch.cat([prompt[0, 1:], first[0, [-1 - beam]], second[0, [beam]]]) for beam in (0, -1)])
+    expected = model(input_ids=paths, use_cache=False).logits[:, -1].float()
     ones = torch.ones_like(paths)
-    padded = model(  # a second way without a cache: how far apart two right answers may be
+    padded = model(  # the same without a cache but with padding: how far two exact computations may differ
         input_ids=torch.cat([paths[:, :1], paths], dim=1),
         attention_mask=torch.cat([0 * ones[:, :1], ones], dim=1),
         position_ids=torch.cat([0 * ones[:, :1], ones.cumsum(1) - 1], dim=1),
         use_cache=False,
     ).logits[:, -1]
-    block = TreeAttentionDecoder(model, room)
+    decoder = TreeAttentionDecoder(model, capacity)
     try:
-        block.prefill(prompt, torch.tensor([[0, 1, 1, 1]], device=model.device))
-        block.step(first, torch.zeros_like(first))
-        together = block.step(second, parents)[0, [0, -1]]
+        decoder.prefill(prompt, torch.tensor([[0, 1, 1, 1]], device=model.device))
+        decoder.step(first, torch.zeros_like(first))
+        logits = decoder.step(second, parents)[0, [0, -1]]
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
         if out_of_memory(error):
             raise
-        return False  # that is the answer: this architecture wants another kind of mask or cache
-    scale = alone.abs().max()
-    tolerance = max(5e-3 * scale, 8 * (padded.float() - alone).abs().max())
-    return (
-        not (together.float() - alone).abs().max() > tolerance
-    )  # broken weights pass: the search itself refuses them
+        return False  # the architecture needs another kind of mask or cache
+    tolerance = max(5e-3 * expected.abs().max(), 8 * (padded.float() - expected).abs().max())
+    difference = (logits.float() - expected).abs().max()
+    return not difference > tolerance  # NaN passes: the search itself reports broken weights
 
 
-def _common_beginning(input_ids: torch.Tensor, padding: torch.Tensor) -> int:
-    """With how many tokens all prompts begin, leaving each at least one of its own."""
-    most = max(0, input_ids.shape[1] - int(padding.max()) - 1)
-    beginnings = input_ids.gather(1, padding + torch.arange(most, device=input_ids.device))
-    return int((beginnings == beginnings[:1]).all(0).cumprod(0).sum())
+def _common_prefix_length(input_ids: torch.Tensor, padding: torch.Tensor) -> int:
+    """Return the number of tokens with which all prompts begin, leaving each at least one of its own."""
+    longest = max(0, input_ids.shape[1] - int(padding.max()) - 1)
+    prefixes = input_ids.gather(1, padding + torch.arange(longest, device=input_ids.device))
+    return int((prefixes == prefixes[:1]).all(0).cumprod(0).sum())
 
 
-def _prefill(
+def _forward_prompt(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache | None
-):
-    """The model's output after `input_ids`; the mask covers what is in the cache before them, too."""
+) -> Any:
+    """Return the model's output after `input_ids`; the mask covers what the cache holds before them, too."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
     optional = {"position_ids": positions, "logits_to_keep": 1}
     return model(
@@ -210,25 +235,32 @@ def _prefill(
         attention_mask=attention_mask,
         past_key_values=cache,
         use_cache=True,
-        **{name: value for name, value in optional.items() if accepts_argument(model, name)},
+        **_accepted(model, optional),
     )
 
 
-class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer in tensors that have room for all that comes, so that adding copies nothing old.
+def _accepted(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if accepts_argument(model, name)}
 
-    For one search: things are added, never re-ordered or taken away.
+
+class PreallocatedLayer(DynamicLayer):
+    """Cache layer with keys and values in tensors of fixed size, so that appending copies no older ones.
+
+    It serves one search: keys and values are appended, never re-ordered or removed.
     """
 
-    def __init__(self, room: int):
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, capacity: int):
         super().__init__()
-        self.room, self.length = room, 0
+        self.capacity, self.length = capacity, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
-        self.keys = key_states.new_empty((batch, heads, self.room, key_states.shape[3]))
-        self.values = value_states.new_empty((batch, heads, self.room, value_states.shape[3]))
+        self.keys = key_states.new_empty((batch, heads, self.capacity, key_states.shape[3]))
+        self.values = value_states.new_empty((batch, heads, self.capacity, value_states.shape[3]))
         self.is_initialized = True
 
     def update(
@@ -236,13 +268,13 @@ class PreallocatedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        old, self.length = self.length, self.length + key_states.shape[2]
-        self.keys[:, :, old : self.length] = key_states
-        self.values[:, :, old : self.length] = value_states
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def repeat(self, batch: int) -> None:
-        """Give every sample what the only one has so far."""
+        """Expand the cache of one sample to `batch` samples."""
         keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         self.length = 0
         self.is_initialized = False

@@ -1,1 +1,1 @@
-"""The parts of the page on which a model can be tried: what it asks of a model, and how it looks."""
+"""Demo page of tuned models: the models behind it, and a Gradio app."""

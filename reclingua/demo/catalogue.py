@@ -1,43 +1,43 @@
-"""Items by title: what a person types into the search box of the page, and what is found."""
+"""Catalogue of the demo: full-text search in the titles of a dataset's items."""
 
 import unicodedata
 from collections.abc import Mapping
 
 from reclingua.utils.text import shorten
 
-MOST_LETTERS = 100  # of a query that are read; nobody types more on purpose
-SHOWN_LETTERS = 160  # of a title
+MAX_QUERY_LENGTH = 100  # letters of a query that are read
+MAX_TITLE_LENGTH = 160  # letters of a title that are shown
 
 
-def fold(text: str) -> str:
-    """The text for comparison: without case, accents and runs of spaces."""
-    apart = unicodedata.normalize("NFKD", text.casefold())
-    return " ".join("".join(letter for letter in apart if not unicodedata.combining(letter)).split())
+def normalize_text(text: str) -> str:
+    """Return the text for comparison: case-folded, without accents, runs of spaces collapsed."""
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    return " ".join("".join(letter for letter in decomposed if not unicodedata.combining(letter)).split())
 
 
 class Catalogue:
-    """The items of a dataset, to be found by words of their titles, the popular ones first.
+    """Items of a dataset, searchable by words of their titles, popular ones first.
 
     Args:
         titles: item -> title.
-        counts: item -> how often it was taken in training.
+        counts: item -> interactions in training.
     """
 
     def __init__(self, titles: Mapping[str, str], counts: Mapping[str, int]):
         self.titles = titles
-        popular = sorted(titles, key=lambda item: -counts.get(item, 0))
-        self.folded = {item: fold(titles[item][:1000]) for item in popular}
+        by_popularity = sorted(titles, key=lambda item: -counts.get(item, 0))
+        self.normalized = {item: normalize_text(titles[item][:1000]) for item in by_popularity}
 
     def __contains__(self, item: object) -> bool:
         return isinstance(item, str) and item in self.titles
 
-    def find(self, query: str, most: int = 6) -> list[str]:
-        """Up to `most` items whose titles have every word of `query`; those that begin with it before the others."""
-        wanted = fold(query[:MOST_LETTERS])
-        words = wanted.split()
-        found = [item for item, title in self.folded.items() if all(word in title for word in words)]
-        return sorted(found, key=lambda item: not self.folded[item].startswith(wanted))[:most]
+    def find(self, query: str, limit: int = 6) -> list[str]:
+        """Return up to `limit` items whose titles contain every word of `query`, titles that start with it first."""
+        prefix = normalize_text(query[:MAX_QUERY_LENGTH])
+        words = prefix.split()
+        matches = [item for item, title in self.normalized.items() if all(word in title for word in words)]
+        return sorted(matches, key=lambda item: not self.normalized[item].startswith(prefix))[:limit]
 
     def title(self, item: str) -> str:
-        """The item's title, a long one cut."""
-        return shorten(self.titles[item], SHOWN_LETTERS)
+        """Return the title of an item, shortened to MAX_TITLE_LENGTH."""
+        return shorten(self.titles[item], MAX_TITLE_LENGTH)

@@ -1,4 +1,4 @@
-"""The model answers one request after another, and nobody waits for ever."""
+"""Worker thread of the demo: one request at a time, with a timeout that includes the wait."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,24 +12,24 @@ Result = TypeVar("Result")
 
 
 class Worker:
-    """One thread that does the work of all requests.
+    """Single thread that computes all requests.
 
     Args:
-        seconds: that a request may take, waiting for the one before it included.
+        timeout: seconds that a request can take, including the wait for earlier requests.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, timeout: float):
+        self.timeout = timeout
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     async def __call__(self, work: Callable[..., Result], *args) -> Result:
-        """work(*args), computed in the thread; InputError if that takes too long.
+        """Compute work(*args) in the thread; InputError if it takes too long.
 
-        Work that has begun goes on, since nothing can stop it, and its result is dropped; work that has not is not
-        begun any more.
+        After a timeout, work that is running ends in the background and its result is dropped; work that waits is
+        cancelled.
         """
-        doing = asyncio.get_running_loop().run_in_executor(self.thread, partial(work, *args))
+        future = asyncio.get_running_loop().run_in_executor(self.thread, partial(work, *args))
         try:
-            return await asyncio.wait_for(doing, self.seconds)
+            return await asyncio.wait_for(future, self.timeout)
         except TimeoutError:
-            raise InputError(f"no answer within {self.seconds:g} seconds; try again, or see --timeout") from None
+            raise InputError(f"no answer within {self.timeout:g} seconds; try again, or raise --timeout") from None

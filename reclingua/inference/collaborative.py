@@ -1,4 +1,4 @@
-"""Score the rows of a preference dataset with a collaborative model, and measure AUC and UAUC: all, warm and cold."""
+"""Score rows of ratings with a collaborative model, and compute AUC and UAUC: all, warm and cold rows."""
 
 import math
 
@@ -13,7 +13,7 @@ from reclingua.utils.errors import InputError
 
 
 def model_inputs(part: Dataset, model: CollaborativeModel) -> dict[str, torch.Tensor]:
-    """What `model.forward` takes for all rows of a part, on the model's device."""
+    """Return the tensors that `model.forward` takes for all rows of a part, on the model's device."""
     tensors = {
         "users": torch.from_numpy(to_numpy(part, "uid").astype(np.int64)),
         "items": torch.from_numpy(to_numpy(part, "iid").astype(np.int64)),
@@ -26,7 +26,7 @@ def model_inputs(part: Dataset, model: CollaborativeModel) -> dict[str, torch.Te
 
 @torch.no_grad()
 def score(model: CollaborativeModel, inputs: dict[str, torch.Tensor], batch_size: int = 8192) -> np.ndarray:
-    """Logits float [rows] of `model_inputs` a part, by the model in evaluation mode."""
+    """Return logits, float32 [rows], of `model_inputs`, with the model in evaluation mode."""
     was_training = model.training
     model.eval()
     inputs = {name: tensor.split(batch_size) for name, tensor in inputs.items() if name != "labels"}
@@ -36,25 +36,25 @@ def score(model: CollaborativeModel, inputs: dict[str, torch.Tensor], batch_size
 
 
 def auc_metrics(part: Dataset, scores: np.ndarray) -> dict[str, dict]:
-    """{"test": ..., "warm": ..., "cold": ...}, each with auc, uauc, users_counted, users_left_out, samples.
+    """Return {"test": ..., "warm": ..., "cold": ...}, each with auc, uauc, users_counted, users_left_out, samples.
 
-    Warm rows are those whose user and item were both seen in training. A figure that does not exist is None: no rows,
-    or labels of one kind only.
+    A warm row is one whose user and item both occur in train. A metric that is not defined (no rows, or labels of one
+    kind only) is None.
     """
     warm = to_numpy(part, "not_cold") == 1
     users, labels = to_numpy(part, "uid"), to_numpy(part, "label")
-    results = {}
+    results: dict[str, dict] = {}
     for name, rows in (("test", np.ones_like(warm)), ("warm", warm), ("cold", ~warm)):
-        figures = {"auc": math.nan, "uauc": math.nan, "users_counted": 0, "users_left_out": 0}
+        metrics: dict[str, float] = {"auc": math.nan, "uauc": math.nan, "users_counted": 0, "users_left_out": 0}
         if rows.any():
-            figures = {"auc": auc(labels[rows], scores[rows]), **uauc(users[rows], labels[rows], scores[rows])}
-        figures = {key: None if math.isnan(value) else value for key, value in figures.items()}
-        results[name] = {**figures, "samples": int(rows.sum())}
+            metrics = {"auc": auc(labels[rows], scores[rows]), **uauc(users[rows], labels[rows], scores[rows])}
+        defined = {key: None if math.isnan(value) else value for key, value in metrics.items()}
+        results[name] = {**defined, "samples": int(rows.sum())}
     return results
 
 
 def check_same_dataset(model: CollaborativeModel, dataset: RatingsDataset) -> None:
-    """InputError unless the model was trained on `dataset` and has a row for each of its users and items."""
+    """Raise InputError unless the model was trained on `dataset` and has a row for each of its users and items."""
     config = model.config
     for kind, size, needed in (
         ("user", config.num_users, dataset.num_users),
@@ -73,10 +73,10 @@ def check_same_dataset(model: CollaborativeModel, dataset: RatingsDataset) -> No
 
 
 def print_table(rows: dict[str, dict[str, dict]]) -> None:
-    """`measure`'s results, one line a row: AUC / UAUC for all, warm and cold samples."""
+    """Print the results of `auc_metrics`: a line for each model, AUC and UAUC of all, warm and cold rows."""
     width = max(map(len, rows))
     parts = {"test": "all", "warm": "warm", "cold": "cold"}
-    print("\n" + " " * width + "".join(f"{f'AUC {said}':>11}{f'UAUC {said}':>11}" for said in parts.values()))
+    print("\n" + " " * width + "".join(f"{f'AUC {label}':>11}{f'UAUC {label}':>11}" for label in parts.values()))
     for name, results in rows.items():
-        figures = [results[part][key] for part in parts for key in ("auc", "uauc")]
-        print(f"{name:<{width}}" + "".join(f"{'-' if x is None else format(x, '.4f'):>11}" for x in figures))
+        values = [results[part][key] for part in parts for key in ("auc", "uauc")]
+        print(f"{name:<{width}}" + "".join(f"{'-' if x is None else format(x, '.4f'):>11}" for x in values))

@@ -1,100 +1,219 @@
-"""Ask a tuned model for items: the prompts of many users, batch by batch, through the constrained search."""
+"""Recommender: one door from a next-item checkpoint to ranked items.
 
-from collections.abc import Sequence
+recommender = Recommender.from_pretrained("ckpt/ml-100k/lcrec", data_path="data")
+recommender.recommend([["12", "55", "7"]], k=10, exclude_seen=True)
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Self
 
 import datasets
 import torch
 from torch import distributed
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reclingua.datasets.collators import encode_prompt, prompt_batch
-from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.prompts import PromptTemplate
+from reclingua.datasets.interactions import InteractionDataset
+from reclingua.datasets.tasks import empty_samples, history_samples, seqrec_task
 from reclingua.decoding.beam_search import ScoredItem, beam_search
+from reclingua.decoding.kv_cache import DecoderSelector
 from reclingua.decoding.trie import Trie
-from reclingua.utils.memory import run_with_oom_retry
+from reclingua.inference.batching import map_batches, split_batches
+from reclingua.inference.loading import (
+    build_instructions,
+    check_context_length,
+    load_language_model,
+    load_metadata,
+    load_next_item_dataset,
+    load_prompts,
+)
+from reclingua.models.vocabulary import index_token_ids
+from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import CheckpointMetadata
+
+NUM_BEAMS = 20  # LC-Rec's
 
 
-def trie_of(token_ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, task: str) -> Trie:
-    """The trie of all items. Every path ends with the end token, as answers do, unless they are part of a history."""
-    return Trie.build(token_ids, end=None if task == "seqrec_history" else tokenizer.eos_token_id)
-
-
-def recommend(
-    model: PreTrainedModel,
-    instructions: InstructionDataset,
-    samples: datasets.Dataset,
-    template: PromptTemplate,
-    trie: Trie,
-    num_beams: int,
-    batch_size: int,
-    excluded: Sequence[Sequence[str]] | None = None,
-    score: str = "full",
-    split: bool = False,
-    show_progress: bool = True,
-) -> list[list[ScoredItem]]:
-    """For each sample the best `num_beams` items, best first.
-
-    Samples of similar length share a batch, the longest first. If memory runs out the batch is halved and the same
-    samples are done again; the number of beams never changes.
+class Recommender:
+    """A next-item model with all it takes to ask it: dataset, semantic IDs, prompts, trie, token ids.
 
     Args:
-        instructions: renders the prompts, as in training.
-        excluded: for each sample the items that must not be returned.
-        score: see `beam_search`.
-        split: share the batches out among the processes of the default group; each of them gets all lists. The
-            batches are those of a single process, so that the number of processes changes no score (where they run
-            with other numbers of threads, the last bits of a float may differ).
+        model: a causal language model that knows the semantic IDs of `dataset` as tokens.
+        dataset: with semantic IDs, and with item texts where the prompts of `task` show titles.
+        metadata: how prompts were made in training.
+        task: seqrec; or itemsearch or fusionseqrec, if the model was trained on it (reclingua/datasets/tasks.py).
 
     Raises:
-        InputError: memory does not suffice for one sample.
+        InputError: a code of a semantic ID is not a token of this tokenizer; no prompt of the task asks for an item.
     """
-    prompts = [encode_prompt(instructions.tokenizer, instructions.prompt(sample, template)) for sample in samples]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if split:
-        batches = batches[distributed.get_rank() :: distributed.get_world_size()]
-    trie.to(model.device)
 
-    def search(rows: list[int]) -> list[list[ScoredItem]]:
-        batch = prompt_batch(instructions.tokenizer, [prompts[i] for i in rows]).to(model.device)
-        numbers = trie.item_numbers([excluded[i] for i in rows]) if excluded is not None else None
-        return beam_search(model, **batch, trie=trie, num_beams=num_beams, excluded=numbers, score=score)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: InteractionDataset,
+        metadata: CheckpointMetadata,
+        task: str = "seqrec",
+    ):
+        self.model, self.tokenizer, self.dataset, self.metadata = model, tokenizer, dataset, metadata
+        self.task = seqrec_task(metadata.targets or "last") if task == "seqrec" else task
+        self.templates, self.prompt_ids = load_prompts(metadata, self.task)
+        self.token_ids = index_token_ids(tokenizer, dataset.index)
+        # Every path ends with the end token, as responses do, unless an item is asked for inside a history.
+        end = None if self.task == "seqrec_history" else tokenizer.eos_token_id
+        self.trie = Trie.build(self.token_ids, end=end)
+        self.selector = DecoderSelector(model)
+        self._instructions = build_instructions(
+            empty_samples(), dataset, tokenizer, {self.task: self.templates}, self.token_ids, metadata
+        )
 
-    found: dict[int, list[ScoredItem]] = {}
-    was_training = model.training
-    model.eval()
-    bar = tqdm(total=sum(map(len, batches)), desc="search", unit="user", disable=None if show_progress else True)
-    try:
-        for rows, lists in run_with_oom_retry(search, batches, "user", "take fewer beams (--num_beams)"):
-            found.update(zip(rows, lists, strict=True))
-            bar.update(len(rows))
-    finally:
-        bar.close()
-        model.train(was_training)
-    if split:
-        return _merge(found, trie, num_beams, len(prompts), model.device)
-    return [found[i] for i in range(len(prompts))]
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        data_path: str | Path = "data",
+        *,
+        dataset: str | None = None,
+        index_file: str = ".index.json",
+        task: str = "seqrec",
+        base_model: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """Load a checkpoint of `finetune.py --method lcrec` and the dataset it was tuned on, and check them.
 
+        Args:
+            folder: full weights or an adapter.
+            data_path: folder that holds <dataset>/.
+            dataset: its name (default: that of training).
+            index_file: suffix of the file of semantic IDs, or a path to one if it has a slash.
+            task: what is asked, see the class.
+            base_model: base model of an adapter checkpoint, overrides the stored path.
+            device: default: the GPU if there is one.
 
-def _merge(
-    found: dict[int, list[ScoredItem]], trie: Trie, num_beams: int, samples: int, device: torch.device
-) -> list[list[ScoredItem]]:
-    """The lists of all processes, each sample from the one that searched for it."""
-    items = torch.full((samples, num_beams), -1)
-    scores = torch.full((samples, num_beams), -torch.inf)
-    times = torch.zeros(samples, dtype=torch.int64)
-    for i, ranked in found.items():
-        items[i, : len(ranked)] = torch.tensor([trie.item_to_number[r.item] for r in ranked], dtype=torch.int64)
-        scores[i, : len(ranked)] = torch.tensor([r.score for r in ranked])
-        times[i] += 1
-    items, scores, times = items.to(device), scores.to(device), times.to(device)
-    for tensor, how in ((items, "MAX"), (scores, "MAX"), (times, "SUM")):
-        distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how))
-    if (times != 1).any():
-        raise RuntimeError(f"sample {int((times != 1).nonzero()[0])} was not measured exactly once")
-    return [
-        [ScoredItem(trie.items[n], value) for n, value in zip(*row, strict=True) if n >= 0]
-        for row in zip(items.tolist(), scores.tolist(), strict=True)
-    ]
+        Raises:
+            InputError: a file is missing or broken; the dataset's semantic IDs are not those of training; the model
+                was not trained on `task`.
+        """
+        folder, metadata = Path(folder), load_metadata(folder)
+        if metadata.method != "lcrec":
+            raise InputError(f"{folder}: was trained by {metadata.method}, which recommends no items; use Scorer")
+        data = load_next_item_dataset(folder, metadata, data_path, dataset, index_file, task)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, tokenizer = load_language_model(folder, metadata, device, base_model)
+        return cls(model, tokenizer, data, metadata, task)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]] | datasets.Dataset,
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        excluded: Sequence[Collection[str]] | None = None,
+        num_beams: int | None = None,
+        prompt_id: int | None = None,
+        batch_size: int = 32,
+        score_over: str = "vocabulary",
+        show_progress: bool = False,
+    ) -> list[list[ScoredItem]]:
+        """Return for each history its best `k` items, best first; fewer only where fewer are left.
+
+        Args:
+            histories: item ids as strings, oldest first; or samples of a dataset part
+                (`reclingua.datasets.tasks.held_out_samples`).
+            exclude_seen: leave out the items of the history.
+            excluded: for each history further items to leave out.
+            num_beams: width of the beam search (default: 20, or `k` if that is more).
+            prompt_id: number of the prompt template (default: the first that asks for an item).
+            batch_size: histories per batch; on OOM it is halved, the beam width never changes.
+            score_over: see `beam_search`.
+
+        Raises:
+            InputError: an item is unknown, a history is empty, a prompt is too long, or memory does not suffice.
+        """
+        samples = histories if isinstance(histories, datasets.Dataset) else self.encode_histories(histories)
+        if exclude_seen:
+            seen = samples["history"] if isinstance(histories, datasets.Dataset) else histories
+            excluded = [[*items, *more] for items, more in zip(seen, excluded or [[]] * len(seen), strict=True)]
+        prompts = self.encode(samples, prompt_id)
+        num_beams = max(k, NUM_BEAMS) if num_beams is None else num_beams
+        lists = self.search(prompts, num_beams, excluded, batch_size, score_over, show_progress)
+        return [ranked[:k] for ranked in lists]
+
+    def encode_histories(self, histories: Sequence[Sequence[str]]) -> datasets.Dataset:
+        """Return samples of this task for histories of item ids, oldest first; InputError for what is no history."""
+        for number, history in enumerate(histories):
+            if not history:
+                raise InputError(f"history {number}: is empty; the model needs at least one item")
+            if unknown := next((item for item in history if item not in self.dataset.index), None):
+                raise InputError(f"history {number}: item {unknown!r} is not in {self.dataset.name}")
+        return history_samples(self.task, histories, self.metadata.max_his_len)
+
+    def encode(self, samples: datasets.Dataset, prompt_id: int | None = None) -> list[list[int]]:
+        """Return the token ids of each sample's prompt; InputError if one is longer than the model reads."""
+        template = self.templates[self.prompt_ids[0] if prompt_id is None else prompt_id]
+        prompts = [
+            encode_prompt(self.tokenizer, self._instructions.render_prompt(sample, template)) for sample in samples
+        ]
+        check_context_length(self.model, max(map(len, prompts), default=0) + self.trie.depth)
+        return prompts
+
+    def search(
+        self,
+        prompts: list[list[int]],
+        num_beams: int,
+        excluded: Sequence[Collection[str]] | None = None,
+        batch_size: int = 32,
+        score_over: str = "vocabulary",
+        show_progress: bool = False,
+    ) -> list[list[ScoredItem]]:
+        """Return the best `num_beams` items after each prompt of `encode`; arguments as in `recommend`.
+
+        Prompts of similar length share a batch, the longest first, so that too little memory shows at once. Every
+        process of a process group gets all lists.
+        """
+        self.trie.to(self.model.device)
+
+        def search_batch(rows: list[int]) -> list[list[ScoredItem]]:
+            batch = prompt_batch(self.tokenizer, [prompts[row] for row in rows]).to(self.model.device)
+            numbers = self.trie.item_numbers([excluded[row] for row in rows]) if excluded is not None else None
+            return beam_search(
+                self.model,
+                **batch,
+                trie=self.trie,
+                num_beams=num_beams,
+                excluded=numbers,
+                score_over=score_over,
+                selector=self.selector,
+            )
+
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        batches = split_batches(order, batch_size)
+        advice = "take fewer beams (--num_beams)"
+        ranked: dict[int, list[ScoredItem]] = {}
+        for rows, lists in map_batches(self.model, search_batch, batches, "user", advice, show_progress):
+            ranked.update(zip(rows, lists, strict=True))
+        if distributed.is_initialized():
+            return self._gather(ranked, num_beams, len(prompts))
+        return [ranked[row] for row in range(len(prompts))]
+
+    def _gather(self, ranked: dict[int, list[ScoredItem]], num_beams: int, rows: int) -> list[list[ScoredItem]]:
+        """Return the lists of all processes, each row from the process that searched for it."""
+        items = torch.full((rows, num_beams), -1)
+        scores = torch.full((rows, num_beams), -torch.inf)
+        searches = torch.zeros(rows, dtype=torch.int64)
+        for row, scored in ranked.items():
+            numbers = [self.trie.item_to_number[entry.item] for entry in scored]
+            items[row, : len(scored)] = torch.tensor(numbers, dtype=torch.int64)
+            scores[row, : len(scored)] = torch.tensor([entry.score for entry in scored])
+            searches[row] += 1
+        device = self.model.device
+        items, scores, searches = items.to(device), scores.to(device), searches.to(device)
+        for tensor, reduce in ((items, "MAX"), (scores, "MAX"), (searches, "SUM")):
+            distributed.all_reduce(tensor, getattr(distributed.ReduceOp, reduce))
+        if (searches != 1).any():
+            raise RuntimeError(f"row {int((searches != 1).nonzero()[0])} was not searched exactly once")
+        return [
+            [ScoredItem(self.trie.items[number], score) for number, score in zip(*row, strict=True) if number >= 0]
+            for row in zip(items.tolist(), scores.tolist(), strict=True)
+        ]

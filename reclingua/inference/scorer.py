@@ -1,69 +1,174 @@
-"""Ask a tuned model Yes or No about many rows; what rows of a batch begin with is read once for all of them."""
+"""Scorer: one door from a Yes/No or collaborative checkpoint to scores of users and items.
 
+scorer = Scorer.from_pretrained("ckpt/ml-1m/collm-mf", data_path="data")
+scorer.score([["12", "55", "7"]], items=["9"], users=["3"])
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import datasets
 import numpy as np
 import torch
 from torch import distributed
-from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from reclingua.datasets.ratings import RatingsDataset, make_ratings, open_ratings
 from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
+from reclingua.inference import collaborative
+from reclingua.inference.batching import map_batches, split_batches
+from reclingua.inference.loading import build_yes_no_dataset, load_metadata, load_yes_no, yes_no_templates
+from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborative
+from reclingua.models.collaborative.base import CollaborativeModel
+from reclingua.models.language import load_tokenizer
+from reclingua.models.registry import YES_NO_METHODS, run_name
 from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError
-from reclingua.utils.memory import run_with_oom_retry
+from reclingua.utils.metadata import CheckpointMetadata
 
 
-def batches_of(questions: YesNoDataset, batch_size: int, by_beginning: bool) -> list[list[int]]:
-    """Rows of each batch: neighbours in what comes before the item (or in length), the longest first."""
-    places = []
-    for i in range(len(questions)):
-        sample = questions[i]
-        ids = sample["input_ids"]
-        places.append(
-            (sample["shared"], hash(tuple(ids[: sample["shared"]])), len(ids)) if by_beginning else (len(ids),)
-        )
-    order = sorted(range(len(places)), key=places.__getitem__, reverse=True)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def ask(
-    model: YesNoModel, questions: YesNoDataset, batch_size: int, split: bool = False, show_progress: bool = True
-) -> np.ndarray:
-    """Logits of Yes, float32 [rows], by the model in evaluation mode.
+class Scorer:
+    """A model that scores whether a user will like an item, with all it takes to ask it.
 
     Args:
-        split: share the batches out among the processes of the default group; each of them gets all logits. The
-            batches are those of a single process, so that the number of processes changes no logit.
-
-    Raises:
-        InputError: memory does not suffice for one row; a logit is no number.
+        model: a Yes/No model, or a collaborative model.
+        dataset: the ratings and item texts that it was trained on.
+        metadata: how prompts were made in training.
+        tokenizer: of a Yes/No model.
     """
-    collate = YesNoCollator(questions.tokenizer)
-    batches = batches_of(questions, batch_size, model.supports_prefix_sharing)
-    if split:
-        batches = batches[distributed.get_rank() :: distributed.get_world_size()]
-    scores = torch.zeros(len(questions), device=model.device)
 
-    @torch.no_grad()
-    def answer(rows: list[int]) -> torch.Tensor:
-        batch = collate([questions[i] for i in rows])
-        del batch["labels"], batch["lengths"]
-        return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+    def __init__(
+        self,
+        model: YesNoModel | CollaborativeModel,
+        dataset: RatingsDataset,
+        metadata: CheckpointMetadata,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.model, self.dataset, self.metadata, self.tokenizer = model, dataset, metadata, tokenizer
+        self.name, self.templates = metadata.method, []
+        if isinstance(model, YesNoModel):
+            self.name, self.templates = run_name(model, metadata.method), yes_no_templates(metadata)
 
-    was_training = model.training
-    model.eval()
-    bar = tqdm(
-        total=sum(map(len, batches)), desc="ask", unit="row", disable=None if show_progress else True, leave=False
-    )
-    try:
-        for rows, logits in run_with_oom_retry(answer, batches, "row", "take a smaller model, or shorter histories"):
-            scores[rows] = logits
-            bar.update(len(rows))
-    finally:
-        bar.close()
-        model.train(was_training)
-    if split:
-        distributed.all_reduce(scores)
-    if not scores.isfinite().all():
-        raise InputError(
-            "the model's scores are no numbers: lower --learning_rate, or compute in bfloat16 (--bf16), not in float16"
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        data_path: str | Path = "data",
+        *,
+        dataset: str | None = None,
+        base_model: str | None = None,
+        cf_model: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """Load a checkpoint of `finetune.py` (a Yes/No method) or of `pretrain.py`, and its ratings, and check them.
+
+        Args:
+            data_path: folder that holds <dataset>/.
+            dataset: its name (default: that of training).
+            base_model, cf_model: base model and collaborative model of the checkpoint, override the stored paths.
+            device: default: the GPU if there is one.
+
+        Raises:
+            InputError: a file is missing or broken; the ratings are not those of training.
+        """
+        folder, metadata = Path(folder), load_metadata(folder)
+        model: YesNoModel | CollaborativeModel
+        tokenizer = None
+        if metadata.method in YES_NO_METHODS:
+            model, data = load_yes_no(folder, metadata, data_path, dataset, base_model, cf_model)
+            tokenizer = load_tokenizer(folder)
+        elif metadata.method in COLLABORATIVE_MODELS:
+            model = load_collaborative(folder)
+            data = open_ratings(data_path, dataset or metadata.dataset)
+            collaborative.check_same_dataset(model, data)
+        else:
+            raise InputError(f"{folder}: was trained by {metadata.method}, which scores no ratings; use Recommender")
+        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
+        return cls(model, data, metadata, tokenizer)
+
+    def score(
+        self,
+        histories: Sequence[Sequence[str]] | datasets.Dataset,
+        items: Sequence[str] | None = None,
+        users: Sequence[str] | None = None,
+        *,
+        prompt_id: int = 0,
+        cold_text_only: bool = False,
+        batch_size: int = 32,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Return float32 [rows], the logits that users like items; the higher, the likelier.
+
+        Args:
+            histories: for each row the ids of liked items, oldest first; or rows of a dataset part
+                (`scorer.dataset.parts["test"]`), which have items and users themselves.
+            items: for each row the item in question.
+            users: for each row the user's id; None or "0" for a user who is not in the data, whom a model with user
+                embeddings knows nothing about.
+            prompt_id: number of the prompt template.
+            cold_text_only: ask by titles alone where training knew nothing of the user or of the item.
+
+        Raises:
+            InputError: an item or user is unknown, a prompt is too long, or memory does not suffice.
+        """
+        part = histories if isinstance(histories, datasets.Dataset) else None
+        if part is None:
+            part = make_ratings(self.dataset, histories, items or [], users)
+        if isinstance(self.model, YesNoModel):
+            return self.score_samples(self.encode(part, prompt_id, cold_text_only), batch_size, show_progress)
+        return collaborative.score(self.model, collaborative.model_inputs(part, self.model), batch_size)
+
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
+        """Return the probabilities of liking that the logits of `score` stand for, float64 [rows]."""
+        return 1 / (1 + np.exp(-self.model.log_odds(scores.astype(np.float64))))
+
+    def encode(self, part: datasets.Dataset, prompt_id: int | None = 0, cold_text_only: bool = False) -> YesNoDataset:
+        """Return the prompts of rows of ratings, for `score_samples`; arguments as in `score`."""
+        assert isinstance(self.model, YesNoModel) and self.tokenizer is not None
+        return build_yes_no_dataset(
+            part, self.dataset, self.tokenizer, self.model, self.metadata, prompt_id, cold_text_only
         )
-    return scores.cpu().numpy()
+
+    def score_samples(self, samples: YesNoDataset, batch_size: int, show_progress: bool = False) -> np.ndarray:
+        """Return logits of Yes, float32 [rows]; prompts of a batch that begin alike are computed once up to there.
+
+        Every process of a process group gets all logits.
+
+        Raises:
+            InputError: memory does not suffice for one row; a logit is not a finite number.
+        """
+        model = self.model
+        assert isinstance(model, YesNoModel)
+        collate = YesNoCollator(samples.tokenizer)
+        scores = torch.zeros(len(samples), device=model.device)
+
+        @torch.no_grad()
+        def score_batch(rows: list[int]) -> torch.Tensor:
+            batch = collate([samples[row] for row in rows])
+            del batch["labels"], batch["lengths"]
+            return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+
+        batches = prefix_sorted_batches(samples, batch_size, model.supports_prefix_sharing)
+        advice = "take a smaller model, or shorter histories"
+        for rows, logits in map_batches(model, score_batch, batches, "row", advice, show_progress):
+            scores[rows] = logits
+        if distributed.is_initialized():
+            distributed.all_reduce(scores)
+        if not scores.isfinite().all():
+            raise InputError(
+                "the model's scores are not finite: lower --learning_rate, or compute in bfloat16 (--bf16) instead of "
+                "float16"
+            )
+        return scores.cpu().numpy()
+
+
+def prefix_sorted_batches(samples: YesNoDataset, batch_size: int, by_prefix: bool) -> list[list[int]]:
+    """Return the rows of each batch: neighbours in the tokens before the item (or in length), the longest first."""
+    keys = []
+    for row in range(len(samples)):
+        sample = samples[row]
+        ids, shared = sample["input_ids"], sample["shared"]
+        keys.append((shared, hash(tuple(ids[:shared])), len(ids)) if by_prefix else (len(ids),))
+    order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+    return split_batches(order, batch_size)

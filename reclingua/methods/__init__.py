@@ -1,35 +1,15 @@
-"""What a method brings to a training: `prepare` of reclingua/methods/lcrec.py and reclingua/methods/yes_no.py makes it for finetune.py."""
+"""The methods by name. Each module offers the steps of a training, which finetune.py calls in this order:
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+check_flags(arguments)                        InputError for flags that contradict each other or the method
+build_data(arguments, log)                    samples, prompts, checkpoint metadata
+build_model(arguments, data, log)             the TrainingSetup: model, tokenizer, tokenized samples
+build_evaluation(arguments, data, setup)      a function that computes the metrics on valid
+finish_model(arguments, model)                called before the tuned model is saved
+"""
 
-import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from types import ModuleType
 
+from reclingua.methods import lcrec, yes_no
+from reclingua.models.registry import YES_NO_METHODS
 
-@dataclass
-class TrainingSetup:
-    """
-    Args:
-        train, valid: samples as tokens, with `set_epoch` and `lengths`.
-        lengths: tokens of each training sample at most.
-        measure: the metrics of the model on valid.
-        max_logits_mb: for a loss of labelled tokens; None: the model has its own.
-        checkpoint: to go on from.
-        packing, flash: samples end to end; with flash attention, which is for training alone.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    train: torch.utils.data.Dataset
-    valid: torch.utils.data.Dataset
-    collator: Callable
-    lengths: np.ndarray
-    measure: Callable[[], dict[str, float]]
-    record: dict
-    max_logits_mb: int | None
-    checkpoint: Path | None
-    packing: bool = False
-    flash: bool = False
+METHODS: dict[str, ModuleType] = {"lcrec": lcrec} | dict.fromkeys(YES_NO_METHODS, yes_no)

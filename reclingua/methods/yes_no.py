@@ -1,23 +1,24 @@
 """TALLRec, CoLLM, BinLLM, CoRA, soft and personalised prompts: will this user like this item, Yes or No?"""
 
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import distributed
+from datasets import Dataset
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, read_prompts
+from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, PromptTemplate, read_prompts
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, sample_ratings, to_numpy
 from reclingua.datasets.yes_no import YesNoCollator
 from reclingua.inference.collaborative import check_same_dataset, model_inputs
-from reclingua.inference.loading import questions_of
-from reclingua.inference.scorer import ask
-from reclingua.methods import TrainingSetup
+from reclingua.inference.loading import build_yes_no_dataset
+from reclingua.inference.scorer import Scorer
+from reclingua.methods.setup import Log, TrainingSetup
 from reclingua.metrics.roc import auc, uauc
-from reclingua.models.collaborative import load_collaborative, weights_sha256
+from reclingua.models.collaborative import load_collaborative, reinitialized, weights_sha256
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.hash import HashedMF
 from reclingua.models.collaborative.mf import MF, MFConfig
@@ -27,104 +28,105 @@ from reclingua.models.language import load_tokenizer
 from reclingua.models.lora import add_lora
 from reclingua.models.registry import YES_NO_METHODS
 from reclingua.models.yes_no import YesNoConfig, YesNoModel, open_language
-from reclingua.training.arguments import (
-    DataArguments,
-    LoraArguments,
-    MethodArguments,
-    ModelArguments,
-    TuningArguments,
-    YesNoArguments,
-    refuse_flags,
-)
+from reclingua.training.arguments import Arguments, LoraArguments, MethodArguments, refuse_flags
 from reclingua.training.checkpoints import checkpoint_to_resume
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import read_json
-from reclingua.utils.metadata import METADATA_FILE
+from reclingua.utils.metadata import CheckpointMetadata
 
-LORA_METHODS = ("tallrec", "binllm")  # what these train is LoRA weights, and nothing else
-CF_METHODS = ("collm", "binllm", "cora")
-OFFSET_SAMPLES = 32  # of train, by which the level of the logits before training is known
-NORMALIZATION_SAMPLES = 4096  # of train, by which the scale of collaborative vectors is known
-LORA_DEFAULTS = (16, "q_proj,v_proj")  # alpha and target layers where the flags say none
-PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts begin with
+LORA_METHODS = ("tallrec", "binllm")  # train LoRA weights and nothing else
+CF_METHODS = ("collm", "binllm", "cora")  # read a collaborative model of pretrain.py
+OFFSET_SAMPLES = 32  # of train, whose mean logit before training becomes the offset in the loss
+NORMALIZATION_SAMPLES = 4096  # of train, whose collaborative vectors set the normalization
+LORA_DEFAULTS = (16, "q_proj,v_proj")  # alpha and target layers without flags
+PROMPT_WIDTH = 64  # of the embeddings that soft and personalised prompts start from
 
 
-def prepare(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    method_args: MethodArguments,
-    lora_args: LoraArguments,
-    args: YesNoArguments,
-    training_args: TuningArguments,
-    log: Callable[[str], None],
-) -> TrainingSetup:
-    """Samples, model and evaluation by AUC, from the flags; InputError for those that cannot be."""
-    method = method_args.method
-    check_flags(method, model_args, data_args, method_args, lora_args, args, training_args)
-    training_args.metric_for_best_model, training_args.greater_is_better = args.metric_for_best_model, True
+@dataclass(frozen=True)
+class YesNoData:
+    """Rows of ratings for train and valid; `prompts` are the templates of the method and those of titles alone."""
 
-    # ---- Data ----
-    dataset = open_ratings(data_args.data_path, data_args.dataset)
-    _, task = YES_NO_METHODS[method]
+    dataset: RatingsDataset
+    prompts: dict[str, list[PromptTemplate]]
+    train: Dataset
+    valid: Dataset
+
+
+def check_flags(args: Arguments) -> None:
+    """Raise InputError for flags that contradict each other or the method."""
+    method, yes_no = args.method.method, args.yes_no
+    shared = ("method", "train_data_sample_num")
+    refuse_flags(method, args.method, [field.name for field in fields(MethodArguments) if field.name not in shared])
+    refuse_flags(method, args.data, ["index_file", "user_file", "max_text_len", "add_prefix"])
+    refuse_flags(method, args.model, ["load_in_8bit"])
+    used = {"cf_model": method in CF_METHODS, "soft_tokens": YES_NO_METHODS[method][0] is CoLLM}
+    used |= {"code_format": method == "binllm"}
+    refuse_flags(method, yes_no, [flag for flag, is_used in used.items() if not is_used])
+    if args.data.max_his_len < 1:
+        raise InputError(f"--max_his_len {args.data.max_his_len}: should be 1 at least")
+    if not args.method.train_data_sample_num.isdecimal():
+        raise InputError(f"--train_data_sample_num {args.method.train_data_sample_num}: should be one whole number")
+    if method in CF_METHODS and not yes_no.cf_model:
+        raise InputError(f"--cf_model is required with --method {method}: a folder made by python pretrain.py")
+    if yes_no.init_from and yes_no.one_stage:
+        raise InputError("--one_stage trains both stages at once: leave --init_from out")
+    if yes_no.one_stage and (method in LORA_METHODS or args.lora.lora is False):
+        raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
+    if (yes_no.train_cf_model or yes_no.cf_model_from_scratch) and method not in ("collm", "cora"):
+        raise InputError(f"--train_cf_model and --cf_model_from_scratch are for collm and cora, not for {method}")
+    if yes_no.soft_tokens < 1:
+        raise InputError(f"--soft_tokens {yes_no.soft_tokens}: should be 1 at least")
+    if min(args.data.max_eval_samples or 0, yes_no.patience) < 0:
+        raise InputError("--max_eval_samples and --patience should be 0 at least")
+    if (metric := args.training.metric_for_best_model) not in ("auc", "uauc"):
+        raise InputError(f"--metric_for_best_model {metric}: should be auc or uauc with --method {method}")
+    if yes_no.patience and not args.training.load_best_model_at_end:
+        raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
+    if args.lora.lora is False and method in LORA_METHODS and args.model.load_in_4bit:
+        raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
+    if yes_no.save_base_weights and args.model.load_in_4bit:
+        raise InputError("--save_base_weights is for weights in full precision, not with --load_in_4bit")
+
+
+def build_data(args: Arguments, log: Log) -> YesNoData:
+    """Open the ratings and draw the rows that are used; InputError where these have one label only."""
+    dataset = open_ratings(args.data.data_path, args.data.dataset)
+    _, task = YES_NO_METHODS[args.method.method]
     prompts = read_prompts(
-        data_args.prompt_file or YES_NO_PROMPT_FILE, {name: YES_NO_FIELDS[name] for name in {"text", task}}
+        args.data.prompt_file or YES_NO_PROMPT_FILE, {name: YES_NO_FIELDS[name] for name in {"text", task}}
     )
     train, valid = dataset.parts["train"], dataset.parts["valid"]
-    count = int(method_args.train_data_sample_num)
+    count = int(args.method.train_data_sample_num)
     if 0 < count < len(train):
-        train = train.shuffle(seed=training_args.seed).select(range(count))
-    valid = sample_ratings(valid, data_args.max_eval_samples)
+        train = train.shuffle(seed=args.training.seed).select(range(count))
+    valid = sample_ratings(valid, args.data.max_eval_samples or 0)
     for part, rows in (("train", train), ("valid", valid)):
         if len(set(to_numpy(rows, "label").tolist())) < 2:
             raise InputError(f"{dataset.folder}: the {len(rows)} rows taken of {part} are all of one label; take more")
-    liked = to_numpy(train, "label").mean()
     log(
         f"{dataset.name}: {len(train):,} of {len(dataset.parts['train']):,} training rows, "
         f"{len(valid):,} of {len(dataset.parts['valid']):,} valid"
     )
+    return YesNoData(dataset, prompts, train, valid)
 
-    # ---- Model ----
-    model = build_model(method, model_args, lora_args, args, dataset)
-    tokenizer = load_tokenizer(args.init_from or model_args.base_model)
-    record = {
-        "method": method,
-        "dataset": dataset.name,
-        "ratings_sha256": dataset.sha256(),
-        "base_model": model.config.base_model,
-        "base_dtype": model.config.base_dtype,
-        "load_in_4bit": model.config.load_in_4bit,
-        "cf_sha256": model.config.cf_sha256,
-        "trained": model.config.trained,
-        "train_data_sample_num": count,
-        "max_his_len": data_args.max_his_len,
-        "his_sep": data_args.his_sep,
-        "prompts": [asdict(template) for template in prompts[task]],
-        "text_prompts": [asdict(template) for template in prompts["text"]],
-        "seed": training_args.seed,
-        **asdict(lora_args),
-        **{flag: value for flag, value in asdict(args).items() if flag not in ("patience", "save_base_weights")},
-    }
-    checkpoint = checkpoint_to_resume(training_args, record)
-    if "cf_model" in model.config.trained and training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = True  # what scores in a collaborative model makes no vector
+
+def build_model(args: Arguments, data: YesNoData, log: Log) -> TrainingSetup:
+    """Assemble the model, write the rows as prompts, fit normalization and offset; InputError where they don't fit."""
+    model = assemble_model(args, data.dataset)
+    tokenizer = load_tokenizer(args.yes_no.init_from or str(args.model.base_model))
+    metadata = checkpoint_metadata(args, data, model)
+    checkpoint = checkpoint_to_resume(args.training, metadata)
 
     # ---- Rows -> tokens ----
-    questions = {
-        part: questions_of(rows, dataset, tokenizer, model, record, template, seed=training_args.seed)
-        for part, rows, template in (("train", train, None), ("valid", valid, 0))
-    }
-    lengths = {part: rows.lengths(longest=True) for part, rows in questions.items()}
-    model.config.answer = questions["train"].answer.yes
-    answers = tokenizer.convert_ids_to_tokens(list(questions["train"].answer))
+    train, valid = (
+        build_yes_no_dataset(rows, data.dataset, tokenizer, model, metadata, prompt_id, seed=args.training.seed)
+        for rows, prompt_id in ((data.train, None), (data.valid, 0))
+    )
+    lengths = {"train": train.lengths(longest=True), "valid": valid.lengths(longest=True)}
+    model.config.answer = train.answer.yes
+    answers = tokenizer.convert_ids_to_tokens(list(train.answer))
     log(f"the score is the logit of {answers[0]!r} (token {model.config.answer}); no is {answers[1]!r}")
-    model.to(training_args.device)
-    shuffled = np.random.default_rng(0).permutation(len(train))
-    if "projector" in model.config.trained and method != "softprompt":  # whose embeddings are all alike
-        inputs = model_inputs(train.select(shuffled[:NORMALIZATION_SAMPLES]), model.cf_model)
-        model.fit_normalization(inputs["users"], inputs["items"], inputs.get("histories"))
-    some = questions_of(train.select(shuffled[:OFFSET_SAMPLES]), dataset, tokenizer, model, record)
-    level = ask(model, some, OFFSET_SAMPLES, show_progress=False).mean()
-    model.config.offset = float(level - np.log(liked / (1 - liked)))
+    model.to(args.training.device)  # type: ignore[arg-type]
+    fit_scales(args.method.method, data, model, tokenizer, metadata)
     sizes = {
         part: sum(w.numel() for name, w in model.named_parameters() if model.component_of(name) == part)
         for part in model.config.trained
@@ -133,160 +135,162 @@ def prepare(
         f"{model.config.base_model}: {model.language.num_parameters():,} parameters; trained are "
         + ", ".join(f"{size:,} of {part}" for part, size in sizes.items())
     )
-    for part, rows in questions.items():
-        if rows.cut:  # never at the question
-            log(f"  {rows.cut:,} prompts of {part} exceeded {rows.limit:,} tokens: their oldest titles are left out")
-
-    # ---- Evaluation: ask about the rows of valid ----
-    users, labels = (to_numpy(valid, name) for name in ("uid", "label"))
-
-    def measure() -> dict[str, float]:
-        device = training_args.device.type
-        half = torch.bfloat16 if training_args.bf16 else torch.float16
-        with torch.autocast(device, half, enabled=training_args.bf16 or training_args.fp16):
-            scores = ask(
-                model,
-                questions["valid"],
-                training_args.per_device_eval_batch_size,
-                split=distributed.is_initialized(),
-                show_progress=False,
-            )
-        figures = {
-            "loss": F.binary_cross_entropy_with_logits(
-                model.log_odds(torch.tensor(scores)), torch.tensor(labels).float()
-            ).item(),
-            "auc": auc(labels, scores),
-            "uauc": uauc(users, labels, scores)["uauc"],
-        }
-        figures = {name: value for name, value in figures.items() if not np.isnan(value)}
-        if args.metric_for_best_model not in figures:
-            raise InputError(
-                f"{dataset.folder / 'valid.parquet'}: its rows have no {args.metric_for_best_model}; see --max_eval_samples"
-            )
-        return figures
-
+    for part, samples in (("train", train), ("valid", valid)):
+        if samples.num_truncated:  # never at the question
+            count, limit = samples.num_truncated, samples.limit
+            log(f"  {count:,} prompts of {part} exceed {limit:,} tokens: the oldest titles are left out")
     return TrainingSetup(
         model=model,
         tokenizer=tokenizer,
-        train=questions["train"],
-        valid=questions["valid"],
+        train=train,
+        valid=valid,
         collator=YesNoCollator(tokenizer),
         lengths=lengths["train"],
-        measure=measure,
-        record=record,
-        max_logits_mb=None,
+        metadata=metadata,
         checkpoint=checkpoint,
+        # The part of a collaborative model that scores is not used for its vectors.
+        find_unused_parameters=True if "cf_model" in model.config.trained else None,
     )
 
 
-def check_flags(
+def build_evaluation(args: Arguments, data: YesNoData, setup: TrainingSetup) -> Callable[[], dict[str, float]]:
+    """Return a function that scores the rows of valid: loss, AUC and UAUC."""
+    scorer = Scorer(setup.model, data.dataset, setup.metadata, setup.tokenizer)
+    users, labels = (to_numpy(data.valid, name) for name in ("uid", "label"))
+    training = args.training
+    half = torch.bfloat16 if training.bf16 else torch.float16
+
+    def compute_valid_metrics() -> dict[str, float]:
+        with torch.autocast(training.device.type, half, enabled=training.bf16 or training.fp16):
+            scores = scorer.score_samples(setup.valid, training.per_device_eval_batch_size)
+        log_odds = torch.as_tensor(setup.model.log_odds(scores))
+        metrics = {
+            "loss": F.binary_cross_entropy_with_logits(log_odds, torch.tensor(labels).float()).item(),
+            "auc": auc(labels, scores),
+            "uauc": uauc(users, labels, scores)["uauc"],
+        }
+        metrics = {name: value for name, value in metrics.items() if not np.isnan(value)}
+        if (metric := training.metric_for_best_model) not in metrics:
+            raise InputError(
+                f"{data.dataset.folder / 'valid.parquet'}: its rows have no {metric}; see --max_eval_samples"
+            )
+        return metrics
+
+    return compute_valid_metrics
+
+
+def finish_model(args: Arguments, model: Any) -> None:
+    """Have the saved folder hold the base model's weights as well, with --save_base_weights."""
+    if args.yes_no.save_base_weights:
+        model.include_base_weights()
+
+
+def fit_scales(
     method: str,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    method_args: MethodArguments,
-    lora_args: LoraArguments,
-    args: YesNoArguments,
-    training_args: TuningArguments,
+    data: YesNoData,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    metadata: CheckpointMetadata,
 ) -> None:
-    """InputError for flags that contradict each other or the method."""
-    if not method_args.train_data_sample_num.isdecimal():
-        raise InputError(f"--train_data_sample_num {method_args.train_data_sample_num}: should be one whole number")
-    if method in CF_METHODS and not args.cf_model:
-        raise InputError(f"--cf_model is required with --method {method}: a folder made by python pretrain.py")
-    refuse_flags(method, data_args, ["index_file", "user_file", "max_text_len", "add_prefix"])
-    refuse_flags(method, model_args, ["load_in_8bit"])
-    heard = {"cf_model": method in CF_METHODS, "soft_tokens": YES_NO_METHODS[method][0] is CoLLM}
-    heard |= {"code_format": method == "binllm"}
-    refuse_flags(method, args, [flag for flag, listens in heard.items() if not listens])
-    if args.init_from and args.one_stage:
-        raise InputError("--one_stage trains both stages at once: leave --init_from out")
-    if args.one_stage and (method in LORA_METHODS or lora_args.lora is False):
-        raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
-    if (args.train_cf_model or args.cf_model_from_scratch) and method not in ("collm", "cora"):
-        raise InputError(f"--train_cf_model and --cf_model_from_scratch are for collm and cora, not for {method}")
-    if args.soft_tokens < 1:
-        raise InputError(f"--soft_tokens {args.soft_tokens}: should be 1 at least")
-    if min(data_args.max_eval_samples, args.patience) < 0:
-        raise InputError("--max_eval_samples and --patience should be 0 at least")
-    if training_args.metric_for_best_model not in (TuningArguments.metric_for_best_model, args.metric_for_best_model):
-        raise InputError(
-            f"--metric_for_best_model means nothing with --method {method}: give --metric_for_best_model auc or uauc"
-        )
-    if args.patience and not training_args.load_best_model_at_end:
-        raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
-    if lora_args.lora is False and method in LORA_METHODS and model_args.load_in_4bit:
-        raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
-    if args.save_base_weights and model_args.load_in_4bit:
-        raise InputError("--save_base_weights is for weights in full, not with --load_in_4bit")
+    """Fit the normalization of collaborative vectors, and the offset in the loss, to rows of train."""
+    rows = np.random.default_rng(0).permutation(len(data.train))
+    if "projector" in model.config.trained and method != "softprompt":  # whose embeddings are all alike
+        inputs = model_inputs(data.train.select(rows[:NORMALIZATION_SAMPLES]), model.cf_model)
+        model.fit_normalization(inputs["users"], inputs["items"], inputs.get("histories"))
+    scorer = Scorer(model, data.dataset, metadata, tokenizer)
+    samples = scorer.encode(data.train.select(rows[:OFFSET_SAMPLES]))
+    liked = to_numpy(data.train, "label").mean()
+    model.config.offset = float(scorer.score_samples(samples, OFFSET_SAMPLES).mean() - np.log(liked / (1 - liked)))
 
 
-def build_model(
-    method: str,
-    model_args: ModelArguments,
-    lora_args: LoraArguments,
-    args: YesNoArguments,
-    dataset: RatingsDataset,
-) -> YesNoModel:
-    """The model that is to be trained: on its first stage where there is one, with its collaborative model."""
+def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> CheckpointMetadata:
+    """Return what a test must know to ask the model as it was trained, and to refuse other ratings."""
+    config, yes_no = model.config, asdict(args.yes_no)
+    flags = {flag: value for flag, value in yes_no.items() if flag not in ("patience", "save_base_weights")}
+    flags |= {"metric_for_best_model": args.training.metric_for_best_model}
+    flags |= {"max_eval_samples": args.data.max_eval_samples, "seed": args.training.seed, "trained": config.trained}
+    flags |= {"train_data_sample_num": int(args.method.train_data_sample_num)} | asdict(args.lora)
+    return CheckpointMetadata(
+        method=args.method.method,
+        dataset=data.dataset.name,
+        base_model=config.base_model,
+        base_dtype=config.base_dtype,
+        load_in_4bit=bool(config.load_in_4bit),
+        prompts={task: [asdict(template) for template in templates] for task, templates in data.prompts.items()},
+        max_his_len=args.data.max_his_len,
+        his_sep=args.data.his_sep,
+        code_format=args.yes_no.code_format if args.method.method == "binllm" else None,
+        ratings_sha256=data.dataset.sha256(),
+        cf_sha256=config.cf_sha256,
+        training=flags,
+    )
+
+
+# ---- The model of a method, assembled from its first stage and its collaborative model ----
+
+
+def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
+    """Return the model that is to be trained: on its first stage where there is one, with its collaborative model."""
+    method, yes_no = args.method.method, args.yes_no
     kind, _ = YES_NO_METHODS[method]
-    lora = (method in LORA_METHODS or args.one_stage) if lora_args.lora is None else lora_args.lora
-    how = {"load_in_4bit": model_args.load_in_4bit, "base_dtype": model_args.base_dtype}
-    low_rank = lora_args.low_rank(*LORA_DEFAULTS)
-    if args.init_from:
-        first = read_json(Path(args.init_from) / METADATA_FILE, "the record of a first stage, from --method tallrec")
-        if first.get("method") != "tallrec":
-            raise InputError(f"--init_from {args.init_from}: was made by {first.get('method')!r}; give one of tallrec")
-        earlier = YesNoModel.from_pretrained(args.init_from, base_model=model_args.base_model, **how)
-        config, language = earlier.config, earlier.language
-        if "language" in config.saved:  # with the weights of the folder, not of the base model
-            for name, weight in language.named_parameters():
-                weight.data = weight.data if "lora_" in name else weight.data.to(getattr(torch, config.base_dtype))
-    else:
-        config = YesNoConfig(base_model=model_args.base_model, **{key: v for key, v in how.items() if v is not None})
-        language = open_language(config)
+    low_rank = args.lora.low_rank(*LORA_DEFAULTS)
+    config, language = load_first_stage(args)
+    lora = (method in LORA_METHODS or yes_no.one_stage) if args.lora.lora is None else args.lora.lora
     if lora and not config.lora:
         config.lora = low_rank
-        add_lora(language, **config.lora)
-    elif (
-        lora and kind is not CoRA and low_rank != config.lora and low_rank != LoraArguments().low_rank(*LORA_DEFAULTS)
-    ):
+        add_lora(language, **low_rank)
+    elif lora and kind is not CoRA and low_rank not in (config.lora, LoraArguments().low_rank(*LORA_DEFAULTS)):
         raise InputError(
-            f"--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of {args.init_from} are "
-            "trained on as they are; leave these flags out"
+            "--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of "
+            f"{yes_no.init_from} are trained further as they are; leave these flags out"
         )
     trained = {"lora"} if lora else {"language"} if method in LORA_METHODS else set()
-    cf_model = None
-    if method in CF_METHODS:
-        cf_model = load_collaborative(args.cf_model)
-        check_same_dataset(cf_model, dataset)
-        if method == "binllm" and not isinstance(cf_model, HashedMF):
-            raise InputError(
-                f"{args.cf_model}: is a model of type {cf_model.config.model_type!r}; binllm reads one of hash"
-            )
-        config.cf_model, config.cf_sha256 = args.cf_model, weights_sha256(cf_model)
-        if args.cf_model_from_scratch:
-            cf_model = reinitialized(cf_model)
-    elif method in ("softprompt", "personprompt"):
-        rows = {"num_users": dataset.num_users, "num_items": dataset.num_items}
-        rows = {name: 2 for name in rows} if method == "softprompt" else rows
-        cf_model = MF(MFConfig(**rows, embedding_size=PROMPT_WIDTH, initializer_range=0.1))
-        trained |= {"cf_model"}
     if method not in LORA_METHODS:
-        trained |= {"projector"} | ({"cf_model"} if args.train_cf_model or args.cf_model_from_scratch else set())
+        trained |= {"projector"} | ({"cf_model"} if yes_no.train_cf_model or yes_no.cf_model_from_scratch else set())
+    cf_model: CollaborativeModel | None = None
+    if method in CF_METHODS:
+        cf_model = load_cf_model(args, dataset)
+        config.cf_model, config.cf_sha256 = yes_no.cf_model, weights_sha256(cf_model)
+        cf_model = reinitialized(cf_model) if yes_no.cf_model_from_scratch else cf_model
+    elif method in ("softprompt", "personprompt"):
+        sizes: dict[str, Any] = {"num_users": dataset.num_users, "num_items": dataset.num_items}
+        sizes = dict.fromkeys(sizes, 2) if method == "softprompt" else sizes
+        cf_model = MF(MFConfig(**sizes, embedding_size=PROMPT_WIDTH, initializer_range=0.1))
+        trained |= {"cf_model"}
     saved = trained | {"language"} & set(config.saved or ()) | ({"lora"} if config.lora else set())
-    own = {}
+    own: dict[str, object] = {"cf_config": cf_model and cf_model.config.to_dict()}
     if kind is CoLLM:
-        own = {"soft_tokens": args.soft_tokens, "one_for_all": method == "softprompt"}
+        own |= {"soft_tokens": yes_no.soft_tokens, "one_for_all": method == "softprompt"}
     elif kind is CoRA:
-        own = {"r" if key == "rank" else key: value for key, value in low_rank.items()}
-    whole = config.to_dict() | own | {"cf_config": cf_model and cf_model.config.to_dict()}
-    del whole["model_type"]
-    return kind(kind.config_class(**whole | {"trained": sorted(trained), "saved": sorted(saved)}), language, cf_model)
+        own |= {"r" if key == "rank" else key: value for key, value in low_rank.items()}
+    values = config.to_dict() | own | {"trained": sorted(trained), "saved": sorted(saved)}
+    del values["model_type"]
+    return kind(kind.config_class(**values), language, cf_model)
 
 
-def reinitialized(model: CollaborativeModel) -> CollaborativeModel:
-    """A model of the same kind and size, with new weights; what is no weight, such as a graph, is kept."""
-    new = type(model)(model.config)
-    for name, buffer in model.named_buffers():
-        new.get_buffer(name).copy_(buffer)
-    return new.eval()
+def load_first_stage(args: Arguments) -> tuple[YesNoConfig, PreTrainedModel]:
+    """Return config and language model of --init_from, or those of the base model."""
+    overrides: dict[str, Any] = {"load_in_4bit": args.model.load_in_4bit, "base_dtype": args.model.base_dtype}
+    folder = args.yes_no.init_from
+    if not folder:
+        given = {key: value for key, value in overrides.items() if value is not None}
+        config = YesNoConfig(base_model=args.model.base_model, **given)
+        return config, open_language(config)
+    method = CheckpointMetadata.load(folder).method
+    if method != "tallrec":
+        raise InputError(f"--init_from {folder}: was made by {method!r}; give one of tallrec")
+    first = YesNoModel.from_pretrained(folder, base_model=args.model.base_model, **overrides)
+    if "language" in first.config.saved:  # with the weights of the folder, not of the base model
+        for name, weight in first.language.named_parameters():
+            weight.data = weight.data if "lora_" in name else weight.data.to(getattr(torch, first.config.base_dtype))
+    return cast(YesNoConfig, first.config), first.language
+
+
+def load_cf_model(args: Arguments, dataset: RatingsDataset) -> CollaborativeModel:
+    """Return the collaborative model of --cf_model; InputError if it is of another kind or of other ratings."""
+    folder = args.yes_no.cf_model or ""
+    model = load_collaborative(folder)
+    check_same_dataset(model, dataset)
+    if args.method.method == "binllm" and not isinstance(model, HashedMF):
+        raise InputError(f"{folder}: is a model of type {model.config.model_type!r}; binllm reads one of hash")
+    return model

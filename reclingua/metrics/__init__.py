@@ -1,4 +1,4 @@
-"""Metrics as local `evaluate` modules, loaded from this folder without a network."""
+"""Metrics as local `evaluate` modules, loaded from this folder without network access."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ RANKING = ("hit", "ndcg")
 
 
 def parse_metrics(names: str) -> list[tuple[str, int]]:
-    """ "hit@1,ndcg@10" -> [("hit", 1), ("ndcg", 10)]; InputError for anything else."""
+    """Parse "hit@1,ndcg@10" into [("hit", 1), ("ndcg", 10)]; InputError for anything else."""
     parsed = []
     for name in names.split(","):
         metric, _, k = name.strip().lower().partition("@")
@@ -24,21 +24,24 @@ def parse_metrics(names: str) -> list[tuple[str, int]]:
 
 
 def load_metric(name: str) -> evaluate.Metric:
-    """The metric in folder metrics/`name`: hit, ndcg, auc or uauc."""
+    """Load the `evaluate` module in folder metrics/`name`: hit, ndcg, auc or uauc."""
     return evaluate.load(str(FOLDER / name))
 
 
 def ranking_metrics(
     predictions: list[list[str]], references: list[str], names: list[tuple[str, int]]
 ) -> dict[str, float]:
-    """`evaluate`'s results of all named metrics: {"hit@10": 0.1, ...}.
+    """Compute all named ranking metrics: {"hit@10": 0.1, ...}.
 
     Args:
-        predictions: for each sample its ranked items, best first.
-        references: for each sample the one item that is right.
+        predictions: ranked items of each sample, best first.
+        references: target item of each sample.
+        names: pairs (metric, k), as `parse_metrics` returns them.
     """
-    results = {}
+    results: dict[str, float] = {}
     for metric in sorted({metric for metric, _ in names}):
         cutoffs = [k for name, k in names if name == metric]
-        results |= load_metric(metric).compute(predictions=predictions, references=references, k=cutoffs)
+        values = load_metric(metric).compute(predictions=predictions, references=references, k=cutoffs)
+        assert values is not None  # None on other ranks of a distributed `evaluate` only
+        results |= values
     return {f"{metric}@{k}": float(results[f"{metric}@{k}"]) for metric, k in names}

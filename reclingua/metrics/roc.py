@@ -1,4 +1,4 @@
-"""Area under the ROC curve, for any number of groups of samples in one pass: AUC is one group, UAUC one a user."""
+"""Area under the ROC curve of any number of groups in one pass: AUC has one group, UAUC one group per user."""
 
 import numpy as np
 
@@ -6,25 +6,27 @@ from reclingua.utils.errors import InputError
 
 
 def auc_of_groups(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The AUC of every group of samples.
+    """Compute the AUC of every group of samples.
 
-    A group's AUC is its share of (positive, negative) pairs in which the positive scores higher, ties counting half:
-    the Mann-Whitney statistic, from mean ranks, as `sklearn.metrics.roc_auc_score` has it.
+    The AUC of a group is the share of its (positive, negative) pairs in which the positive scores higher, ties
+    counting half: the Mann-Whitney statistic from mean ranks, equal to `sklearn.metrics.roc_auc_score`.
 
     Args:
-        groups: [samples] what the samples are grouped by, e.g. user ids, of any type that sorts.
+        groups: [samples] group of each sample, e.g. user ids, of any sortable type.
         labels: [samples] 0 or 1.
-        scores: [samples] higher = more likely 1; infinite ones are as good as any.
+        scores: [samples] higher means more likely 1; can be infinite.
 
     Returns:
-        (the groups in sorted order [groups], float64 AUC [groups], NaN where a group has one class only).
+        (groups in sorted order [groups], float64 AUC [groups], NaN where a group has one class only).
 
     Raises:
-        InputError: a score is NaN, a label is not 0 or 1, there is nothing to measure, or the lengths differ.
+        InputError: a score is NaN, a label is not 0 or 1, there are no samples, or the lengths differ.
     """
     groups, labels, scores = np.asarray(groups), np.asarray(labels), np.asarray(scores)
     if not len(groups) == len(labels) == len(scores):
-        raise InputError(f"{len(groups)} groups, {len(labels)} labels and {len(scores)} scores: not of one length")
+        raise InputError(
+            f"{len(groups)} groups, {len(labels)} labels and {len(scores)} scores: the lengths should be equal"
+        )
     if not len(scores):
         raise InputError("no samples to measure")
     if np.isnan(scores).any():
@@ -33,10 +35,13 @@ def auc_of_groups(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray) ->
             f"{np.isnan(scores).argmax()}: the model has diverged; lower its learning rate"
         )
     if not np.isin(labels, (0, 1)).all():
-        at = int((~np.isin(labels, (0, 1))).argmax())
-        raise InputError(f"sample {at} has label {labels[at]}: should be 0 or 1")
+        row = int((~np.isin(labels, (0, 1))).argmax())
+        raise InputError(f"sample {row} has label {labels[row]}: should be 0 or 1")
 
-    # Sorted by group, then score: a run is what ties. Every member of a run gets the mean of the run's places.
+    # Sorted by group, then score, ties form runs; every member of a run gets the mean of its ranks:
+    #     group  a    a    a    a   | b    b
+    #     score  0.1  0.4  0.4  0.9 | 0.2  0.3
+    #     rank   1    2.5  2.5  4   | 5    6
     names, group = np.unique(groups, return_inverse=True)
     order = np.lexsort((scores, group))
     group, score, positive = group[order], scores[order], labels[order] == 1
@@ -48,26 +53,26 @@ def auc_of_groups(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray) ->
     samples = np.bincount(group)
     positives = np.bincount(group, weights=positive)
     negatives = samples - positives
-    before = np.cumsum(samples) - samples  # ranks count from the beginning of all, not of the group
-    rank_sum = np.bincount(group, weights=(rank - before[group]) * positive)
+    offset = np.cumsum(samples) - samples  # ranks run through all groups: subtract the earlier groups' samples
+    rank_sum = np.bincount(group, weights=(rank - offset[group]) * positive)
     with np.errstate(invalid="ignore", divide="ignore"):
         return names, (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """AUC of all samples; NaN where they have one class only."""
+    """Return the AUC of all samples; NaN if they have one class only."""
     return float(auc_of_groups(np.zeros(len(labels), np.int8), labels, scores)[1][0])
 
 
 def uauc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """{"uauc": mean AUC of a user, NaN if none counts, "users_counted", "users_left_out"} (CoLLM, section 4.1).
+    """Return {"uauc": mean AUC over users, "users_counted", "users_left_out"} (CoLLM, section 4.1).
 
-    Users whose samples all have one label have no AUC: they are left out, and counted.
+    Users whose samples all have one label have no AUC: they are left out and counted. The mean is NaN if all are.
     """
-    each = auc_of_groups(users, labels, scores)[1]
-    counted = each[~np.isnan(each)]
+    user_aucs = auc_of_groups(users, labels, scores)[1]
+    defined = user_aucs[~np.isnan(user_aucs)]
     return {
-        "uauc": float(counted.mean()) if len(counted) else float("nan"),
-        "users_counted": len(counted),
-        "users_left_out": len(each) - len(counted),
+        "uauc": float(defined.mean()) if len(defined) else float("nan"),
+        "users_counted": len(defined),
+        "users_left_out": len(user_aucs) - len(defined),
     }

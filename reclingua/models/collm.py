@@ -1,21 +1,25 @@
 """CoLLM (arXiv 2310.19488): collaborative embeddings become soft tokens of the prompt.
 
-A network maps the embedding of a user or an item to the place in the language model's own embedding space where it is
-read as a word (section 3.2). Soft prompts and personalised prompts are the same with embeddings that nobody trained
-before, one for all or one for each.
+A projector maps the embedding of a user or an item into the embedding space of the language model, which reads it like
+a token (section 3.2). Soft prompts and personalised prompts are the same model with untrained embeddings, one for all
+users and one for all items, or one for each.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
 
+from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.yes_no import YesNoConfig, YesNoModel
 
 
 class CoLLMConfig(YesNoConfig):
-    """
+    """Config of a CoLLM.
+
     Args:
-        soft_tokens: soft tokens for each id.
-        one_for_all: every user has the same embedding, and every item (soft prompt).
+        soft_tokens: number of soft tokens for each id.
+        one_for_all: all users share one embedding, and all items (soft prompt).
     """
 
     model_type = "recommender-collm"
@@ -25,24 +29,25 @@ class CoLLMConfig(YesNoConfig):
 
 
 class CoLLM(YesNoModel):
-    """Reads collaborative embeddings where a prompt has soft tokens."""
+    """Yes/No model with collaborative embeddings as soft tokens of the prompt."""
 
     config_class = CoLLMConfig
+    cf_model: CollaborativeModel
 
     def build_projector(self) -> None:
-        """One network for all embeddings of the same width: d -> 10 d -> ReLU -> soft_tokens x hidden."""
+        """Build one network for all embeddings of the same width: d -> 10 d -> ReLU -> soft_tokens x hidden."""
         super().build_projector()
-        embedding = self.get_input_embeddings()
+        embedding: Any = self.get_input_embeddings()
         out, spread = self.config.soft_tokens * embedding.embedding_dim, embedding.weight.float().std().item()
         self.maps = nn.ModuleDict()
         for d in sorted({self.cf_model.user_width, self.cf_model.item_width}):
             last = nn.Linear(10 * d, out)
-            # All begin as the same words of no meaning; what is particular about an id comes in by training alone.
+            # All ids start as the same random tokens; training makes them differ.
             nn.init.zeros_(last.weight)
             nn.init.normal_(last.bias, std=spread)
             self.maps[str(d)] = nn.Sequential(nn.Linear(d, 10 * d), nn.ReLU(), last)
 
-    def embed_inputs(
+    def embed_inputs(  # type: ignore[override]  # names the keys of the batch that it needs
         self,
         input_ids: torch.Tensor,
         soft: torch.Tensor,
@@ -50,9 +55,12 @@ class CoLLM(YesNoModel):
         items: torch.Tensor,
         liked: torch.Tensor,
         histories: torch.Tensor | None = None,
-        **about,
+        **inputs,
     ) -> torch.Tensor:
-        """Embeddings of the prompt, soft tokens where `soft` [batch, length] has their numbers (reclingua/datasets/yes_no.py)."""
+        """Return the embeddings of the prompt, with soft tokens where `soft` [batch, length] has their numbers.
+
+        The numbers are those of `reclingua.datasets.yes_no.YesNoDataset`.
+        """
         if self.config.one_for_all:
             users, items, liked = users.clamp(max=1), items.clamp(max=1), liked.clamp(max=1)
         embedded = self.get_input_embeddings()(input_ids)
@@ -63,11 +71,11 @@ class CoLLM(YesNoModel):
         if self.is_zero3 or int(soft.max()) > 2 * self.config.soft_tokens:
             liked = liked if liked.shape[1] else torch.zeros_like(items)[:, None]
             tokens.append(self._map("item", self.cf_model.item_vectors(liked)))
-        rows, places = soft.nonzero(as_tuple=True)
-        chosen = torch.cat(tokens, 1)[rows, soft[rows, places] - 1]
-        return embedded.index_put((rows, places), chosen.to(embedded.dtype))
+        rows, columns = soft.nonzero(as_tuple=True)
+        values = torch.cat(tokens, 1)[rows, soft[rows, columns] - 1]
+        return embedded.index_put((rows, columns), values.to(embedded.dtype))
 
-    def _map(self, whose: str, vectors: torch.Tensor) -> torch.Tensor:
-        """[batch, width], or [batch, items, width] -> soft tokens [batch, soft_tokens (x items), hidden]."""
-        mapped = self.maps[str(vectors.shape[-1])](self.normalize(whose, vectors))
-        return mapped.reshape(len(vectors), -1, self.get_input_embeddings().embedding_dim)
+    def _map(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
+        """Map [batch, width] or [batch, items, width] to soft tokens [batch, soft_tokens (x items), hidden]."""
+        mapped = self.maps[str(vectors.shape[-1])](self.normalize(name, vectors))
+        return mapped.reshape(len(vectors), -1, self.config.hidden_size)

@@ -1,28 +1,31 @@
-"""CoRA (arXiv 2408.10645): collaborative embeddings become low-rank weights, other ones for each user and item.
+"""CoRA (arXiv 2408.10645): collaborative embeddings become low-rank weights for each pair of user and item.
 
-The prompt stays words and the language model stays as it is. A Q-Former reads the embeddings of user and item; its
-queries become a matrix A for the sample, shared by all layers, and a layer's output gains x A B (section 4).
+The prompt is plain text and the language model is frozen. A Q-Former reads the embeddings of user and item; its
+queries become a matrix A for the sample, shared by all layers, and x A B is added to a layer's output (section 4).
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedModel
 
-from reclingua.models.collaborative.base import CollaborativeOutput
+from reclingua.models.collaborative.base import CollaborativeModel, CollaborativeOutput
 from reclingua.models.lora import linear_layers
 from reclingua.models.yes_no import YesNoConfig, YesNoModel
 from reclingua.utils.errors import InputError
 
 
 class CoRAConfig(YesNoConfig):
-    """
+    """Config of a CoRA.
+
     Args:
         r, alpha, dropout: rank, scale (alpha / r) and dropout on the input of the generated weights.
-        targets: names of the linear layers that get them.
-        queries, num_layers, num_heads: shape of the Q-Former, as wide as user's and item's embedding together.
+        targets: names of the linear layers with generated weights.
+        queries, num_layers, num_heads: shape of the Q-Former; its width is that of user and item embedding together.
     """
 
     model_type = "recommender-cora"
@@ -37,12 +40,14 @@ class CoRAConfig(YesNoConfig):
 
 
 class CoRA(YesNoModel):
-    """Adds weights made from user and item to linear layers of the language model."""
+    """Yes/No model whose linear layers get weights generated from user and item."""
 
     config_class = CoRAConfig
-    supports_prefix_sharing = False  # the same words become something else for every user and item
+    cf_model: CollaborativeModel
+    supports_prefix_sharing = False  # hidden states of the same tokens differ between pairs of user and item
 
     def build_projector(self) -> None:
+        """Build the Q-Former, the linear layers from its output to A, and B of each target layer."""
         super().build_projector()
         config = self.config
         width = self.cf_model.user_width + self.cf_model.item_width
@@ -60,70 +65,70 @@ class CoRA(YesNoModel):
                 num_hidden_layers=config.num_layers,
                 num_attention_heads=config.num_heads,
                 cross_attention_frequency=1,
-                # At the usual .02 the queries would hardly notice the one vector they read.
+                # With the usual .02 the one vector that the queries read would hardly change them.
                 initializer_range=width**-0.5,
             )
         )
         layers = linear_layers(self.language, config.targets)
         sizes = {name: layer_size(layer) for name, layer in layers.items()}
-        # Layers that read something else than hidden states (o_proj of wide heads, down_proj) get an A of their own.
+        # Layers with an input of another width (o_proj of wide heads, down_proj) get an A of their own.
         self.to_a = nn.ModuleDict({str(n): nn.Linear(width, n * config.r) for n, _ in sizes.values()})
-        # Modules, not bare weights: ZeRO-3 has the weights of a module together only while that is called.
-        self.b = nn.ModuleDict(
-            {name.replace(".", "/"): nn.Linear(config.r, out, bias=False) for name, (_, out) in sizes.items()}
-        )
-        for b in self.b.values():
-            nn.init.zeros_(b.weight)
-        self.a: dict[int, torch.Tensor] = {}  # of the rows that are being computed, by what a layer reads
-        self.read: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last layer read, and that times A
+        # Modules, not parameters: ZeRO-3 gathers the weights of a module only while it is called.
+        b = {name: nn.Linear(config.r, out, bias=False) for name, (_, out) in sizes.items()}
+        for linear in b.values():
+            nn.init.zeros_(linear.weight)
+        self.b = nn.ModuleDict({name.replace(".", "/"): linear for name, linear in b.items()})
+        self.a: dict[int, torch.Tensor] = {}  # of the current batch, by the width of a layer's input
+        self.last_product: tuple[torch.Tensor, torch.Tensor] | None = None  # the last layer's x and x A
         for name, layer in layers.items():
-            layer.register_forward_hook(self._adder(self.b[name.replace(".", "/")]))
+            layer.register_forward_hook(self._make_hook(b[name]))
 
-    def train(self, mode: bool = True) -> "CoRA":
-        """Weights of rows that were kept for a backward pass are forgotten with the training."""
-        self.a, self.read = (self.a, self.read) if mode else ({}, None)
-        return super().train(mode)
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and drop the weights kept for a backward pass when training ends."""
+        self.a, self.last_product = (self.a, self.last_product) if mode else ({}, None)
+        super().train(mode)
+        return self
 
-    def _adder(self, b: nn.Linear):
+    def _make_hook(self, b: nn.Linear) -> Callable:
         def add(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             if not self.a:
                 return output
             (x,) = inputs
-            if self.read is None or self.read[0] is not x:  # query, key and value read the same
+            if self.last_product is None or self.last_product[0] is not x:  # query, key and value share x
                 a = self.a[x.shape[-1]]
-                self.read = x, F.dropout(x.to(a.dtype), self.config.dropout, self.training) @ a
-            return output + b(self.read[1]).to(output.dtype)
+                self.last_product = x, F.dropout(x.to(a.dtype), self.config.dropout, self.training) @ a
+            return output + b(self.last_product[1]).to(output.dtype)
 
         return add
 
-    def weights_of(
+    def pair_weights(
         self,
         users: torch.Tensor,
         items: torch.Tensor,
         histories: torch.Tensor | None = None,
         with_ids: torch.Tensor | None = None,
     ) -> dict[int, torch.Tensor]:
-        """A, scaled by alpha / r, of each pair: width of a layer's input -> float [pairs, width, r].
+        """Return A, scaled by alpha / r, of each pair: width of a layer's input -> float [pairs, width, r].
 
         Args:
-            with_ids: bool [pairs], where False the pair adds nothing.
+            with_ids: bool [pairs]; where False, A is 0.
         """
         user = self.normalize("user", self.cf_model.user_vectors(users, histories, items))
         item = self.normalize("item", self.cf_model.item_vectors(items))
-        known = torch.cat([user, item], -1)
-        queries = self.queries.expand(len(known), -1, -1)
-        read = self.qformer(query_embeds=queries, encoder_hidden_states=known[:, None]).last_hidden_state
-        scale = known.new_full((len(known), 1), self.config.alpha / self.config.r)
+        pairs = torch.cat([user, item], -1)
+        queries = self.queries.expand(len(pairs), -1, -1)
+        states = self.qformer(query_embeds=queries, encoder_hidden_states=pairs[:, None]).last_hidden_state
+        scale = pairs.new_full((len(pairs), 1), self.config.alpha / self.config.r)
         if with_ids is not None:
             scale = scale * with_ids[:, None]
-        # The mean over queries and the linear layer may change places, so that the layer has one row to read.
-        mean = read.mean(1)
+        # The mean over queries commutes with the linear layer, which thus computes one row instead of all queries.
+        mean = states.mean(1)
         return {
             int(width): (scale * F.normalize(linear(mean), dim=-1)).unflatten(-1, (int(width), self.config.r))
             for width, linear in self.to_a.items()
         }
 
-    def forward(
+    def forward(  # type: ignore[override]  # names the keys of the batch that it needs
         self,
         input_ids: torch.Tensor,
         last: torch.Tensor,
@@ -133,30 +138,30 @@ class CoRA(YesNoModel):
         with_ids: torch.Tensor | None = None,
         **rest,
     ) -> CollaborativeOutput:
-        """As the base class's; the weights are those of `users` and `items` int64 [batch]."""
-        self.a = self.weights_of(users, items, histories, with_ids)
+        """Return the logit of Yes (see `YesNoModel`) with the weights of `users` and `items`, int64 [batch]."""
+        self.a = self.pair_weights(users, items, histories, with_ids)
         try:
             return super().forward(input_ids, last, **rest)
         finally:
-            self.read = None
-            if not self.language.is_activation_checkpointing:  # which computes layers again in the backward pass
+            self.last_product = None
+            if not self.language.is_activation_checkpointing:  # it computes layers again in the backward pass
                 self.a = {}
 
     @torch.no_grad()
-    def merged(self, user: torch.Tensor, item: torch.Tensor, history: torch.Tensor | None = None) -> PreTrainedModel:
-        """A copy of the language model with the weights of one user and item, int64 [1] each, added for good.
+    def merge(self, user: torch.Tensor, item: torch.Tensor, history: torch.Tensor | None = None) -> PreTrainedModel:
+        """Return a copy of the language model with the weights of one user and item, int64 [1] each, merged.
 
         Raises:
-            ValueError: the language model is in 4 bits, to which nothing can be added.
+            ValueError: the language model is in 4 bits, so weights cannot be added.
         """
         if self.config.load_in_4bit:
             raise ValueError("weights in 4 bits cannot be added to; load the base model in full")
-        weights = self.weights_of(user, item, history)
+        weights = self.pair_weights(user, item, history)
         language = copy.deepcopy(self.language)
         for name, layer in linear_layers(language, self.config.targets).items():
             layer._forward_hooks.clear()
             if hasattr(layer, "base_layer"):
-                layer.merge()
+                layer.merge()  # type: ignore[operator]  # a LoRA layer
             base = getattr(layer, "base_layer", layer)
             added = self.b[name.replace(".", "/")](weights[layer_size(layer)[0]][0])
             base.weight += added.T if isinstance(base, nn.Linear) else added
@@ -164,6 +169,6 @@ class CoRA(YesNoModel):
 
 
 def layer_size(layer: nn.Module) -> tuple[int, int]:
-    """What a linear layer reads and writes."""
-    base = getattr(layer, "base_layer", layer)
+    """Return the input and output width of a linear layer."""
+    base: Any = getattr(layer, "base_layer", layer)
     return (base.in_features, base.out_features) if isinstance(base, nn.Linear) else tuple(base.weight.shape)

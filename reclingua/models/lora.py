@@ -1,9 +1,9 @@
-"""LoRA weights in a language model."""
+"""LoRA weights of a language model: injected into it, or as a PEFT adapter with rows for new tokens."""
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import cast
 
 from torch import nn
 from transformers import (
@@ -12,44 +12,50 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from reclingua.models.language import first_line
+from reclingua.models.language import summarize_error
 from reclingua.models.vocabulary import resize_embeddings
 from reclingua.utils.errors import InputError
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 
 def linear_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """Linear layers (those inside a LoRA layer count as that layer) whose names end with one of `targets`, by name.
+    """Return name -> linear layer whose last name part is in `targets`; a LoRA layer counts as the layer in it.
 
     Raises:
-        InputError: a target that no layer has, with the names there are.
+        InputError: no layer has the name of a target; the message lists all names.
     """
-    head = model.get_output_embeddings()  # whose logits but one nobody computes
-    found = {
+    head = model.get_output_embeddings()  # is never a target
+    layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if module is not head
         and isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D)
         and not {"base_layer", "lora_A", "lora_B", "default"} & set(name.split("."))
     }
-    names = {name.rpartition(".")[2] for name in found}
+    names = {name.rpartition(".")[2] for name in layers}
     if missing := [target for target in targets if target not in names]:
         raise InputError(
             f"--lora_target_modules {','.join(targets)}: this model has no layer {missing[0]!r}; "
             f"it has {', '.join(sorted(names))}"
         )
-    return {name: module for name, module in found.items() if name.rpartition(".")[2] in targets}
+    return {name: module for name, module in layers.items() if name.rpartition(".")[2] in targets}
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
-    """Put LoRA weights, float32, beside the linear layers whose names end with one of `targets`; they begin at 0."""
-    from peft import LoraConfig, inject_adapter_in_model  # seconds that other methods need not wait
+    """Inject float32 LoRA weights, initially without effect, into the linear layers named by `targets`."""
+    from peft import (  # imported here: it takes seconds that other methods need not spend
+        LoraConfig,
+        inject_adapter_in_model,
+    )
 
     linear_layers(model, targets)
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets)), model
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # declared int, used as a factor
+            lora_dropout=dropout,
+            target_modules=list(targets),
+        ),
+        model,
     )
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -58,28 +64,28 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
 
 def add_lora_adapter(
     model: PreTrainedModel, tokens: list[int], rank: int, alpha: float, dropout: float, targets: Sequence[str]
-) -> "PeftModel":
-    """`model` with LoRA weights and rows of its own for the new tokens, all float32; the rest is frozen.
+) -> PreTrainedModel:
+    """Return `model` with LoRA weights and trainable rows for new tokens, all float32; the rest is frozen.
 
-    Its `save_pretrained` writes a PEFT adapter of these alone: the embeddings stay as they are, tied if they were.
+    Its `save_pretrained` writes a PEFT adapter with these weights only; embeddings that were tied stay tied.
 
     Args:
-        tokens: ids whose rows are trained, those of the input embeddings and of the output head.
-        targets: names of linear layers, or just "all-linear".
+        tokens: ids whose rows of input embeddings and output head are trained.
+        targets: names of linear layers, or ["all-linear"].
     """
     from peft import LoraConfig, get_peft_model
 
-    every = list(targets) == ["all-linear"]
-    if not every:
+    all_linear = list(targets) == ["all-linear"]
+    if not all_linear:
         linear_layers(model, targets)
     names = {module: name for name, module in model.named_modules()}
     rows = {names[module]: tokens for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # declared int, used as a factor
         lora_dropout=dropout,
-        target_modules="all-linear" if every else list(targets),
+        target_modules="all-linear" if all_linear else list(targets),
         trainable_token_indices=rows,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in names),
     )
@@ -87,19 +93,20 @@ def add_lora_adapter(
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-    # By default it would write all embeddings, too, because their number is not the base model's.
-    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
-    return adapted
+    # By default PEFT writes all embeddings, too, because their number is not the base model's.
+    save = partial(adapted.save_pretrained, save_embedding_layers=False)
+    adapted.save_pretrained = save  # type: ignore[method-assign]
+    return cast(PreTrainedModel, adapted)  # it forwards what it does not define itself
 
 
-def load_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> "PeftModel":
-    """The base `model` with the adapter that `add_lora_adapter` left in `folder`; InputError if none can be loaded."""
+def load_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PreTrainedModel:
+    """Load the adapter in `folder`, saved from `add_lora_adapter`, into the base `model`; InputError if it fails."""
     from peft import PeftModel
 
     resize_embeddings(model, tokenizer)
     try:
-        return PeftModel.from_pretrained(model, folder)
+        return cast(PreTrainedModel, PeftModel.from_pretrained(model, folder))
     except Exception as error:
         raise InputError(
-            f"{folder}: no adapter for {model.name_or_path} could be loaded from there ({first_line(error)})"
+            f"{folder}: no adapter for {model.name_or_path} could be loaded ({summarize_error(error)})"
         ) from None

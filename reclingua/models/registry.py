@@ -1,4 +1,4 @@
-"""Yes/No methods by name: their models and prompts."""
+"""Registry of the Yes/No methods: their models and prompts."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from reclingua.models.collm import CoLLM
 from reclingua.models.cora import CoRA
 from reclingua.models.yes_no import YesNoModel
 
-# Method -> its model, and the phrasings it asks with (config/prompts/yes_no.yaml).
+# Method -> class of its model, key of its prompt templates in config/prompts/yes_no.yaml.
 YES_NO_METHODS: dict[str, tuple[type[YesNoModel], str]] = {
     "tallrec": (YesNoModel, "text"),
     "collm": (CoLLM, "soft"),
@@ -18,10 +18,12 @@ YES_NO_METHODS: dict[str, tuple[type[YesNoModel], str]] = {
 
 
 def run_name(model: YesNoModel, method: str) -> str:
-    """What its results are called: collm-mf, cora-sasrec, binllm, ..."""
-    return f"{method}-{model.cf_model.config.model_type}" if method in ("collm", "cora") else method
+    """Return the name of a run's results: collm-mf, cora-sasrec, binllm, ..."""
+    if method in ("collm", "cora") and model.cf_model is not None:
+        return f"{method}-{model.cf_model.config.model_type}"
+    return method
 
 
-def load_yes_no_model(folder: Path, method: str, **where) -> YesNoModel:
-    """A tuned model, for evaluation; see `YesNoModel.from_pretrained`."""
-    return YES_NO_METHODS[method][0].from_pretrained(folder, **where)
+def load_yes_no_model(folder: Path, method: str, **changes) -> YesNoModel:
+    """Load a tuned model for evaluation, see `YesNoModel.from_pretrained`."""
+    return YES_NO_METHODS[method][0].from_pretrained(folder, **changes)

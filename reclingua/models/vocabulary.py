@@ -1,6 +1,7 @@
 """Semantic-ID tokens in the vocabulary of a language model."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import (
@@ -13,7 +14,7 @@ from reclingua.utils.errors import InputError
 
 
 def code_tokens(index: Mapping[str, list[str]]) -> list[str]:
-    """Every code token of the index once, level by level, codes in numeric order."""
+    """Return every code token of the index once, level by level, codes in numeric order."""
     level_of = {code: level for codes in index.values() for level, code in enumerate(codes)}
 
     def order(code: str) -> tuple[int, int, str]:
@@ -24,21 +25,22 @@ def code_tokens(index: Mapping[str, list[str]]) -> list[str]:
 
 
 def index_token_ids(tokenizer: PreTrainedTokenizerBase, index: Mapping[str, list[str]]) -> dict[str, list[int]]:
-    """Item -> its index as token ids; InputError if a code is not one token of this tokenizer."""
+    """Return item -> semantic ID as token ids; InputError if a code is not one token of this tokenizer."""
     vocabulary = tokenizer.get_vocab()
     unknown = next((code for codes in index.values() for code in codes if code not in vocabulary), None)
     if unknown is not None:
         raise InputError(
-            f"index token {unknown!r} is not a word of this model: it was tuned on another index; "
+            f"index token {unknown!r} is not in the vocabulary of this model: it was tuned on another index; "
             "give the index file it was tuned with as --index_file"
         )
     return {item: [vocabulary[code] for code in codes] for item, codes in index.items()}
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model a row for every token; new rows are random."""
+    """Add random rows to the embeddings of the model until every token has one."""
     rows = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
-    if rows > model.get_input_embeddings().weight.shape[0]:
+    embedding: Any = model.get_input_embeddings()
+    if rows > len(embedding.weight):
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
@@ -50,20 +52,20 @@ def extend_vocabulary(
     texts: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> int:
-    """Make every code token a word of its own, one token id each, and give its new rows a meaning.
+    """Add every code token to the vocabulary as one token and initialise its rows from item texts.
 
-    A code begins as the mean, over the items that carry it, of the mean embedding of the words of their text; these
-    means are centred and brought to the spread of the model's own rows, since the mean of many words is nearly the
-    same for all codes. An output head that is not tied to the input embeddings gets its rows in the same way.
+    The row of a code is the mean embedding of the text tokens of all items with that code, plus noise. The means are
+    centred and scaled to the spread of the existing rows, since means of many tokens are nearly the same for all
+    codes. An output head that is not tied to the input embeddings gets its rows in the same way.
 
     Args:
-        texts: item -> its text; without it the new rows are drawn at random with the mean and spread of the others.
+        texts: item -> text; without it the new rows are random with the mean and spread of the existing ones.
 
     Returns:
-        How many tokens were added; 0 for a model that has them all already, as a tuned checkpoint does.
+        Number of tokens added; 0 for a model that has them all, such as a tuned checkpoint.
 
     Raises:
-        InputError: a code is a word of the base model's own vocabulary.
+        InputError: a code is already a token of the base model.
     """
     codes = code_tokens(index)
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
@@ -90,7 +92,7 @@ def extend_vocabulary(
         if words is not None:
             meanings = torch.stack([weight[word.to(weight.device)].float().cpu().mean(0) for word in words])
             meanings = meanings - meanings.mean(0)
-            # Half noise: codes whose items share most of their words must still be told apart.
+            # Half noise: codes whose items share most of their words must still differ.
             rows = 0.5**0.5 * (rows + meanings / meanings.std().clamp(min=1e-9))
         weight[ids.to(weight.device)] = (mean + spread * rows).to(weight)
     return len(codes)
@@ -99,7 +101,7 @@ def extend_vocabulary(
 def _words_of_codes(
     tokenizer: PreTrainedTokenizerBase, index: Mapping[str, list[str]], texts: Mapping[str, str], codes: list[str]
 ) -> list[torch.Tensor]:
-    """For each code the token ids of the texts of all items that carry it."""
+    """Return for each code the token ids of the texts of all items that contain it."""
     items = list(index)
     encoded = tokenizer([texts[item] for item in items], add_special_tokens=False, truncation=True, max_length=64)
     words: dict[str, list[int]] = {code: [] for code in codes}

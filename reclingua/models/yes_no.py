@@ -1,12 +1,12 @@
-"""A language model that answers Yes or No, scored by the logit of Yes: TALLRec, and the ground of CoLLM and CoRA.
+"""Yes/No model: a language model scored by the logit of Yes (TALLRec), and the base class of CoLLM and CoRA.
 
-What is saved is what was trained, with a pointer to the rest: an adapter folder of a few MB. BinLLM is this model,
-too; its collaborative knowledge comes in as words.
+A saved folder contains the trained weights, a few MB, and points to the base model. BinLLM uses this model, too, with
+collaborative codes as text in the prompt.
 """
 
 from pathlib import Path
+from typing import Any, Self
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,31 +16,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from reclingua.models.chunked_loss import patched_forward
 from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborative, weights_sha256
-from reclingua.models.collaborative.base import CollaborativeModel, CollaborativeOutput
+from reclingua.models.collaborative.base import CollaborativeModel, CollaborativeOutput, Values
 from reclingua.models.language import MIN_SHARED_PREFIX, accepts_argument, attention_window, load_model
 from reclingua.models.lora import add_lora
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
-PARTS = ("language", "lora", "projector", "cf_model")
+COMPONENTS = ("language", "lora", "projector", "cf_model")
 
 
 class YesNoConfig(PreTrainedConfig):
-    """
+    """Config of a Yes/No model.
+
     Args:
         base_model: folder or hub name of the language model.
-        base_dtype: of its frozen weights; what is trained is float32.
-        load_in_4bit: its linear layers as nf4.
+        base_dtype: dtype of frozen weights; trained weights are float32.
+        load_in_4bit: linear layers of the language model have nf4 weights.
         answer: token id of Yes.
-        offset: taken off the logit within the loss, so that training begins at the share of Yes there is, not at the
-            level, ten or more, that a language model's logits have; which score is higher is not up to it.
-        lora: r, alpha, dropout and targets of its LoRA weights; empty: it has none.
+        offset: subtracted from the logit within the loss, so that training starts at the share of Yes in the data and
+            not at the usual level of a language model's logits, ten or more; it changes no ranking.
+        lora: rank, alpha, dropout and targets of the LoRA weights; empty: none.
         cf_model, cf_sha256: folder and fingerprint of the collaborative model; its own config is `cf_config`.
-        trained: which of PARTS gradients go to: the language model itself, its LoRA weights, what joins it to the
-            collaborative model, that model.
-        saved: which of PARTS a folder holds; the others are pointed to.
-        base_config: config of the language model where its weights are in the folder, too.
-        hidden_size: width of the language model, by which DeepSpeed chooses its buckets.
+        trained: COMPONENTS that receive gradients: the language model, its LoRA weights, the projector between it and
+            the collaborative model, the collaborative model.
+        saved: COMPONENTS in a saved folder; the folder points to the others.
+        base_config: config of the language model if its weights are in the folder.
+        hidden_size: width of the language model, from which DeepSpeed derives its buckets.
     """
 
     model_type = "recommender-yesno"
@@ -61,30 +62,32 @@ class YesNoConfig(PreTrainedConfig):
 
 
 class YesNoModel(PreTrainedModel):
-    """Scores prompts. Others know it by `forward`, `from_pretrained` and `save_pretrained`.
+    """Model that scores prompts by the logit of Yes.
 
     Args:
-        language: a causal language model, with LoRA weights where the config has some.
-        cf_model: a collaborative model, for the methods that have one.
+        language: causal language model, with LoRA weights if the config has some.
+        cf_model: collaborative model, for the methods with one.
     """
 
     config_class = YesNoConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    supports_prefix_sharing = True  # whether what two prompts begin with is the same for both
+    supports_prefix_sharing = True  # whether equal prefixes of two prompts have equal hidden states
 
     def __init__(self, config: YesNoConfig, language: PreTrainedModel, cf_model: CollaborativeModel | None = None):
         super().__init__(config)
         self.language, self.cf_model = language, cf_model
-        config.hidden_size = self.get_input_embeddings().embedding_dim
+        embedding: Any = self.get_input_embeddings()
+        config.hidden_size = embedding.embedding_dim
         self.build_projector()
         for module in self.modules():
-            module._is_hf_initialized = True  # all weights have their values; nothing is to be drawn anew
+            # All weights have their values and must not be initialised again.
+            module._is_hf_initialized = True  # type: ignore[assignment]  # nn.Module allows any attribute
         self.post_init()
         self.freeze_parameters()
 
     def build_projector(self) -> None:
-        """Make what stands between the language model and the collaborative one, the part "projector"."""
+        """Build the component "projector" between the collaborative model and the language model."""
         if self.cf_model is None:
             return
         for name, width in (("user", self.cf_model.user_width), ("item", self.cf_model.item_width)):
@@ -95,34 +98,35 @@ class YesNoModel(PreTrainedModel):
     def fit_normalization(
         self, users: torch.Tensor, items: torch.Tensor, histories: torch.Tensor | None = None
     ) -> None:
-        """Called before training with some of its rows, int64 [rows]: from then on `normalize` knows their scale.
+        """Fit `normalize` to some training rows, int64 [rows]; called before training.
 
-        Embeddings of collaborative models spread by .01 (items of DIN) or by 1 (users of SASRec); a network that is to
-        read both should not have to find that out.
+        The standard deviation of collaborative embeddings is .01 (items of DIN) or 1 (users of SASRec); the projector
+        should not have to learn that.
         """
-        found = {
+        assert self.cf_model is not None
+        vectors_of = {
             "user": self.cf_model.user_vectors(users, histories, items),
             "item": self.cf_model.item_vectors(items),
         }
-        for name, vectors in found.items():
+        for name, vectors in vectors_of.items():
             std, mean = torch.std_mean(vectors, 0)
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-8, std, 1.0))
 
     def normalize(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
-        """Vectors [..., width] of a "user" or an "item" on the scale that `fit_normalization` has learned."""
+        """Return vectors [..., width] of a "user" or an "item", standardised as `fit_normalization` has found."""
         return ((vectors - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")).to(vectors.dtype)
 
     @staticmethod
     def component_of(name: str) -> str:
-        """Which of PARTS a parameter belongs to."""
-        part = name.partition(".")[0]
-        if part == "language":
-            return "lora" if ".lora_" in name else part
-        return part if part in PARTS else "projector"
+        """Return which of COMPONENTS a parameter belongs to."""
+        component = name.partition(".")[0]
+        if component == "language":
+            return "lora" if ".lora_" in name else component
+        return component if component in COMPONENTS else "projector"
 
     def freeze_parameters(self) -> None:
-        """Let gradients go to the parts that are trained, in float32, and know what is to be saved."""
+        """Freeze all but the trained components, make these float32, and exclude from saving what is not saved."""
         config = self.config
         for name, weight in self.named_parameters():
             trained = self.component_of(name) in config.trained
@@ -136,16 +140,16 @@ class YesNoModel(PreTrainedModel):
 
     @property
     def tunes_language(self) -> bool:
-        """Whether gradients go through what the language model is, or has beside it."""
+        """Whether the language model or its LoRA weights are trained."""
         return not {"language", "lora"}.isdisjoint(self.config.trained)
 
-    def train(self, mode: bool = True) -> "YesNoModel":
-        """Parts that are frozen stay in evaluation mode."""
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of trained components; frozen ones stay in evaluation mode."""
         super().train(mode)
         if self.cf_model is not None and "cf_model" not in self.config.trained:
             self.cf_model.eval()
         if not self.tunes_language:
-            # A layer that is checkpointed recomputes itself in training mode alone.
+            # Gradient checkpointing recomputes a layer only if the layer is in training mode.
             checkpointed = self.language.is_activation_checkpointing
             for module in self.language.modules():
                 if isinstance(module, nn.Dropout) or not checkpointed:
@@ -158,8 +162,8 @@ class YesNoModel(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.language.get_output_embeddings()
 
-    def embed_inputs(self, input_ids: torch.Tensor, **about) -> torch.Tensor:
-        """What the language model reads: the tokens, or, float [batch, length, hidden], their embeddings."""
+    def embed_inputs(self, input_ids: torch.Tensor, **inputs) -> torch.Tensor:
+        """Return the input of the language model: token ids, or embeddings, float [batch, length, hidden]."""
         return input_ids
 
     def forward(
@@ -169,76 +173,88 @@ class YesNoModel(PreTrainedModel):
         shared: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **about,
+        **inputs,
     ) -> CollaborativeOutput:
-        """The logit of Yes after each prompt.
+        """Return the logit of Yes after each prompt.
 
         Args:
-            input_ids: int64 [batch, length], padded on the right, which no earlier place sees.
-            last: int64 [batch], where each prompt ends.
-            shared: int64 [batch], with how many tokens each prompt begins that have nothing to do with the item; they
-                are computed once for rows that begin alike.
+            input_ids: int64 [batch, length], padded on the right, which no earlier position sees.
+            last: int64 [batch], the last position of each prompt.
+            shared: int64 [batch], number of first tokens of each prompt that do not depend on the item; they are
+                computed once for rows with the same prefix.
             labels: float [batch], 1 liked, 0 not.
-            num_items_in_batch: what the summed loss is divided by (default: the rows).
-            about: what else a `data.questions.YesNoCollator` gives.
+            num_items_in_batch: divisor of the summed loss (default: the rows).
+            inputs: further keys of a batch of `reclingua.datasets.yes_no.YesNoCollator`.
 
         Returns:
-            logits float32 [batch]; the loss, binary cross-entropy, where there are labels.
+            logits float32 [batch]; the loss, binary cross-entropy, if there are labels.
         """
-        words = self.embed_inputs(input_ids, **about)
+        words = self.embed_inputs(input_ids, **inputs)
         if shared is None or not shared.any() or not self._can_share_prefix():
             logits = self._yes(words, last)
         else:
-            logits = self._logits_after_prefix(self._can_skip(shared), input_ids, words, last)
+            logits = self._logits_after_prefix(self._prefix_lengths(shared), input_ids, words, last)
         loss = None
         if labels is not None:
             count = len(labels) if num_items_in_batch is None else num_items_in_batch
             loss = F.binary_cross_entropy_with_logits(self.log_odds(logits), labels.float(), reduction="sum") / count
         return CollaborativeOutput(loss=loss, logits=logits)
 
-    def log_odds(self, logits: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
-        """Of logits those that the loss sees; the sigmoid of these is the probability of Yes."""
+    def log_odds(self, logits: Values) -> Values:
+        """Return the logits within the loss; their sigmoid is the probability of Yes."""
         return logits - self.config.offset
 
     @property
     def is_zero3(self) -> bool:
-        """Whether ZeRO-3 gathers weights in every pass: then the data of a batch must not tell how many there are, or
-        one process would wait for another."""
+        """Whether ZeRO-3 gathers weights in every forward pass.
+
+        Then the number of passes must not depend on the data of a batch: processes would wait for each other forever.
+        """
         return self.training and hasattr(next(self.parameters()), "ds_id")
 
     def _can_share_prefix(self) -> bool:
-        """Whether what prompts begin with can be computed apart: no gradient is to go through it."""
-        learns = torch.is_grad_enabled() and self.tunes_language
-        if learns or self.is_zero3 or not self.supports_prefix_sharing or self.language.is_activation_checkpointing:
+        """Return whether prefixes can be computed separately, which needs no gradients through them."""
+        needs_gradients = torch.is_grad_enabled() and self.tunes_language
+        if (
+            needs_gradients
+            or self.is_zero3
+            or not self.supports_prefix_sharing
+            or self.language.is_activation_checkpointing
+        ):
             return False
         return attention_window(self.language) > 0
 
-    def _can_skip(self, shared: torch.Tensor) -> torch.Tensor:
-        """`shared`, or the least of it for all rows, where a model counts places in a cache instead of positions."""
-        slides = attention_window(self.language) < float("inf")
-        counts = slides or not accepts_argument(self.language, "position_ids")
-        return shared.min().expand(len(shared)) if counts else shared
+    def _prefix_lengths(self, shared: torch.Tensor) -> torch.Tensor:
+        """Return `shared`, or its minimum for all rows if the model derives positions from the length of the cache."""
+        has_window = attention_window(self.language) < float("inf")
+        counts_cache = has_window or not accepts_argument(self.language, "position_ids")
+        return shared.min().expand(len(shared)) if counts_cache else shared
 
     def _logits_after_prefix(
         self, shared: torch.Tensor, input_ids: torch.Tensor, words: torch.Tensor, last: torch.Tensor
     ) -> torch.Tensor:
-        """As `_yes`; each distinct beginning, `shared` tokens of a row, is computed once, without gradients."""
-        longest, places = int(shared.max()), torch.arange(input_ids.shape[1], device=input_ids.device)
-        beginnings = torch.where(places < shared[:, None], input_ids, input_ids[0, 0])[:, :longest]
-        cache = self._prefix_cache(beginnings)
-        # What follows, moved to the left: place `shared` of each row becomes place 0.
+        """Return what `_yes` does; each distinct prefix, `shared` tokens of a row, is computed once without gradients.
+
+        prompts             prefix cache        rest (moved to the left)
+            a b c|x y           a b c               x y
+            a b c|z             a b c               z .
+            d e|x w v           d e .               x w v       . is masked
+        """
+        longest, columns = int(shared.max()), torch.arange(input_ids.shape[1], device=input_ids.device)
+        prefixes = torch.where(columns < shared[:, None], input_ids, input_ids[0, 0])[:, :longest]
+        cache = self._prefix_cache(prefixes)
         rest = shared[:, None] + torch.arange(int((last - shared).max()) + 1, device=last.device)
-        rows, where = torch.arange(len(last), device=last.device)[:, None], rest.clamp(max=input_ids.shape[1] - 1)
-        given = {}
-        if int(shared.min()) < longest:  # some rows of the cache end with places that nothing stands in
-            there = places[:longest] < shared[:, None]
-            given = {"attention_mask": torch.cat([there, torch.ones_like(rest, dtype=torch.bool)], 1).long()}
-            given["position_ids"] = rest
-        return self._yes(words[rows, where], last - shared, cache, **given)
+        rows, positions = torch.arange(len(last), device=last.device)[:, None], rest.clamp(max=input_ids.shape[1] - 1)
+        attention = {}
+        if int(shared.min()) < longest:  # shorter prefixes are padded on the right
+            exists = columns[:longest] < shared[:, None]
+            attention = {"attention_mask": torch.cat([exists, torch.ones_like(rest, dtype=torch.bool)], 1).long()}
+            attention["position_ids"] = rest
+        return self._yes(words[rows, positions], last - shared, cache, **attention)
 
     @torch.no_grad()
     def _prefix_cache(self, ids: torch.Tensor) -> DynamicCache:
-        """Keys and values of int64 ids [batch, length]: each distinct row once, and once what all begin with."""
+        """Return keys and values of ids, int64 [batch, length]; equal rows and common prefixes are computed once."""
         rows, row_of = torch.unique(ids, dim=0, return_inverse=True)
         cache, done = DynamicCache(config=self.language.config), 0
         common = int((rows == rows[:1]).all(0).cumprod(0).sum())
@@ -252,10 +268,15 @@ class YesNoModel(PreTrainedModel):
         return cache
 
     def _yes(
-        self, words: torch.Tensor, last: torch.Tensor, cache: DynamicCache | None = None, **given
+        self, words: torch.Tensor, last: torch.Tensor, cache: DynamicCache | None = None, **attention
     ) -> torch.Tensor:
-        """Logits of Yes, float32 [batch], after place `last` of each row; no other logit is computed."""
-        head, rows = self.language.get_output_embeddings(), torch.arange(len(last), device=last.device)
+        """Return the logits of Yes, float32 [batch], after position `last` of each row; no other logit is computed.
+
+        The argument `logits_to_keep` of transformers is no substitute: it leaves the logits in the dtype of the
+        model, and bfloat16 rounds a logit of 10 to a multiple of 1/16, which makes many scores equal.
+        """
+        head: Any = self.language.get_output_embeddings()
+        rows = torch.arange(len(last), device=last.device)
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             logit = (hidden[rows, last].float() * head.weight[self.config.answer].float()).sum(-1)
@@ -263,27 +284,27 @@ class YesNoModel(PreTrainedModel):
                 logit = logit + head.bias[self.config.answer].float()
             return logit[:, None, None]
 
-        given["inputs_embeds" if words.is_floating_point() else "input_ids"] = words
-        # What a model does to its logits after the head (caps, scales) it does to this one as well.
+        inputs = {"inputs_embeds" if words.is_floating_point() else "input_ids": words} | attention
+        # The caps and scales that some models apply to logits after the head are applied to this one as well.
         with patched_forward(head, forward):
-            return self.language(**given, past_key_values=cache, use_cache=cache is not None).logits[:, 0, 0]
+            return self.language(**inputs, past_key_values=cache, use_cache=cache is not None).logits[:, 0, 0]
 
     def include_base_weights(self) -> None:
-        """From now on a saved folder holds the language model and the collaborative model, too."""
-        self.config.saved = list(PARTS)
+        """Save the language model and the collaborative model, too, from now on."""
+        self.config.saved = list(COMPONENTS)
         self.config.base_config = self.language.config.to_dict()
         self.freeze_parameters()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **changes) -> "YesNoModel":
-        """The model in `folder`, for evaluation, put together with what the folder points to.
+    def from_pretrained(cls, folder: str | Path, **changes) -> Self:  # type: ignore[override]  # fewer arguments
+        """Load the model in `folder`, and the models that it points to, for evaluation.
 
         Args:
-            changes: to the config, where they are not None: base_model or cf_model if these have moved, load_in_4bit or
-                base_dtype.
+            changes: values for the config, used unless None: base_model or cf_model if these have moved, load_in_4bit
+                or base_dtype.
 
         Raises:
-            InputError: something is missing, or is not what the model was trained with.
+            InputError: something is missing, or differs from what the model was trained with.
         """
         config = cls.config_class.from_dict(read_json(Path(folder) / "config.json", "the config of a tuned model"))
         if config.trained is None or config.saved is None:
@@ -293,28 +314,28 @@ class YesNoModel(PreTrainedModel):
                 setattr(config, key, value)
         if config.load_in_4bit and "language" in config.saved:
             raise InputError(
-                f"{folder}: holds a whole language model, which is not quantised: not with --load_in_4bit"
+                f"{folder}: contains a whole language model, which cannot be quantised; leave out --load_in_4bit"
             )
         model = cls(config, open_language(config), open_cf_model(config, folder))
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         try:
             for file in sorted(Path(folder).glob("model*.safetensors")):
                 state |= load_file(file)
-            found = model.load_state_dict(state, strict=False)
+            keys = model.load_state_dict(state, strict=False)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise InputError(
                 f"{folder}: its weights do not fit ({' '.join(str(error).split())[:200]}); is {config.base_model} "
                 "the model it was tuned from?"
             ) from None
         tied = model.all_tied_weights_keys
-        missing = [name for name in found.missing_keys if cls.component_of(name) in config.saved and name not in tied]
-        if wrong := [*missing, *found.unexpected_keys]:
-            raise InputError(f"{folder}: its weights are not those of its config ({wrong[0]}); train it again")
+        missing = [name for name in keys.missing_keys if cls.component_of(name) in config.saved and name not in tied]
+        if mismatches := [*missing, *keys.unexpected_keys]:
+            raise InputError(f"{folder}: its weights do not match its config ({mismatches[0]}); train it again")
         return model.eval()
 
 
 def open_language(config: YesNoConfig) -> PreTrainedModel:
-    """The language model that `config` points to, or, untrained, the one it describes; with LoRA if it has some."""
+    """Load the language model that `config` points to, or build the one it describes, with its LoRA weights."""
     dtype = getattr(torch, config.base_dtype)
     if config.base_config:
         language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.base_config), dtype=dtype)
@@ -327,13 +348,13 @@ def open_language(config: YesNoConfig) -> PreTrainedModel:
 
 
 def open_cf_model(config: YesNoConfig, folder: str | Path) -> CollaborativeModel | None:
-    """The collaborative model that `config` points to, or, untrained, the one it describes."""
+    """Load the collaborative model that `config` points to, or build the one it describes."""
     if not config.cf_config:
         return None
-    if "cf_model" in config.saved:
+    if "cf_model" in (config.saved or []):
         kind = COLLABORATIVE_MODELS[config.cf_config["model_type"]]
         return kind(kind.config_class.from_dict(config.cf_config))
-    model = load_collaborative(config.cf_model)
+    model = load_collaborative(str(config.cf_model))
     if weights_sha256(model) != config.cf_sha256:
         raise InputError(f"{config.cf_model}: is not the model that {folder} was trained with; see --cf_model")
     return model

@@ -1,1 +1,1 @@
-"""The parts of a run's report: what a test leaves for it, intervals, pictures, sections, the page."""
+"""HTML reports of test results: per-user details, bootstrap intervals, plots, comparisons of runs."""

@@ -1,77 +1,93 @@
-"""Intervals for what was measured, and which differences between two runs are real: users drawn again and again.
+"""Bootstrap confidence intervals of metrics, and significance of paired differences between two runs.
 
-The bootstrap of Efron (1979), by percentiles. Users are drawn, not samples: what one user took goes together.
+Percentile bootstrap (Efron 1979) over users, not over samples: all samples of a user are resampled together, since
+they are not independent.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-TIMES = 1000
-LEVEL = 95  # percent
-AT_A_TIME = 4_000_000  # numbers in memory
+NUM_RESAMPLES = 1000
+CONFIDENCE = 95  # percent
+CHUNK_SIZE = 4_000_000  # numbers in memory at a time
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
+class Difference(NamedTuple):
+    """Paired difference of a metric with the bounds of its interval; significant if the interval excludes 0."""
+
+    value: float
+    low: float
+    high: float
+    is_significant: bool
+
+
 @dataclass(frozen=True)
 class BootstrapMetrics:
-    """What was measured of some users, as a function of how often each of them counts.
+    """Metrics as a function of how often each user is drawn.
 
-    statistic: float64 [draws, users], how often each user was drawn -> float64 [draws, figures], NaN where a figure
-        does not exist.
-    users: how many there are.
-    samples: how many numbers a draw looks at.
+    statistic: float64 [draws, users], count of each user in each draw -> float64 [draws, metrics], NaN where a metric
+        is undefined.
+    num_samples: numbers that the statistic holds in memory for one draw.
     """
 
     names: list[str]
     statistic: Statistic
-    users: int
-    samples: int
+    num_users: int
+    num_samples: int
 
     def values(self) -> np.ndarray:
-        """float64 [figures]: each user counts once."""
-        return self.statistic(np.ones((1, self.users)))[0]
+        """Return the metrics of the users as they are, float64 [metrics]."""
+        return self.statistic(np.ones((1, self.num_users)))[0]
 
-    def resampled(self, times: int = TIMES, seed: int = 0) -> np.ndarray:
-        """float64 [times, figures]: as many users, drawn with replacement; the same ones for as many users."""
-        draw = np.random.default_rng(seed)
-        each = max(1, AT_A_TIME // max(self.users, self.samples))
-        found = []
-        for start in range(0, times, each):
-            size = min(each, times - start)
-            drawn = draw.integers(self.users, size=(size, self.users)) + np.arange(size)[:, None] * self.users
-            weights = np.bincount(drawn.ravel(), minlength=size * self.users).reshape(size, self.users)
-            found.append(self.statistic(weights.astype(np.float64)))
-        return np.concatenate(found)
+    def resample(self, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
+        """Return the metrics of users drawn with replacement, float64 [num_resamples, metrics].
+
+        The draws depend on the seed and the number of users alone, so that two runs on the same users are paired.
+        """
+        generator = np.random.default_rng(seed)
+        chunk_size = max(1, CHUNK_SIZE // max(self.num_users, self.num_samples))
+        chunks = []
+        for start in range(0, num_resamples, chunk_size):
+            size = min(chunk_size, num_resamples - start)
+            # One bincount for all draws of the chunk: draw i counts user u in bin i * num_users + u.
+            offsets = np.arange(size)[:, None] * self.num_users
+            bins = generator.integers(self.num_users, size=(size, self.num_users)) + offsets
+            counts = np.bincount(bins.ravel(), minlength=size * self.num_users).reshape(size, self.num_users)
+            chunks.append(self.statistic(counts.astype(np.float64)))
+        return np.concatenate(chunks)
 
     def intervals(self) -> np.ndarray:
-        """float64 [2, figures]: the lower and the upper end of each figure's interval."""
-        return percentiles(self.resampled())
+        """Return the lower and upper bounds of the metrics' intervals, float64 [2, metrics]."""
+        return interval_bounds(self.resample())
 
 
-def means(names: list[str], values: np.ndarray) -> BootstrapMetrics:
-    """BootstrapMetrics that are means over users, of values float64 [users, figures]."""
-    return BootstrapMetrics(names, lambda weights: weights @ values / len(values), len(values), values.size)
+def mean_metrics(names: list[str], values: np.ndarray) -> BootstrapMetrics:
+    """Return metrics that are means over users, of values float64 [users, metrics]."""
+    return BootstrapMetrics(names, lambda counts: counts @ values / len(values), len(values), values.size)
 
 
-def differences(figures: BootstrapMetrics, other: BootstrapMetrics) -> list[tuple[float, float, float, bool]]:
-    """For each figure (`figures` - `other`, lower end, upper end, whether it is real), paired: both on the same draws.
+def paired_differences(metrics: BootstrapMetrics, baseline: BootstrapMetrics) -> list[Difference]:
+    """Return metrics - baseline for each metric, with intervals from the same draws of users."""
+    values = metrics.values() - baseline.values()
+    low, high = interval_bounds(metrics.resample() - baseline.resample())
+    is_significant = (low > 0) | (high < 0)
+    rows = zip(values.tolist(), low.tolist(), high.tolist(), is_significant.tolist(), strict=True)
+    return [Difference(*row) for row in rows]
 
-    Real is a difference whose interval does not hold 0.
+
+def interval_bounds(samples: np.ndarray) -> np.ndarray:
+    """Return the bounds of the middle CONFIDENCE percent, [resamples, metrics] -> [2, metrics].
+
+    A metric that is NaN in every resample gets NaN; resamples in which it is undefined are left out otherwise.
     """
-    value = figures.values() - other.values()
-    low, high = percentiles(figures.resampled() - other.resampled())
-    real = (low > 0) | (high < 0)
-    return [*zip(value.tolist(), low.tolist(), high.tolist(), real.tolist(), strict=True)]
-
-
-def percentiles(samples: np.ndarray) -> np.ndarray:
-    """[times, figures] -> [2, figures], the ends of the middle LEVEL percent; NaN where all samples are."""
-    ends = np.full((2, samples.shape[1]), np.nan)
-    there = ~np.isnan(samples).all(axis=0)
-    outside = (100 - LEVEL) / 2
-    if there.any():
-        ends[:, there] = np.nanpercentile(samples[:, there], (outside, 100 - outside), axis=0)
-    return ends
+    bounds = np.full((2, samples.shape[1]), np.nan)
+    is_defined = ~np.isnan(samples).all(axis=0)
+    tail = (100 - CONFIDENCE) / 2
+    if is_defined.any():
+        bounds[:, is_defined] = np.nanpercentile(samples[:, is_defined], (tail, 100 - tail), axis=0)
+    return bounds

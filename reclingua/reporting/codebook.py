@@ -1,4 +1,4 @@
-"""What a report shows of an index: how many items each code has, and the items on a plane, by their first code."""
+"""Details of the semantic IDs for the report: items of each code, and a 2-D map of the items by first code."""
 
 from collections import Counter
 from glob import escape
@@ -8,79 +8,78 @@ import numpy as np
 import torch
 from torch import nn
 
-from reclingua.datasets.interactions import RecDataset, read_embeddings
+from reclingua.datasets.interactions import InteractionDataset, read_embeddings
 from reclingua.metrics.index import index_statistics
 
-GROUPS = 10  # largest first codes that get a colour and a line with titles
-POINTS = 5_000  # on the map
+MAX_GROUPS = 10  # largest first codes, each with a colour and a table row of titles
+MAX_POINTS = 5_000  # on the map
 
 
-def describe(
-    dataset: RecDataset,
+def codebook_details(
+    dataset: InteractionDataset,
     folder: Path,
     embed: nn.Module,
     token_ids: dict[str, list[int]],
     popularity: Counter,
 ) -> dict:
-    """The index of `dataset` as the report shows it.
+    """Return what the report shows of the semantic IDs of `dataset`.
 
     Args:
-        folder: that of the index; the first D.emb-*.npy of it with a row for each item gives the map.
-        embed: the model's input embeddings, for the map where there is no such file: the mean of an item's codes.
+        folder: folder of the index file; its first D.emb-*.npy with a row for each item is mapped.
+        embed: input embeddings of the model, mapped if no such file exists (mean over the codes of an item).
         token_ids: item -> its codes as token ids.
-        popularity: item -> interactions in training; the most popular items name their group.
+        popularity: item -> interactions in training; a group is labelled with its most popular items.
 
     Returns:
-        {"levels": codes used and perplexity of each, and the items of each code, most first,
-        "groups": of the largest first codes {"code", "items", "titles"},
-        "map": {"of", "share": of variance [2], "points": [[x, y], ...], "group": place in groups or -1 [points]}}
+        {"levels": for each level {"codes_used", "perplexity", "items": items of each code, most first},
+        "groups": for the largest first codes {"code", "items", "titles"},
+        "map": {"source": what was projected, "share": of the variance [2], "points": [[x, y], ...],
+        "group": for each point its position in groups, or -1}}
     """
     items = dataset.item_ids
     codes = [dataset.index[item] for item in items]
     levels = index_statistics(dataset.index)["levels"]
-    for at, level in enumerate(levels):
-        counts = Counter(tokens[at] for tokens in codes if len(tokens) > at)
+    for position, level in enumerate(levels):
+        counts = Counter(tokens[position] for tokens in codes if len(tokens) > position)
         level["items"] = sorted(counts.values(), reverse=True)
 
-    largest = [code for code, _ in Counter(tokens[0] for tokens in codes).most_common(GROUPS)]
+    largest = [code for code, _ in Counter(tokens[0] for tokens in codes).most_common(MAX_GROUPS)]
     groups = []
     for code in largest:
         members = [item for item, tokens in zip(items, codes, strict=True) if tokens[0] == code]
         titles = [dataset.title(item)[:60] for item in sorted(members, key=lambda item: -popularity[item])[:3]]
         groups.append({"code": code, "items": len(members), "titles": titles})
 
-    files = sorted(folder.glob(f"{escape(dataset.name)}.emb-*.npy"))
-    vectors, of = None, "the model's own embeddings of the codes"
-    for file in files:
-        if len(found := read_embeddings(file)) == len(items):
-            vectors, of = found, file.name
-            break
-    if vectors is None:
-        vectors = _code_vectors(embed, [token_ids[item] for item in items])
-    points, share = plane(vectors)
+    vectors, source = _item_vectors(dataset, folder, embed, token_ids)
+    points, share = project_to_plane(vectors)
     shown = np.arange(len(items))
-    if len(items) > POINTS:
-        shown = np.sort(np.random.default_rng(0).choice(len(items), POINTS, replace=False))
-    place = {code: at for at, code in enumerate(largest)}
+    if len(items) > MAX_POINTS:
+        shown = np.sort(np.random.default_rng(0).choice(len(items), MAX_POINTS, replace=False))
+    group_of = {code: position for position, code in enumerate(largest)}
     return {
         "levels": levels,
         "groups": groups,
         "map": {
-            "of": of,
+            "source": source,
             "share": share,
             "points": points[shown].round(4).tolist(),
-            "group": [place.get(codes[at][0], -1) for at in shown],
+            "group": [group_of.get(codes[row][0], -1) for row in shown],
         },
     }
 
 
-def plane(vectors: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """(float64 [items, 2] on the two principal components, the largest place 1; their shares of the variance [2])."""
+def project_to_plane(vectors: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Project vectors [items, width] on their first two principal components.
+
+    Returns:
+        (float64 [items, 2], scaled so that the largest coordinate is 1; the components' shares of the variance [2]).
+    """
     centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
-    variances, axes = np.linalg.eigh(centred.T @ centred)
+    variances, axes = np.linalg.eigh(centred.T @ centred)  # in ascending order
     axes = axes[:, -2:][:, ::-1]
-    axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), [0, 1][: axes.shape[1]]] < 0, -1, 1)  # not up to chance
-    points = centred @ axes
+    # The sign of an eigenvector is arbitrary: make its largest entry positive, or maps of equal data are mirrored.
+    largest = axes[np.abs(axes).argmax(axis=0), [0, 1][: axes.shape[1]]]
+    points = centred @ (axes * np.where(largest < 0, -1, 1))
     if points.shape[1] == 1:
         points = np.c_[points, np.zeros(len(points))]
     total = max(variances.sum(), np.finfo(float).tiny)
@@ -88,9 +87,20 @@ def plane(vectors: np.ndarray) -> tuple[np.ndarray, list[float]]:
     return points / max(np.abs(points).max(), np.finfo(float).tiny), (shares + [0.0])[:2]
 
 
+def _item_vectors(
+    dataset: InteractionDataset, folder: Path, embed: nn.Module, token_ids: dict[str, list[int]]
+) -> tuple[np.ndarray, str]:
+    """Return (vectors [items, width], their source): an embedding file, or else mean code embeddings."""
+    items = dataset.item_ids
+    for file in sorted(folder.glob(f"{escape(dataset.name)}.emb-*.npy")):
+        if len(vectors := read_embeddings(file)) == len(items):
+            return vectors, file.name
+    return _code_vectors(embed, [token_ids[item] for item in items]), "the model's own embeddings of the codes"
+
+
 @torch.no_grad()
 def _code_vectors(embed: nn.Module, token_ids: list[list[int]]) -> np.ndarray:
-    """float32 [items, width]: the mean embedding of each item's codes."""
+    """Return the mean embedding of each item's codes, float32 [items, width]."""
     tokens = torch.tensor(sorted({token for ids in token_ids for token in ids}))
     rows = embed(tokens.to(next(embed.parameters()).device)).float().cpu().numpy()
     return np.stack([rows[np.searchsorted(tokens.numpy(), ids)].mean(axis=0) for ids in token_ids])

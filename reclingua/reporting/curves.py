@@ -1,4 +1,6 @@
-"""The section on training that all reports have: loss and valid metrics as they were logged."""
+"""Training section of a report: logged loss and validation metrics."""
+
+from typing import Any
 
 from reclingua.reporting import plots
 from reclingua.reporting.details import Run
@@ -6,22 +8,25 @@ from reclingua.reporting.html import Section
 from reclingua.reporting.plots import Line
 
 
-def training(run: Run) -> Section:
-    """Curves of the checkpoint's run.json, as far as there are any."""
-    curves = run.evidence["curves"]
-    losses = {"training": curves["loss"], "valid": curves["valid"].get("loss", [])} if curves else {}
-    valid = {name: points for name, points in curves["valid"].items() if name != "loss"} if curves else {}
+def training_section(run: Run) -> Section:
+    """Return the section with the curves of the checkpoint's run.json, or with a note that they are missing."""
+    curves = run.details["curves"]
+    losses: dict[str, list[Any]] = {}
+    metrics: dict[str, list[Any]] = {}
+    if curves:
+        losses = {"training": curves["loss"], "validation": curves["valid"].get("loss", [])}
+        metrics = {name: points for name, points in curves["valid"].items() if name != "loss"}
     panels = {
-        title: {name: Line(*zip(*points, strict=True)) for name, points in given.items() if points}
-        for title, given in (("loss", losses), ("valid", valid))
+        title: {name: Line(*zip(*points, strict=True)) for name, points in named_points.items() if points}
+        for title, named_points in (("loss", losses), ("validation", metrics))
     }
-    panels = {title: given for title, given in panels.items() if given}
+    panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
-        return Section("Training", ["The checkpoint has no log of its training (run.json), so there are no curves."])
+        return Section("Training", ["The checkpoint has no training log (run.json), so there are no curves."])
     ends = "; ".join(
         f"{title}, {name}: from {line.y[0]:.4f} to {line.y[-1]:.4f}"
-        for title, given in panels.items()
-        for name, line in given.items()
+        for title, lines in panels.items()
+        for name, line in lines.items()
     )
-    text = [] if valid else ["Nothing was measured on valid during training."]
-    return Section("Training", text, pictures=[plots.curves("training", f"{ends}.", curves["over"], panels)])
+    text = [] if metrics else ["No validation metric was logged during training."]
+    return Section("Training", text, plots=[plots.curves("training", f"{ends}.", curves["over"], panels)])

@@ -1,171 +1,176 @@
-"""What a test leaves for its report: of every user the place of the target, of every rating the score; checked.
+"""Details of a test for its report: the rank of each user's target, or the score of each rating.
 
-results/D/lcrec.json has the figures, results/D/lcrec/evidence.json what they were made of. Runs are compared user by
-user with it.
+results/D/lcrec.json contains the metrics, results/D/lcrec/details.json the values that they are computed from. Reports
+take their intervals from the details, and runs are compared by them user by user.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from reclingua.datasets.interactions import RecDataset
+from reclingua.datasets.interactions import InteractionDataset
 from reclingua.datasets.ratings import to_numpy
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
+DETAILS_FILE = "details.json"
 BASELINES = ("popularity", "co-occurrence")
-# Lists as long as there are users or ratings; ranks have one a phrasing.
-LISTS = {
-    "search": {
+# Columns of the details and their numpy kinds: one value for each user or rating; `ranks` has such a list per prompt.
+COLUMNS = {
+    "next_item": {
         "users": "U", "targets": "U", "history_lengths": "i", "target_popularity": "i", "ranks": "i",
         **dict.fromkeys(BASELINES, "i"),
     },
-    "preference": {"users": "i", "items": "i", "labels": "i", "warm": "i", "scores": "f"},
+    "yes_no": {"users": "i", "items": "i", "labels": "i", "warm": "i", "scores": "f"},
 }  # fmt: skip
-OTHERS = {
-    "search": {"dataset", "method", "curves", "phrasings", "index"},
-    "preference": {"dataset", "method", "curves", "phrasings"},
+REQUIRED_DETAILS = {
+    "next_item": {"dataset", "method", "curves", "prompts", "index"},
+    "yes_no": {"dataset", "method", "curves", "prompts"},
 }
-RESULTS = {
-    "search": ("mean_results", "baselines", "num_beams", "test_prompt_ids", "all_prompt_results", "arguments"),
-    "preference": ("test", "warm", "cold", "arguments"),
+REQUIRED_RESULTS = {
+    "next_item": ("mean_results", "baselines", "num_beams", "test_prompt_ids", "all_prompt_results", "arguments"),
+    "yes_no": ("test", "warm", "cold", "arguments"),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """A results file of test.py and its evidence, the lists of LISTS as numpy arrays."""
+    """Results file of test.py with its details, whose COLUMNS are numpy arrays."""
 
     file: Path
     results: dict
-    evidence: dict
+    details: dict
 
     @property
     def kind(self) -> str:
-        return self.evidence["kind"]
+        """next_item or yes_no."""
+        return self.details["kind"]
 
     @property
     def method(self) -> str:
-        return self.evidence["method"]
+        return self.details["method"]
 
 
-def folder_of(results_file: Path) -> Path:
-    """Where evidence and report of a results file are: results/D/lcrec.json -> results/D/lcrec/."""
+def report_folder(results_file: Path) -> Path:
+    """Return the folder of details and report: results/D/lcrec.json -> results/D/lcrec/."""
     if results_file.suffix:
         return results_file.with_suffix("")
     return results_file.with_name(f"{results_file.name}-report")
 
 
 def next_item_details(
-    dataset: RecDataset,
+    dataset: InteractionDataset,
     method: str,
     users: Sequence[str],
     histories: Sequence[list[str]],
     targets: Sequence[str],
-    lists: Mapping[int, list[list[str]]],
+    ranked_lists: Mapping[int, list[list[str]]],
     baselines: Mapping[str, list[list[str]]],
     popularity: Mapping[str, int],
 ) -> dict:
-    """Evidence of a search: places of the targets from 1, 0 where a list does not hold it.
+    """Return the details of a next-item test. Ranks count from 1; 0 means that the list does not contain the target.
 
     Args:
-        lists: phrasing -> for each user the items, best first; `baselines` the same by their names.
+        ranked_lists: prompt id -> for each user the items, best first; `baselines` the same by name.
         popularity: item -> interactions in training.
     """
     return {
-        "kind": "search",
+        "kind": "next_item",
         "dataset": dataset.name,
         "method": method,
         "users": list(users),
         "targets": list(targets),
         "history_lengths": [len(history) for history in histories],
         "target_popularity": [popularity[target] for target in targets],
-        "ranks": [_places(each, targets) for each in lists.values()],
-        **{name: _places(each, targets) for name, each in baselines.items()},
+        "ranks": [_target_ranks(lists, targets) for lists in ranked_lists.values()],
+        **{name: _target_ranks(lists, targets) for name, lists in baselines.items()},
     }
 
 
-def _places(lists: list[list[str]], targets: Sequence[str]) -> list[int]:
+def _target_ranks(lists: list[list[str]], targets: Sequence[str]) -> list[int]:
     return [ranked.index(target) + 1 if target in ranked else 0 for ranked, target in zip(lists, targets, strict=True)]
 
 
 def yes_no_details(dataset: str, method: str, part: Dataset, scores: np.ndarray) -> dict:
-    """Evidence of rows of a preference dataset; `scores` [rows] are log-odds, kept to the last bit."""
+    """Return the details of a Yes/No test: rows of a ratings dataset with their log-odds `scores` [rows], exact."""
     columns = {"users": "uid", "items": "iid", "labels": "label", "warm": "not_cold"}
     return {
-        "kind": "preference",
+        "kind": "yes_no",
         "dataset": dataset,
         "method": method,
-        **{name: to_numpy(part, of).tolist() for name, of in columns.items()},
+        **{name: to_numpy(part, column).tolist() for name, column in columns.items()},
         "scores": scores.tolist(),
     }
 
 
 def training_curves(ckpt_path: Path) -> dict | None:
-    """What was logged in training, from <ckpt>/run.json; None where a checkpoint has no such file.
+    """Read the training curves of <ckpt>/run.json; None if the checkpoint has no such file.
 
-    {"over": "step" or "epoch", "loss": [[at, value], ...], "valid": {name: [[at, value], ...]}}
+    Returns:
+        {"over": "step" or "epoch", "loss": [[step, value], ...], "valid": {metric: [[step, value], ...]}}
 
     Raises:
-        InputError: the file holds something else.
+        InputError: the file has no training log.
     """
     path = ckpt_path / "run.json"
     if not path.exists():
         return None
     run = read_json(path, "the log of a training run")
-    lines = run.get("log", run.get("curve"))
-    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
-        raise InputError(f"{path}: should have a log of training, a list of objects; take the file away or repair it")
-    over = "step" if any("step" in line for line in lines) else "epoch"
-    curves = {"over": over, "loss": [], "valid": {}}
-    for line in lines:
-        for key, value in line.items():
+    entries = run.get("log", run.get("curve"))
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path}: has no training log (a list of objects); remove the file or repair it")
+    over = "step" if any("step" in entry for entry in entries) else "epoch"
+    loss: list[list[float]] = []
+    valid: dict[str, list[list[float]]] = {}
+    for entry in entries:
+        for key, value in entry.items():
             name = key.removeprefix("eval_")
             is_number = (
-                isinstance(value, float | int) and math.isfinite(value) and isinstance(line.get(over), int | float)
+                isinstance(value, float | int) and math.isfinite(value) and isinstance(entry.get(over), int | float)
             )
             if not is_number or name.endswith(("runtime", "per_second")):
                 continue
             if key == "loss":
-                curves["loss"].append([line[over], value])
+                loss.append([entry[over], value])
             elif key != name or name in ("auc", "uauc"):
-                curves["valid"].setdefault(name, []).append([line[over], value])
-    return curves
+                valid.setdefault(name, []).append([entry[over], value])
+    return {"over": over, "loss": loss, "valid": valid}
 
 
-def open_run(file: Path) -> Run:
-    """A results file with its evidence; InputError unless both are there and whole."""
+def load_run(file: Path) -> Run:
+    """Load a results file with its details; InputError unless both exist and are valid."""
     results = read_json(file, "results of test.py")
-    path = folder_of(file) / "evidence.json"
+    path = report_folder(file) / DETAILS_FILE
     if "test_prompt_ids" not in results and "test" not in results:
-        raise InputError(f"{file}: should be results of test.py, with mean_results or test")
+        raise InputError(f"{file}: has neither mean_results nor test; name a results file of test.py")
     if not path.exists():
-        raise InputError(f"{path}: no such file; run test.py again, which writes it beside {file.name}")
-    evidence = read_json(path, "what test.py found for every user")
-    if (kind := str(evidence.get("kind"))) not in LISTS or not OTHERS[kind] <= evidence.keys():
+        raise InputError(f"{path}: no such file; run test.py again, which writes it with {file.name}")
+    details = read_json(path, "the per-user details of a test")
+    if (kind := str(details.get("kind"))) not in COLUMNS or not REQUIRED_DETAILS[kind] <= details.keys():
         raise InputError(f"{path}: was not written by this version of test.py; run it again")
-    if missing := next((key for key in RESULTS[kind] if key not in results), None):
-        raise InputError(f"{file}: has no {missing}; it should be results of test.py")
-    arrays = {name: _array(evidence.get(name), sort, path, name) for name, sort in LISTS[kind].items()}
+    if missing := next((key for key in REQUIRED_RESULTS[kind] if key not in results), None):
+        raise InputError(f"{file}: has no {missing}; name a results file of test.py")
+    arrays = {name: _to_array(details.get(name), dtype, path, name) for name, dtype in COLUMNS[kind].items()}
     if len({array.shape[-1] for array in arrays.values()}) > 1:
         raise InputError(f"{path}: its lists differ in length; run test.py again")
-    texts, asked = evidence["phrasings"], results.get("test_prompt_ids", [])
-    if not isinstance(texts, list) or [type(text) for text in texts] != [str] * len(asked):
-        raise InputError(f"{path}: phrasings is not what test.py writes; run it again")
-    return Run(file, results, evidence | arrays)
+    prompts, prompt_ids = details["prompts"], results.get("test_prompt_ids", [])
+    if not isinstance(prompts, list) or [type(prompt) for prompt in prompts] != [str] * len(prompt_ids):
+        raise InputError(f"{path}: prompts is not a list of {len(prompt_ids)} texts; run test.py again")
+    return Run(file, results, details | arrays)
 
 
-def _array(values: object, sort: str, path: Path, name: str) -> np.ndarray:
-    """A list of texts (U), whole numbers (i) or numbers (f) as an array; ranks are such lists, one a phrasing."""
+def _to_array(values: Any, dtype: str, path: Path, name: str) -> np.ndarray:
+    """Return a list of texts (U), integers (i) or floats (f) as an array [rows]; ranks as [prompts, rows]."""
     try:
         array = np.array(values)
-        array = array.astype(np.float64) if sort == "f" and array.dtype.kind == "i" else array
+        array = array.astype(np.float64) if dtype == "f" and array.dtype.kind == "i" else array
     except ValueError:  # rows of several lengths
         array = np.array(None)
-    if array.dtype.kind != sort or array.ndim != (2 if name == "ranks" else 1) or not array.size:
-        raise InputError(f"{path}: {name} is not what test.py writes; run it again")
+    if array.dtype.kind != dtype or array.ndim != (2 if name == "ranks" else 1) or not array.size:
+        raise InputError(f"{path}: {name} has values of a wrong type or shape; run test.py again")
     return array

@@ -1,6 +1,7 @@
-"""A page from sections: one HTML file that needs nothing else, its pictures inside; the same pictures as PNG."""
+"""HTML page of a report: one self-contained file with embedded plots, which are also written as PNG files."""
 
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are to be read; the first of a row is its name, and those of columns `texts` hold words."""
+    """Table of formatted cells; the first cell of a row is its header, columns `texts` hold words, not numbers."""
 
     caption: str
     columns: list[str]
@@ -21,51 +22,59 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """`alt` has the figures that matter, for whoever cannot see the picture."""
+class Plot:
+    """PNG image; `alt` states its main values for screen readers."""
 
     name: str
     png: bytes
     alt: str
 
     @property
-    def data(self) -> str:
+    def base64_png(self) -> str:
         return base64.b64encode(self.png).decode()
 
 
 @dataclass(frozen=True)
 class Section:
+    """Section of the page: paragraphs, then tables, then plots."""
+
     title: str
     text: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
 
 
-def write_page(path: Path, title: str, summary: str, sections: list[Section], facts: dict[str, object]) -> None:
-    """Write the page; `facts` stand at its end. All texts may hold what they will: none is taken for HTML."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # not for --help
+def write_page(path: Path, title: str, summary: str, sections: list[Section], settings: Mapping[str, object]) -> None:
+    """Write the page, with `settings` as a folded table at its end. All texts are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # imported here to keep --help fast
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    html = environment.get_template(TEMPLATE).render(title=title, summary=summary, sections=sections, facts=facts)
+    template = environment.get_template(TEMPLATE)
+    html = template.render(title=title, summary=summary, sections=sections, settings=settings)
     with atomic_write(path) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace")
 
 
-def write_pictures(folder: Path, sections: list[Section]) -> None:
-    """Each picture as <folder>/<name>.png."""
-    for picture in (picture for section in sections for picture in section.pictures):
-        with atomic_write(folder / f"{picture.name}.png") as temporary:
-            temporary.write_bytes(picture.png)
+def write_plots(folder: Path, sections: list[Section]) -> None:
+    """Write each plot to <folder>/<name>.png."""
+    for plot in (plot for section in sections for plot in section.plots):
+        with atomic_write(folder / f"{plot.name}.png") as temporary:
+            temporary.write_bytes(plot.png)
 
 
-def number(value: float | None) -> str:
-    """A figure with four digits; a dash where there is none."""
+def format_number(value: float | None) -> str:
+    """Return the value with four decimals, or a dash for None and NaN."""
     return MISSING if value is None or value != value else f"{value:.4f}"
 
 
-def with_interval(value: float | None, low: float, high: float) -> str:
-    """ "0.1919 [0.1676, 0.2174]"."""
-    return number(value) if value is None or low != low else f"{value:.4f} [{low:.4f}, {high:.4f}]"
+def format_interval(value: float | None, low: float, high: float) -> str:
+    """Return "0.1919 [0.1676, 0.2174]", without the interval if it is NaN."""
+    return format_number(value) if value is None or low != low else f"{value:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def format_difference(value: float, low: float, high: float, is_significant: bool) -> str:
+    """Return "+0.0148 [+0.0021, +0.0276] *", with the star for a significant difference."""
+    return MISSING if value != value else f"{value:+.4f} [{low:+.4f}, {high:+.4f}]{' *' if is_significant else ''}"

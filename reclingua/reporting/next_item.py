@@ -1,191 +1,219 @@
-"""The report of a model that searches for the next item: beside the baselines, for whom it works, its index."""
+"""Report of a next-item model: metrics beside the baselines, metrics by user group, semantic IDs."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from reclingua.metrics import parse_metrics
 from reclingua.reporting import plots
-from reclingua.reporting.bootstrap import LEVEL, BootstrapMetrics, differences, means
-from reclingua.reporting.curves import training
+from reclingua.reporting.bootstrap import CONFIDENCE, BootstrapMetrics, mean_metrics, paired_differences
+from reclingua.reporting.curves import training_section
 from reclingua.reporting.details import BASELINES, Run
-from reclingua.reporting.html import MISSING, Section, Table, with_interval
+from reclingua.reporting.html import Section, Table, format_difference, format_interval
 from reclingua.reporting.plots import Line
-from reclingua.reporting.prompts import templates
+from reclingua.reporting.prompts import prompt_sections
 from reclingua.utils.errors import InputError
 
-BINS = 4  # of users
+MAX_BINS = 4  # groups of users
+SIGNIFICANCE_NOTE = (
+    f"Differences whose {CONFIDENCE}% bootstrap interval excludes 0 are marked significant (*), "
+    "not corrected for multiple comparisons."
+)
 
 
-def figures(
-    run: Run, metrics: list[str] | None = None, users: np.ndarray | None = None
+def bootstrap_metrics(
+    run: Run, names: list[str] | None = None, mask: np.ndarray | None = None
 ) -> dict[str, BootstrapMetrics]:
-    """Of each baseline and, last, of the model: `metrics` (default: those of the results) as means over `users`.
+    """Return the metrics `names` (default: those of the results) of each baseline and, last, of the model.
 
-    The model's figures are means over its phrasings, as `mean_results` has them.
+    Each is a mean over users, or over those in `mask`. The model's metrics are means over its prompts, like
+    `mean_results`.
     """
-    metrics = metrics or list(run.results["mean_results"])
-    users = np.ones(len(run.evidence["users"]), bool) if users is None else users
-    rows = {name: run.evidence[name][None] for name in BASELINES} | {run.method: run.evidence["ranks"]}
+    names = names or list(run.results["mean_results"])
+    mask = np.ones(len(run.details["users"]), bool) if mask is None else mask
+    all_ranks = {name: run.details[name][None] for name in BASELINES} | {run.method: run.details["ranks"]}
     return {
-        name: means(metrics, np.stack([_of_each(ranks[:, users], metric) for metric in metrics], axis=1))
-        for name, ranks in rows.items()
+        label: mean_metrics(names, np.stack([_metric_by_user(ranks[:, mask], name) for name in names], axis=1))
+        for label, ranks in all_ranks.items()
     }
 
 
-def _of_each(ranks: np.ndarray, metric: str) -> np.ndarray:
-    """float64 [users]: a metric of places [phrasings, users], 0 = not found."""
-    ((kind, k),) = parse_metrics(metric)
-    found = (ranks > 0) & (ranks <= k)
-    gain = found if kind == "hit" else found / np.log2(np.maximum(ranks, 1) + 1)
+def _metric_by_user(ranks: np.ndarray, name: str) -> np.ndarray:
+    """Return a metric of ranks [prompts, users] (0 = not in the list), float64 [users]."""
+    ((metric, k),) = parse_metrics(name)
+    is_hit = (ranks > 0) & (ranks <= k)
+    gain = is_hit if metric == "hit" else is_hit / np.log2(np.maximum(ranks, 1) + 1)
     return gain.mean(axis=0)
 
 
-def check(run: Run) -> None:
-    """InputError unless the evidence gives the figures of the results file."""
-    of_run = figures(run)
-    written = {**{name: run.results["baselines"][name] for name in BASELINES}, run.method: run.results["mean_results"]}
-    for name, each in of_run.items():
-        if not np.allclose(each.values(), [written[name][metric] for metric in each.names], atol=1e-9):
-            raise InputError(f"{run.file}: its figures are not those of the evidence beside it; run test.py again")
+def check_results(run: Run) -> None:
+    """Raise InputError unless the details reproduce the metrics of the results file."""
+    expected = {name: run.results["baselines"][name] for name in BASELINES}
+    expected[run.method] = run.results["mean_results"]
+    for label, metrics in bootstrap_metrics(run).items():
+        if not np.allclose(metrics.values(), [expected[label][name] for name in metrics.names], atol=1e-9):
+            raise InputError(f"{run.file}: its metrics differ from the details beside it; run test.py again")
 
 
 def paired_keys(run: Run) -> dict[str, np.ndarray]:
-    """What must be alike in runs that are compared: users and what they took."""
-    return {"users": run.evidence["users"], "targets": run.evidence["targets"]}
+    """Return what has to be equal in runs that are compared: the users and their targets."""
+    return {"users": run.details["users"], "targets": run.details["targets"]}
 
 
-def longest_hit(run: Run) -> str:
-    """The metric that pictures show: hit@k of the largest k, or the last metric where there is no hit."""
+def headline_metric(run: Run) -> str:
+    """Return the metric that plots show: hit@k of the largest k, or the last metric if no hit rate was measured."""
     hits = [name for name in run.results["mean_results"] if name.startswith("hit")]
     return max(hits, key=lambda name: int(name[4:])) if hits else list(run.results["mean_results"])[-1]
 
 
-def summary(run: Run) -> str:
+def summarize(run: Run) -> str:
+    """Return the line below the title of the page."""
     seen = "seen items excluded" if run.results["arguments"].get("exclude_seen") else "seen items allowed"
     return (
-        f"{run.results.get('test_task', 'SeqRec')}, {len(run.evidence['users']):,} test users, "
-        f"{run.results['num_beams']} beams, {seen}. Intervals: {LEVEL} %, bootstrap over users."
+        f"{run.results.get('test_task', 'SeqRec')}, {len(run.details['users']):,} test users, "
+        f"{run.results['num_beams']} beams, {seen}. {CONFIDENCE}% intervals, bootstrap over users."
     )
 
 
-def sections(run: Run) -> list[Section]:
+def build_sections(run: Run) -> list[Section]:
+    """Return the sections of the page in their order."""
     return [
-        _metrics(run),
-        _by_k(run),
-        _by_users(run, "history_lengths", "Length of history", "items in the history", "by-history"),
-        _by_users(run, "target_popularity", "Popularity of the target", "training interactions", "by-popularity"),
-        *_phrasings(run),
-        training(run),
-        *_index(run),
+        _metrics_section(run),
+        _hit_section(run),
+        _group_section(run, "history_lengths", "History length", "items in the history", "by-history"),
+        _group_section(run, "target_popularity", "Target popularity", "training interactions", "by-popularity"),
+        *_prompt_sections(run),
+        training_section(run),
+        _codes_section(run),
+        _map_section(run),
     ]
 
 
-def _metrics(run: Run) -> Section:
-    of_run = figures(run)
-    names = of_run[run.method].names
-    rows = []
-    for name, each in of_run.items():
-        cells = [with_interval(*triple) for triple in zip(each.values(), *each.intervals(), strict=True)]
-        rows.append([name, *cells])
-    compared = []
-    for name in BASELINES:
-        found = differences(of_run[run.method], of_run[name])
-        compared.append([f"{run.method} - {name}", *(difference(*each) for each in found)])
+def _metrics_section(run: Run) -> Section:
+    metrics = bootstrap_metrics(run)
+    columns = ["", *metrics[run.method].names]
+    rows = [
+        [label, *(format_interval(*cell) for cell in zip(values.values(), *values.intervals(), strict=True))]
+        for label, values in metrics.items()
+    ]
+    compared = [
+        [
+            f"{run.method} - {name}",
+            *(format_difference(*cell) for cell in paired_differences(metrics[run.method], metrics[name])),
+        ]
+        for name in BASELINES
+    ]
     return Section(
         "Metrics",
-        ["A difference is real (*) if its interval does not hold 0; both were measured on the same users."],
-        [Table("Metrics and their intervals", ["", *names], rows), Table("Differences", ["", *names], compared)],
+        [f"All rows are measured on the same users. {SIGNIFICANCE_NOTE}"],
+        [
+            Table(f"Metrics, {CONFIDENCE}% intervals", columns, rows),
+            Table(f"Differences, {CONFIDENCE}% intervals", columns, compared),
+        ],
     )
 
 
-def difference(value: float, low: float, high: float, real: bool) -> str:
-    """ "+0.0148 [+0.0021, +0.0276] *"."""
-    return MISSING if value != value else f"{value:+.4f} [{low:+.4f}, {high:+.4f}]{' *' if real else ''}"
+def hit_curve(metrics: BootstrapMetrics) -> Line:
+    """Return the line of hit rates over k, with intervals; `metrics` are hit@k."""
+    ks = [int(name[4:]) for name in metrics.names]
+    return Line(ks, metrics.values(), *metrics.intervals())
 
 
-def hits_by_k(each: BootstrapMetrics) -> Line:
-    ks = [int(name[4:]) for name in each.names]
-    return Line(ks, each.values(), *each.intervals())
-
-
-def _by_k(run: Run) -> Section:
+def _hit_section(run: Run) -> Section:
     names = [f"hit@{k}" for k in range(1, run.results["num_beams"] + 1)]
-    of_run = {name: hits_by_k(each) for name, each in figures(run, names).items()}
+    lines = {label: hit_curve(metrics) for label, metrics in bootstrap_metrics(run, names).items()}
     ends = "; ".join(
-        f"{name} {line.y[0]:.4f} at k = 1, {line.y[-1]:.4f} at k = {len(names)}" for name, line in of_run.items()
+        f"{label} {line.y[0]:.4f} at k = 1, {line.y[-1]:.4f} at k = {len(names)}" for label, line in lines.items()
     )
-    picture = plots.lines(
-        "hr-at-k", f"HR@k against k. {ends}.", of_run, "k", "HR@k", marker="." if len(names) < 2 else ""
-    )
-    return Section("HR@k against k", ["The share of users whose item is among the first k."], pictures=[picture])
+    marker = "." if len(names) < 2 else ""
+    plot = plots.lines("hr-at-k", f"HR@k against k. {ends}.", lines, "k", "HR@k", marker=marker)
+    return Section("HR@k against k", ["HR@k is the share of users whose target is in the top k."], plots=[plot])
 
 
-def bins_of(values: np.ndarray, most: int = BINS) -> list[tuple[str, np.ndarray]]:
-    """Users in up to `most` groups of about one size by whole numbers [users], equal ones together: (name, mask)."""
-    quantiles = np.unique(np.quantile(values, np.arange(1, most) / most, method="inverted_cdf"))
-    at = np.searchsorted(quantiles, values)
-    groups = []
-    for step_of in np.unique(at):
-        mask = at == step_of
+def bin_users(values: np.ndarray, max_bins: int = MAX_BINS) -> list[tuple[str, np.ndarray]]:
+    """Split users by integers [users] into up to `max_bins` bins of similar size; equal values share a bin.
+
+    Returns:
+        For each bin (its range as text, bool mask [users]).
+    """
+    edges = np.unique(np.quantile(values, np.arange(1, max_bins) / max_bins, method="inverted_cdf"))
+    bin_ids = np.searchsorted(edges, values)
+    bins = []
+    for bin_id in np.unique(bin_ids):
+        mask = bin_ids == bin_id
         low, high = values[mask].min(), values[mask].max()
-        groups.append((f"{low:,}" if low == high else f"{low:,}–{high:,}", mask))
-    return groups
+        bins.append((f"{low:,}" if low == high else f"{low:,}–{high:,}", mask))
+    return bins
 
 
-def _by_users(run: Run, key: str, title: str, unit: str, name: str) -> Section:
-    shown = longest_hit(run)
-    rows, heights, ends = [], {}, []
-    groups = bins_of(run.evidence[key])
-    for said, mask in groups:
-        of_bin = figures(run, users=mask)
-        metrics = of_bin[run.method].names
-        at = metrics.index(shown)
-        values, intervals = of_bin[run.method].values(), of_bin[run.method].intervals()
-        rows.append(
-            [said, f"{mask.sum():,}", *(with_interval(*each) for each in zip(values, *intervals, strict=True))]
-        )
-        ends.append(intervals[:, at])
-        for row, each in of_bin.items():
-            heights.setdefault(row, []).append(each.values()[at])
-    given = {
-        row: (np.array(each), np.stack(ends, axis=1) if row == run.method else None) for row, each in heights.items()
+def _group_section(run: Run, key: str, title: str, unit: str, plot_name: str) -> Section:
+    """Return the section on the metrics of user groups, which are formed by the column `key` of the details."""
+    shown = headline_metric(run)
+    bins = bin_users(run.details[key])
+    rows: list[list[str]] = []
+    heights: dict[str, list[float]] = {}
+    bounds: list[np.ndarray] = []  # error bars of the model alone keep the plot readable
+    names: list[str] = []
+    for label, mask in bins:
+        metrics = bootstrap_metrics(run, mask=mask)
+        names = metrics[run.method].names
+        column = names.index(shown)
+        values, intervals = metrics[run.method].values(), metrics[run.method].intervals()
+        cells = [format_interval(*cell) for cell in zip(values, *intervals, strict=True)]
+        rows.append([label, f"{mask.sum():,}", *cells])
+        bounds.append(intervals[:, column])
+        for model, model_metrics in metrics.items():
+            heights.setdefault(model, []).append(model_metrics.values()[column])
+    bars = {
+        model: (np.array(model_heights), np.stack(bounds, axis=1) if model == run.method else None)
+        for model, model_heights in heights.items()
     }
-    told = "; ".join(
-        f"{said}: " + ", ".join(f"{row} {each[at]:.4f}" for row, each in heights.items())
-        for at, (said, _) in enumerate(groups)
+    labels = [label for label, _ in bins]
+    alt = "; ".join(
+        f"{label}: " + ", ".join(f"{model} {model_heights[row]:.4f}" for model, model_heights in heights.items())
+        for row, label in enumerate(labels)
     )
-    picture = plots.bars(name, f"{shown} by {unit}. {told}.", given, [said for said, _ in groups], unit, shown)
-    table = Table(f"{run.method} by {unit}", [unit, "users", *metrics], rows)
-    return Section(title, tables=[table], pictures=[picture])
+    plot = plots.bars(plot_name, f"{shown} by {unit}. {alt}.", bars, labels, unit, shown)
+    table = Table(f"{run.method} by {unit}, {CONFIDENCE}% intervals", [unit, "users", *names], rows)
+    return Section(title, tables=[table], plots=[plot])
 
 
-def _phrasings(run: Run) -> list[Section]:
+def _prompt_sections(run: Run) -> list[Section]:
     names = list(run.results["mean_results"])
-    figures = [[found[name] for name in names] for found in run.results["all_prompt_results"]]
-    return templates(run, names, figures, "All other figures of this page are means over these.")
-
-
-def _index(run: Run) -> list[Section]:
-    index = run.evidence["index"]
-    levels, place, groups = index["levels"], index["map"], index["groups"]
-    used = ", ".join(f"level {at}: {level['codes_used']:,}" for at, level in enumerate(levels, start=1))
-    rows = [
-        [str(at), f"{level['codes_used']:,}", f"{level['perplexity']:.1f}", f"{level['items'][0]:,}"]
-        for at, level in enumerate(levels, start=1)
+    metrics: Sequence[Sequence[float]] = [
+        [results[name] for name in names] for results in run.results["all_prompt_results"]
     ]
-    table = Table("Codes of each level", ["level", "codes used", "perplexity", "items of the largest"], rows)
-    picture = plots.codes("codes", f"Items of each code. Codes used, {used}.", [level["items"] for level in levels])
-    codes = Section("Index: codes used", tables=[table], pictures=[picture])
+    return prompt_sections(run, names, metrics, "All other metrics on this page are means over the prompts.")
 
-    names = [group["code"] for group in groups]
-    points, of_points = np.array(place["points"]), np.array(place["group"])
-    items = sum(levels[0]["items"])
-    shown = f"{len(points):,} of {items:,} items, drawn at random," if len(points) < items else f"{items:,} items"
+
+def _codes_section(run: Run) -> Section:
+    levels = run.details["index"]["levels"]
+    used = ", ".join(f"level {number}: {level['codes_used']:,}" for number, level in enumerate(levels, start=1))
+    rows = [
+        [str(number), f"{level['codes_used']:,}", f"{level['perplexity']:.1f}", f"{level['items'][0]:,}"]
+        for number, level in enumerate(levels, start=1)
+    ]
+    table = Table("Codes by level", ["level", "codes used", "perplexity", "items of the largest code"], rows)
+    plot = plots.codes("codes", f"Items of each code. Codes used, {used}.", [level["items"] for level in levels])
+    return Section("Semantic IDs: codes used", tables=[table], plots=[plot])
+
+
+def _map_section(run: Run) -> Section:
+    index = run.details["index"]
+    item_map, groups = index["map"], index["groups"]
+    points, group_of_point = np.array(item_map["points"]), np.array(item_map["group"])
+    num_items = sum(index["levels"][0]["items"])
+    is_sample = len(points) < num_items
+    shown = f"{len(points):,} of {num_items:,} items, drawn at random," if is_sample else f"{num_items:,} items"
     alt = f"{shown} on a plane, coloured by first code; the largest groups are listed in the table."
+    share = " and ".join(f"{component:.0%}" for component in item_map["share"])
+    text = [
+        f"The axes are the first two principal components of {item_map['source']}, with {share} of the variance. "
+        "Colours are the largest first codes."
+    ]
+    if is_sample:
+        text.append(f"The map shows {len(points):,} of {num_items:,} items, drawn at random.")
     rows = [[group["code"], f"{group['items']:,}", "; ".join(group["titles"])] for group in groups]
-    share = " and ".join(f"{each:.0%}" for each in place["share"])
-    text = [f"The first two principal components of {place['of']}; they have {share} of its variance."]
-    if len(points) < items:
-        text.append(f"The map shows {len(points):,} of {items:,} items, drawn at random.")
-    table = Table("The largest first codes", ["first code", "items", "its most popular"], rows, texts=(2,))
-    picture = plots.item_map("items", alt, points, of_points, names)
-    return [codes, Section("Index: the items", text, [table], [picture])]
+    table = Table("Largest first codes", ["first code", "items", "most popular items"], rows, texts=(2,))
+    plot = plots.item_map("items", alt, points, group_of_point, [group["code"] for group in groups])
+    return Section("Semantic IDs: items by first code", text, [table], [plot])

@@ -1,30 +1,31 @@
-"""The section on phrasings that all reports have of models that are asked in words: each one's text and figures."""
+"""Prompt section of a report: text and metrics of each prompt template, for models that read text."""
 
 from collections.abc import Sequence
 
 from reclingua.reporting.details import Run
-from reclingua.reporting.html import Section, Table, number
+from reclingua.reporting.html import Section, Table, format_number
 from reclingua.utils.text import shorten
 
-LONGEST = 400  # letters of a text
+MAX_LENGTH = 400  # letters of a prompt
 
 
-def templates(run: Run, columns: list[str], figures: list[Sequence[float | None]], others: str) -> list[Section]:
-    """Each one's text; of several also their `figures` [phrasings][columns] and the spread of these.
+def prompt_sections(
+    run: Run, columns: list[str], metrics: Sequence[Sequence[float | None]], note: str
+) -> list[Section]:
+    """Return the section with each prompt's text, [] for a model without prompts.
 
-    `others`: what the other figures of the page are, said where there are several phrasings.
+    With several prompts it also has their `metrics` [prompts][columns], mean, minimum and maximum, below `note`.
     """
-    texts = run.evidence["phrasings"]
-    if not texts:
+    prompts = run.details["prompts"]
+    if not prompts:
         return []
-    names = [f"phrasing {at}" for at in run.results["test_prompt_ids"]]
-    said = [[name, shorten(" ".join(text.split()), LONGEST)] for name, text in zip(names, texts, strict=True)]
-    asked = Table("Text of each phrasing", ["", "text"], said, texts=(1,))
-    if len(texts) == 1:
-        return [Section("Phrasings", tables=[asked])]
-    rows = [[name, *map(number, each)] for name, each in zip(names, figures, strict=True)]
-    for name, of in (("mean", lambda values: sum(values) / len(values)), ("lowest", min), ("highest", max)):
-        spread = [None if None in values else of(values) for values in zip(*figures, strict=True)]
-        rows.append([name, *map(number, spread)])
-    measured = Table("Metrics of each phrasing", ["", *columns], rows)
-    return [Section("Phrasings", [others], [measured, asked])]
+    names = [f"prompt {prompt_id}" for prompt_id in run.results["test_prompt_ids"]]
+    texts = [[name, shorten(" ".join(text.split()), MAX_LENGTH)] for name, text in zip(names, prompts, strict=True)]
+    text_table = Table("Prompt templates", ["", "text"], texts, texts=(1,))
+    if len(prompts) == 1:
+        return [Section("Prompts", tables=[text_table])]
+    rows = [[name, *map(format_number, values)] for name, values in zip(names, metrics, strict=True)]
+    for name, reduce in (("mean", lambda values: sum(values) / len(values)), ("min", min), ("max", max)):
+        reduced = [None if None in values else reduce(values) for values in zip(*metrics, strict=True)]
+        rows.append([name, *map(format_number, reduced)])
+    return [Section("Prompts", [note], [Table("Metrics by prompt", ["", *columns], rows), text_table])]

@@ -1,42 +1,47 @@
-"""The report of one run."""
+"""Report of a single run: loads its results, checks them against the details, and writes the page and its plots."""
 
 from pathlib import Path
 
 from reclingua.reporting.compare import KINDS
-from reclingua.reporting.details import Run, folder_of, open_run
-from reclingua.reporting.html import write_page, write_pictures
+from reclingua.reporting.details import DETAILS_FILE, Run, load_run, report_folder
+from reclingua.reporting.html import write_page, write_plots
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import write_json
 
 
-def write_report(results_file: Path, evidence: dict | None = None, output: Path | None = None) -> Path:
-    """Write the report of a results file, first its `evidence` if it is new; returns the page's path.
+def write_report(results_file: Path, details: dict | None = None, output: Path | None = None) -> Path:
+    """Write the report of a results file and return the path of its page.
+
+    Args:
+        details: details of a new run, written first; default: those beside the results file.
+        output: path of the page; default: report.html in the report folder. Plots are written beside it.
 
     Raises:
-        InputError: results or evidence are missing, broken, or not of one run; the report cannot be written.
+        InputError: results or details are missing, invalid, or of different runs; a file cannot be written.
     """
-    folder = folder_of(results_file)
-    if evidence is not None:
-        write_json(folder / "evidence.json", evidence)
-    run = open_checked(results_file)
-    found = KINDS[run.kind].sections(run)
+    folder = report_folder(results_file)
+    if details is not None:
+        write_json(folder / DETAILS_FILE, details)
+    run = load_checked_run(results_file)
+    sections = KINDS[run.kind].build_sections(run)
     page = output or folder / "report.html"
-    title = f"{run.evidence['dataset']}: {run.method}"
-    write_page(page, title, KINDS[run.kind].summary(run), found, facts_of(run))
-    write_pictures(page.parent, found)
+    title = f"{run.details['dataset']}: {run.method}"
+    write_page(page, title, KINDS[run.kind].summarize(run), sections, run_settings(run))
+    write_plots(page.parent, sections)
     return page
 
 
-def open_checked(results_file: Path) -> Run:
-    """A run whose evidence gives the figures of its results file; InputError otherwise."""
-    run = open_run(results_file)
+def load_checked_run(results_file: Path) -> Run:
+    """Load a run; InputError unless its details reproduce the metrics of its results file."""
+    run = load_run(results_file)
     try:
-        KINDS[run.kind].check(run)
+        KINDS[run.kind].check_results(run)
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{results_file}: is not what test.py writes; run it again") from None
+        raise InputError(f"{results_file}: is not a results file of test.py; run test.py again") from None
     return run
 
 
-def facts_of(run: Run) -> dict[str, object]:
-    facts = {key: run.results[key] for key in ("seconds", "versions") if key in run.results}
-    return {"results file": run.file, **facts, **run.results["arguments"]}
+def run_settings(run: Run) -> dict[str, object]:
+    """Return the flags, versions and duration of a run, for the end of its page."""
+    metadata = {key: run.results[key] for key in ("seconds", "versions") if key in run.results}
+    return {"results file": run.file, **metadata, **run.results["arguments"]}

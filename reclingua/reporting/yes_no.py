@@ -1,215 +1,228 @@
-"""The report of a model that says whether users like items: ROC curve, calibration, warm and cold, the users' AUCs."""
+"""Report of a Yes/No or collaborative model: AUC and UAUC of warm and cold ratings, ROC, calibration, AUC by user."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from reclingua.metrics.roc import auc_of_groups
 from reclingua.reporting import plots
-from reclingua.reporting.bootstrap import LEVEL, BootstrapMetrics, Statistic
-from reclingua.reporting.curves import training
+from reclingua.reporting.bootstrap import CONFIDENCE, BootstrapMetrics, Statistic
+from reclingua.reporting.curves import training_section
 from reclingua.reporting.details import Run
-from reclingua.reporting.html import Section, Table, number, with_interval
+from reclingua.reporting.html import Section, Table, format_interval, format_number
 from reclingua.reporting.plots import Line
-from reclingua.reporting.prompts import templates
+from reclingua.reporting.prompts import prompt_sections
 from reclingua.utils.errors import InputError
 
 PARTS = {"test": "all", "warm": "warm", "cold": "cold"}
-BINS = 10  # of probabilities
-CURVE_POINTS = 400
+MAX_BINS = 10  # of probabilities
+MAX_CURVE_POINTS = 400
+ROC_AXES = ("false positive rate", "true positive rate", "chance")
 
 
-def parts_of(run: Run) -> dict[str, np.ndarray]:
-    """Masks [ratings]: all, warm (training knew user and item), cold."""
-    warm = run.evidence["warm"] == 1
+def part_masks(run: Run) -> dict[str, np.ndarray]:
+    """Return masks [ratings] of all, warm (user and item are known from training) and cold ratings."""
+    warm = run.details["warm"] == 1
     return {"test": np.ones(len(warm), bool), "warm": warm, "cold": ~warm}
 
 
-def figures(run: Run) -> dict[str, BootstrapMetrics]:
-    """AUC and UAUC of all, warm and cold ratings, by the model's name."""
-    evidence = run.evidence
-    names, user = np.unique(evidence["users"], return_inverse=True)
-    parts = {part: rows for part, rows in parts_of(run).items() if rows.any()}
-    of_parts = {
-        part: [
-            auc_of_draws(user[rows], evidence["labels"][rows], evidence["scores"][rows]),
-            uauc_of_draws(user[rows], evidence["labels"][rows], evidence["scores"][rows], len(names)),
-        ]
-        for part, rows in parts.items()
-    }
+def bootstrap_metrics(run: Run) -> dict[str, BootstrapMetrics]:
+    """Return AUC and UAUC of all, warm and cold ratings by the model's name; NaN for a part without ratings."""
+    labels, scores = run.details["labels"], run.details["scores"]
+    user_ids, users = np.unique(run.details["users"], return_inverse=True)
+    statistics: list[Statistic] = []
+    for mask in part_masks(run).values():
+        if mask.any():
+            statistics.append(auc_statistic(users[mask], labels[mask], scores[mask]))
+            statistics.append(uauc_statistic(users[mask], labels[mask], scores[mask], len(user_ids)))
+        else:
+            statistics += [_undefined] * 2
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        missing = np.full(len(weights), np.nan)
-        columns = [of(weights) for part in PARTS for of in of_parts.get(part, [lambda _: missing] * 2)]
-        return np.stack(columns, axis=1)
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        return np.stack([metric(counts) for metric in statistics], axis=1)
 
-    said = [f"{kind} {part}" for part in PARTS.values() for kind in ("AUC", "UAUC")]
-    return {run.method: BootstrapMetrics(said, statistic, len(names), len(user))}
+    names = [f"{metric} {part}" for part in PARTS.values() for metric in ("AUC", "UAUC")]
+    return {run.method: BootstrapMetrics(names, statistic, len(user_ids), len(users))}
 
 
-def auc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> Statistic:
-    """The AUC of all ratings, each as often as its user, a number from 0, was drawn; ties count half."""
+def _undefined(counts: np.ndarray) -> np.ndarray:
+    return np.full(len(counts), np.nan)
+
+
+def auc_statistic(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> Statistic:
+    """Return counts [draws, users] -> AUC [draws], where a rating weighs as much as its user's count.
+
+    `users` [ratings] are positions in the counts. Ties count half.
+    """
+    # All draws share one sort. Ratings of equal scores form a run; a positive of a run wins against the negatives of
+    # all runs before it and half of those in its own.
     order = np.argsort(scores, kind="stable")
-    user, positive, scores = user[order], labels[order] == 1, scores[order]
-    runs = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
+    users, is_positive, scores = users[order], labels[order] == 1, scores[order]
+    run_starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
 
-    def of(weights: np.ndarray) -> np.ndarray:
-        weight = weights[:, user]
-        liked = np.add.reduceat(weight * positive, runs, axis=1)
-        others = np.add.reduceat(weight * ~positive, runs, axis=1)
-        below = np.cumsum(others, axis=1) - others / 2
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        weights = counts[:, users]
+        positives = np.add.reduceat(weights * is_positive, run_starts, axis=1)
+        negatives = np.add.reduceat(weights * ~is_positive, run_starts, axis=1)
+        below = np.cumsum(negatives, axis=1) - negatives / 2
         with np.errstate(invalid="ignore", divide="ignore"):
-            return (liked * below).sum(axis=1) / (liked.sum(axis=1) * others.sum(axis=1))
+            return (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
 
-    return of
+    return statistic
 
 
-def uauc_of_draws(user: np.ndarray, labels: np.ndarray, scores: np.ndarray, users: int) -> Statistic:
-    """The mean AUC of the users drawn, each as often as it was; users with labels of one kind don't count."""
-    of_users = np.full(users, np.nan)
-    numbers, found = auc_of_groups(user, labels, scores)
-    of_users[numbers] = found
-    counted = np.flatnonzero(~np.isnan(of_users))
+def uauc_statistic(users: np.ndarray, labels: np.ndarray, scores: np.ndarray, num_users: int) -> Statistic:
+    """Return counts [draws, users] -> UAUC [draws], the mean AUC of the drawn users whose labels are not all equal."""
+    user_aucs = np.full(num_users, np.nan)
+    rows, aucs = auc_of_groups(users, labels, scores)
+    user_aucs[rows] = aucs
+    counted = np.flatnonzero(~np.isnan(user_aucs))
 
-    def of(weights: np.ndarray) -> np.ndarray:
+    def statistic(counts: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
-            return weights[:, counted] @ of_users[counted] / weights[:, counted].sum(axis=1)
+            return counts[:, counted] @ user_aucs[counted] / counts[:, counted].sum(axis=1)
 
-    return of
+    return statistic
 
 
-def check(run: Run) -> None:
-    """InputError unless the evidence gives the figures of the results file."""
-    found = figures(run)[run.method].values()
-    written = [run.results[part][key] for part in PARTS for key in ("auc", "uauc")]
-    if not np.allclose(found, np.array(written, float), atol=1e-6, equal_nan=True):
-        raise InputError(f"{run.file}: its figures are not those of the evidence beside it; run test.py again")
+def check_results(run: Run) -> None:
+    """Raise InputError unless the details reproduce the metrics of the results file."""
+    values = bootstrap_metrics(run)[run.method].values()
+    expected = [run.results[part][metric] for part in PARTS for metric in ("auc", "uauc")]
+    if not np.allclose(values, np.array(expected, float), atol=1e-6, equal_nan=True):
+        raise InputError(f"{run.file}: its metrics differ from the details beside it; run test.py again")
 
 
 def paired_keys(run: Run) -> dict[str, np.ndarray]:
-    """What must be alike in runs that are compared: ratings and what they say."""
-    return {name: run.evidence[name] for name in ("users", "items", "labels", "warm")}
+    """Return what has to be equal in runs that are compared: the ratings and their labels."""
+    return {name: run.details[name] for name in ("users", "items", "labels", "warm")}
 
 
-def summary(run: Run) -> str:
-    users = len(np.unique(run.evidence["users"]))
+def summarize(run: Run) -> str:
+    """Return the line below the title of the page."""
+    users, labels = run.details["users"], run.details["labels"]
     return (
-        f"{len(run.evidence['users']):,} test ratings of {users:,} users, {run.evidence['labels'].mean():.1%} liked. "
-        f"Intervals: {LEVEL} %, bootstrap over users."
+        f"{len(users):,} test ratings of {len(np.unique(users)):,} users, {labels.mean():.1%} liked. "
+        f"{CONFIDENCE}% intervals, bootstrap over users."
     )
 
 
-def sections(run: Run) -> list[Section]:
+def build_sections(run: Run) -> list[Section]:
+    """Return the sections of the page in their order."""
     return [
-        _metrics(run),
-        *_phrasings(run),
-        _roc(run),
-        _calibration(run),
-        _users(run),
-        training(run),
+        _metrics_section(run),
+        *_prompt_sections(run),
+        _roc_section(run),
+        _calibration_section(run),
+        _users_section(run),
+        training_section(run),
     ]
 
 
-def _metrics(run: Run) -> Section:
-    of_run = figures(run)[run.method]
-    values, (low, high) = of_run.values(), of_run.intervals()
+def _metrics_section(run: Run) -> Section:
+    metrics = bootstrap_metrics(run)[run.method]
+    values, (low, high) = metrics.values(), metrics.intervals()
     rows = []
-    for at, (part, said) in enumerate(PARTS.items()):
-        of_part = run.results[part]
-        cells = [with_interval(of_part[key], low[i], high[i]) for i, key in ((2 * at, "auc"), (2 * at + 1, "uauc"))]
-        counts = [f"{of_part[key]:,}" for key in ("samples", "users_counted", "users_left_out")]
-        rows.append([said, *cells, *counts])
-    columns = ["", "AUC", "UAUC", "ratings", "users counted", "users left out"]
+    for position, (part, label) in enumerate(PARTS.items()):
+        results = run.results[part]
+        columns = ((2 * position, "auc"), (2 * position + 1, "uauc"))
+        cells = [format_interval(results[metric], low[column], high[column]) for column, metric in columns]
+        counts = [f"{results[key]:,}" for key in ("samples", "users_counted", "users_left_out")]
+        rows.append([label, *cells, *counts])
     text = [
-        "UAUC is the mean AUC of a user; users whose ratings are all of one kind have none and are left out.",
-        "Warm are ratings whose user and item are both known from training; the others are cold.",
+        "UAUC is the mean AUC over users; users whose ratings are all liked or all disliked have no AUC and are "
+        "left out.",
+        "A rating is warm if its user and its item occur in the training data, otherwise cold.",
     ]
-    given = {
-        kind: (np.nan_to_num(values[at::2]), np.nan_to_num(np.stack([low[at::2], high[at::2]])))
-        for at, kind in enumerate(("AUC", "UAUC"))
+    bars = {
+        metric: (np.nan_to_num(values[start::2]), np.nan_to_num(np.stack([low[start::2], high[start::2]])))
+        for start, metric in enumerate(("AUC", "UAUC"))
     }
-    alt = "; ".join(f"{name} {number(value)}" for name, value in zip(of_run.names, values, strict=True))
-    picture = plots.bars("warm-and-cold", f"{alt}.", given, list(PARTS.values()), "test ratings", "AUC, UAUC")
-    return Section(
-        "Metrics: all, warm and cold", text, [Table("Metrics and their intervals", columns, rows)], [picture]
-    )
+    alt = "; ".join(f"{name} {format_number(value)}" for name, value in zip(metrics.names, values, strict=True))
+    plot = plots.bars("warm-and-cold", f"{alt}.", bars, list(PARTS.values()), "test ratings", "AUC, UAUC")
+    header = ["", "AUC", "UAUC", "ratings", "users counted", "users left out"]
+    table = Table(f"Metrics, {CONFIDENCE}% intervals", header, rows)
+    return Section("Metrics: all, warm and cold", text, [table], [plot])
 
 
-def _phrasings(run: Run) -> list[Section]:
-    keys = [(part, kind) for part in PARTS for kind in ("auc", "uauc")]
-    figures = [[found[part][kind] for part, kind in keys] for found in run.results.get("all_prompt_results", [])]
-    columns = [f"{kind.upper()} {PARTS[part]}" for part, kind in keys]
-    return templates(run, columns, figures, "All other figures of this page are those of the first.")
+def _prompt_sections(run: Run) -> list[Section]:
+    keys = [(part, metric) for part in PARTS for metric in ("auc", "uauc")]
+    metrics: Sequence[Sequence[float | None]] = [
+        [results[part][metric] for part, metric in keys] for results in run.results.get("all_prompt_results", [])
+    ]
+    columns = [f"{metric.upper()} {PARTS[part]}" for part, metric in keys]
+    return prompt_sections(run, columns, metrics, "All other metrics on this page are those of the first prompt.")
 
 
-def roc(labels: np.ndarray, scores: np.ndarray) -> Line:
-    """Shares of what was not liked (x) and liked (y) among the ratings above each score, thinned out."""
+def roc_curve(labels: np.ndarray, scores: np.ndarray) -> Line:
+    """Return the true positive rate over the false positive rate, at most MAX_CURVE_POINTS of their points."""
     order = np.argsort(-scores, kind="stable")
-    positive, scores = labels[order] == 1, scores[order]
-    ends = np.r_[np.flatnonzero(scores[1:] != scores[:-1]), len(scores) - 1]
-    y, x = np.cumsum(positive)[ends], np.cumsum(~positive)[ends]
+    is_positive, scores = labels[order] == 1, scores[order]
+    thresholds = np.r_[np.flatnonzero(scores[1:] != scores[:-1]), len(scores) - 1]
+    y, x = np.cumsum(is_positive)[thresholds], np.cumsum(~is_positive)[thresholds]
     x, y = np.r_[0, x / max(1, x[-1])], np.r_[0, y / max(1, y[-1])]
-    kept = np.unique(np.linspace(0, len(x) - 1, min(len(x), CURVE_POINTS)).round().astype(int))
-    return Line(x[kept], y[kept])
+    shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_CURVE_POINTS)).round().astype(int))
+    return Line(x[shown], y[shown])
 
 
-def _roc(run: Run) -> Section:
-    given = {}
-    for part, rows in parts_of(run).items():
+def _roc_section(run: Run) -> Section:
+    lines = {}
+    for part, mask in part_masks(run).items():
         if run.results[part]["auc"] is not None:
             name = f"{PARTS[part]}: AUC {run.results[part]['auc']:.4f}"
-            given[name] = roc(run.evidence["labels"][rows], run.evidence["scores"][rows])
-    if not given:
-        return Section("ROC curve", ["All labels are of one kind, so there is no curve."])
-    picture = plots.lines(
-        "roc",
-        f"ROC curves. {'; '.join(given)}.",
-        given,
-        "share of what was not liked",
-        "share of what was liked",
-        "chance",
-    )
-    return Section("ROC curve", pictures=[picture])
+            lines[name] = roc_curve(run.details["labels"][mask], run.details["scores"][mask])
+    if not lines:
+        return Section("ROC curve", ["All labels are equal, so there is no curve."])
+    plot = plots.lines("roc", f"ROC curves. {'; '.join(lines)}.", lines, *ROC_AXES)
+    return Section("ROC curve", plots=[plot])
 
 
-def calibration(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean probability, share liked, ratings) of up to BINS groups of about one size, by probability.
+def calibration_bins(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group ratings by predicted probability into up to MAX_BINS bins of similar size.
 
-    Scores are log-odds; ratings of one score stay together.
+    `scores` are log-odds; ratings with equal scores share a bin.
+
+    Returns:
+        (mean probability, share of liked ratings, number of ratings), each [bins].
     """
-    probability = 1 / (1 + np.exp(-np.clip(scores, -60, 60)))
-    edges = np.unique(np.quantile(probability, np.arange(1, BINS) / BINS, method="inverted_cdf"))
-    at = np.unique(np.searchsorted(edges, probability), return_inverse=True)[1]
-    count = np.bincount(at)
-    return np.bincount(at, weights=probability) / count, np.bincount(at, weights=labels) / count, count
+    probabilities = 1 / (1 + np.exp(-np.clip(scores, -60, 60)))
+    edges = np.unique(np.quantile(probabilities, np.arange(1, MAX_BINS) / MAX_BINS, method="inverted_cdf"))
+    bins = np.unique(np.searchsorted(edges, probabilities), return_inverse=True)[1]
+    counts = np.bincount(bins)
+    return np.bincount(bins, weights=probabilities) / counts, np.bincount(bins, weights=labels) / counts, counts
 
 
-def _calibration(run: Run) -> Section:
-    said, liked, count = calibration(run.evidence["labels"], run.evidence["scores"])
-    error = float((np.abs(said - liked) * count).sum() / count.sum())
-    rows = [[f"{p:.4f}", f"{share:.4f}", f"{n:,}"] for p, share, n in zip(said, liked, count, strict=True)]
-    alt = f"Share liked against probability; on average they are {error:.4f} apart. The table has the points."
-    picture = plots.lines(
+def _calibration_section(run: Run) -> Section:
+    probabilities, liked, counts = calibration_bins(run.details["labels"], run.details["scores"])
+    error = float((np.abs(probabilities - liked) * counts).sum() / counts.sum())
+    rows = [
+        [f"{probability:.4f}", f"{share:.4f}", f"{count:,}"]
+        for probability, share, count in zip(probabilities, liked, counts, strict=True)
+    ]
+    plot = plots.lines(
         "calibration",
-        alt,
-        {run.method: Line(said, liked)},
-        "probability of Yes",
+        f"Share of liked ratings over predicted probability; expected calibration error {error:.4f}. "
+        "The table contains the points.",
+        {run.method: Line(probabilities, liked)},
+        "predicted probability",
         "share liked",
         "calibrated",
         marker="o",
     )
-    text = [f"Probability and share liked are {error:.4f} apart on average (expected calibration error)."]
-    table = Table("Ratings by probability", ["mean probability", "share liked", "ratings"], rows)
-    return Section("Calibration", text, [table], [picture])
+    text = [f"Expected calibration error: {error:.4f}, the mean distance of predicted probability and share liked."]
+    table = Table("Ratings by predicted probability", ["mean probability", "share liked", "ratings"], rows)
+    return Section("Calibration", text, [table], [plot])
 
 
-def _users(run: Run) -> Section:
-    each = auc_of_groups(run.evidence["users"], run.evidence["labels"], run.evidence["scores"])[1]
-    counted = each[~np.isnan(each)]
+def _users_section(run: Run) -> Section:
+    aucs = auc_of_groups(run.details["users"], run.details["labels"], run.details["scores"])[1]
+    counted = aucs[~np.isnan(aucs)]
     if not len(counted):
-        return Section("AUC of the users", ["No user has ratings of both kinds."])
-    quarters = np.quantile(counted, (0.25, 0.5, 0.75))
-    below = f"{(counted < 0.5).mean():.0%} of {len(counted):,} users are below 0.5, no better than chance"
-    text = [f"{below}; quartiles {', '.join(map(number, quarters))}."]
-    picture = plots.histogram(
-        "users", f"AUC of each user. {text[0]}", counted, counted.mean(), "AUC of a user", "users"
-    )
-    return Section("AUC of the users", text, pictures=[picture])
+        return Section("AUC by user", ["No user has both liked and disliked ratings, so there is no AUC by user."])
+    quartiles = np.quantile(counted, (0.25, 0.5, 0.75))
+    text = [
+        f"{(counted < 0.5).mean():.0%} of {len(counted):,} users have an AUC below 0.5 (chance); quartiles "
+        f"{', '.join(map(format_number, quartiles))}."
+    ]
+    plot = plots.histogram("users", f"AUC by user. {text[0]}", counted, counted.mean(), "AUC of a user", "users")
+    return Section("AUC by user", text, plots=[plot])

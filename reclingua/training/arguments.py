@@ -1,10 +1,11 @@
-"""The flags of finetune.py: one dataclass a group, LC-Rec's names beside the Trainer's own, YAML presets beneath."""
+"""Flags of finetune.py: a dataclass for each group, LC-Rec's names beside the Trainer's own, defaults from YAML."""
 
 import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -20,21 +21,27 @@ from reclingua.training.zero import check_deepspeed
 from reclingua.utils.errors import InputError, one_line_errors
 
 METHODS = ("lcrec", "tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
+# Defaults that depend on the method: for lcrec, for the Yes/No methods.
+BY_METHOD = {"metric_for_best_model": ("ndcg@10", "auc"), "max_eval_samples": (500, 0)}
 
-
-# What the Trainer knows, but our batches and our loss do not.
+# Flags of the Trainer that the batches and the loss of this project do not support.
 UNSUPPORTED = {
-    "label_smoothing_factor": "is not known to the loss of the labels",
+    "label_smoothing_factor": "is not supported by the chunked loss",
     "auto_find_batch_size": "has no meaning here: give --max_tokens_per_batch",
     "dataloader_drop_last": "has no meaning here: every sample is trained on",
-    "dataloader_persistent_workers": "would keep the phrasings of the first epoch",
-    "use_cache": "is for generation, and set by the search itself",
-    "torch_compile": "does not work with the loss of the labels",
-    "ddp_static_graph": "does not work with the loss of the labels",
+    "dataloader_persistent_workers": "would keep the prompts of the first epoch",
+    "use_cache": "is for generation, and set by the beam search itself",
+    "torch_compile": "does not work with the chunked loss",
+    "ddp_static_graph": "does not work with the chunked loss",
     "fsdp": "is not supported; use --deepspeed",
-    "save_only_model": "would leave nothing to go on from; a small folder is left by --lora",
+    "save_only_model": "would leave nothing to resume from; --lora makes small checkpoints",
     "enable_jit_checkpoint": "has no meaning here: SIGTERM always saves",
 }
+
+
+def argument(default: Any, help: str, aliases: list[str] | None = None) -> Any:
+    """Declare a flag; the annotation of its field is its type, as with `dataclasses.field`."""
+    return HfArg(default=default, help=help, aliases=aliases)
 
 
 @dataclass
@@ -43,100 +50,105 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    base_model: str = HfArg(
+    base_model: str = argument(
         default=None, help="folder or hub name of a decoder-only model (required, unless --init_from knows it)"
     )
     base_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "dtype of frozen weights, what is trained is float32; if not said, float32 or that of --init_from",
+            "help": "dtype of frozen weights; trained ones are float32 (default: that of --init_from, else float32)",
             "choices": DTYPES,
         },
     )
     load_in_4bit: bool | None = field(
         default=None,
         metadata={
-            "help": "frozen weights of linear layers as nf4; if not said, as --init_from has them",
+            "help": "frozen weights of linear layers as nf4 (default: as in --init_from)",
             "nargs": "?",
             "const": True,
         },
     )
-    load_in_8bit: bool = HfArg(default=False, help="frozen weights of linear layers as int8; lcrec's LoRA only")
+    load_in_8bit: bool = argument(
+        default=False, help="frozen weights of linear layers as int8; with --method lcrec --lora only"
+    )
 
 
 @dataclass
 class DataArguments:
-    """What it is tuned on."""
+    """Which data the model is tuned on, and how they are written into prompts."""
 
     _argument_group_name = "data"
 
-    dataset: str = HfArg(default="ml-100k", help="name of the dataset")
-    data_path: str = HfArg(default="data", help="folder that holds <dataset>/")
-    index_file: str = HfArg(default=".index.json", help="suffix of the index file, or a path to one if it has a slash")
-    user_file: str = HfArg(default=".user.json", help="suffix of the file of what users say, or a path to one")
-    prompt_file: str | None = HfArg(
-        default=None, help="phrasings, instead of config/prompts/lcrec.yaml (lcrec) or config/prompts/yes_no.yaml"
+    dataset: str = argument(default="ml-100k", help="name of the dataset")
+    data_path: str = argument(default="data", help="folder that holds <dataset>/")
+    index_file: str = argument(default=".index.json", help="semantic IDs: file suffix, or a path if it has a slash")
+    user_file: str = argument(default=".user.json", help="user texts (preferences, intentions): file suffix or path")
+    prompt_file: str | None = argument(
+        default=None, help="prompt templates (default: config/prompts/lcrec.yaml or yes_no.yaml)"
     )
-    max_his_len: int = HfArg(default=20, help="items of a history that the model reads; -1 with lcrec: all")
-    max_text_len: int = HfArg(default=64, help="words of a title, a description or what a user says, at most")
-    his_sep: str = HfArg(default=", ", help="what stands between two items of a history")
-    add_prefix: bool = HfArg(default=False, help="number the items of a history")
+    max_his_len: int = argument(default=20, help="items of a history that the model reads; -1 with lcrec: all")
+    max_text_len: int = argument(default=64, help="longest title, description or user text, in words")
+    his_sep: str = argument(default=", ", help="separator between history items")
+    add_prefix: bool = argument(default=False, help="number the items of a history")
+    max_eval_samples: int | None = argument(
+        default=None,
+        help="users searched for, or rows drawn, at each evaluation; 0 = all (default: 500 with lcrec, else all)",
+    )
 
 
 @dataclass
 class MethodArguments:
-    """How it is tuned: what LC-Rec takes."""
+    """How the model is tuned: the flags of LC-Rec."""
 
     _argument_group_name = "method"
 
-    method: str = field(default="lcrec", metadata={"help": "way of tuning", "choices": METHODS})
-    tasks: str = HfArg(default="seqrec", help=f"training tasks, separated by commas, of: {', '.join(TASKS)}")
-    train_prompt_sample_num: str = HfArg(
-        default="1", help="phrasings per sample and epoch, one number a task or one for all"
+    method: str = field(default="lcrec", metadata={"help": "tuning method", "choices": METHODS})
+    tasks: str = argument(default="seqrec", help=f"training tasks, separated by commas, of: {', '.join(TASKS)}")
+    train_prompt_sample_num: str = argument(
+        default="1", help="prompts per sample and epoch: a number for each task, or one for all"
     )
-    train_data_sample_num: str = HfArg(
-        default="0", help="training samples of each task, one number a task or one for all; 0 = all"
+    train_data_sample_num: str = argument(
+        default="0", help="training samples: a number for each task, or one for all; 0 = all"
     )
     targets: str = field(
-        default="next",
+        default="last",
         metadata={
-            "help": "next: a sample per prefix of a history, as LC-Rec; history: a sample per history, all its items "
-            "after the first are targets",
+            "help": "last: a sample for each prefix of a history, its last item is the target (LC-Rec); all: a sample "
+            "for each history, all items after the first are targets",
             "choices": TARGETS,
         },
     )
-    only_train_response: bool = HfArg(default=True, help="loss on the response alone; False: on the prompt as well")
-    packing: bool = HfArg(default=False, help="lay samples end to end instead of padding them")
-    embedding_dropout: float = HfArg(default=0.0, help="dropout on the input embeddings while training")
-    valid_users: int = HfArg(default=500, help="users whose valid item is searched for at each evaluation; 0 = all")
-    exclude_seen: bool = HfArg(default=False, help="take a user's own items out of the candidates at evaluation")
+    only_train_response: bool = argument(default=True, help="loss on the response only; False: on the prompt as well")
+    packing: bool = argument(default=False, help="pack several samples into a row instead of padding")
+    embedding_dropout: float = argument(default=0.0, help="dropout on the input embeddings while training")
+    exclude_seen: bool = argument(default=False, help="leave the user's own items out of the candidates at evaluation")
 
 
 @dataclass
 class LoraArguments:
-    """Low-rank weights."""
+    """Low-rank adaptation (LoRA)."""
 
-    _argument_group_name = "LoRA (with cora: the weights that it makes)"
+    _argument_group_name = "LoRA (with cora: its generated weights)"
 
     lora: bool | None = field(
         default=None,
         metadata={
-            "help": "train LoRA weights; if not said, tallrec and binllm do, and with --one_stage the others",
+            "help": "train LoRA weights (default: with tallrec and binllm, and with --one_stage)",
             "nargs": "?",
             "const": True,
         },
     )
-    lora_r: int = HfArg(default=8, help="their rank")
-    lora_alpha: float | None = HfArg(
-        default=None, help="their scale is alpha / r; if not said 16, with lcrec LC-Rec's 32"
+    lora_r: int = argument(default=8, help="rank")
+    lora_alpha: float | None = argument(
+        default=None, help="the scale is alpha / r (default: 16; 32 with lcrec, as LC-Rec)"
     )
-    lora_dropout: float = HfArg(default=0.05, help="dropout on what they read")
-    lora_target_modules: str | None = HfArg(
-        default=None, help="linear layers that get them, by name; if not said q_proj,v_proj, with lcrec all of them"
+    lora_dropout: float = argument(default=0.05, help="dropout on the input of the LoRA weights")
+    lora_target_modules: str | None = argument(
+        default=None, help="names of linear layers (default: q_proj,v_proj; all with lcrec)"
     )
 
     def low_rank(self, alpha: float, targets: str) -> dict:
-        """rank, alpha, dropout and targets, `alpha` and `targets` where the flags do not say."""
+        """Return rank, alpha, dropout and targets; `alpha` and `targets` are the defaults."""
         alpha = alpha if self.lora_alpha is None else self.lora_alpha
         if self.lora_r < 1 or alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise InputError("--lora_r should be 1 at least, --lora_alpha above 0, --lora_dropout from 0 to below 1")
@@ -146,27 +158,21 @@ class LoraArguments:
 
 @dataclass
 class YesNoArguments:
-    """How it is tuned: what the methods take that answer Yes or No."""
+    """How the model is tuned: the flags of the Yes/No methods."""
 
     _argument_group_name = "method: tallrec, collm, binllm, cora, softprompt, personprompt"
 
-    cf_model: str | None = HfArg(default=None, help="folder of a collaborative model, from pretrain.py")
-    init_from: str | None = HfArg(default=None, help="folder of the first stage, from --method tallrec")
-    train_cf_model: bool = HfArg(default=False, help="train the collaborative model on (T1)")
-    cf_model_from_scratch: bool = HfArg(default=False, help="train the collaborative model from new weights (T2)")
-    one_stage: bool = HfArg(default=False, help="train new LoRA weights together with the method's own parts (T3)")
-    soft_tokens: int = HfArg(default=1, help="soft tokens for each user and item")
+    cf_model: str | None = argument(default=None, help="folder of a collaborative model, from pretrain.py")
+    init_from: str | None = argument(default=None, help="folder of the first stage, from --method tallrec")
+    train_cf_model: bool = argument(default=False, help="train the collaborative model further (T1)")
+    cf_model_from_scratch: bool = argument(default=False, help="train the collaborative model from new weights (T2)")
+    one_stage: bool = argument(default=False, help="train new LoRA weights together with the method's own parts (T3)")
+    soft_tokens: int = argument(default=1, help="soft tokens for each user and item")
     code_format: str = field(
         default="bits", metadata={"help": "binllm's codes: 0110... or 172.16.254.3", "choices": CODE_FORMATS}
     )
-    valid_samples: int = HfArg(default=0, help="valid rows at each evaluation, drawn at random; 0 = all")
-    metric_for_best_model: str = field(
-        default="auc", metadata={"help": "valid metric that picks the checkpoint", "choices": ("auc", "uauc")}
-    )
-    patience: int = HfArg(default=0, help="evaluations without a better one after which to stop; 0 = never")
-    save_base_weights: bool = HfArg(
-        default=False, help="save the base model's weights as well, not only what was trained"
-    )
+    patience: int = argument(default=0, help="stop after so many evaluations without improvement; 0 = never")
+    save_base_weights: bool = argument(default=False, help="save the base model's weights as well as the trained ones")
 
 
 @dataclass
@@ -175,43 +181,45 @@ class TuningArguments(TrainingArguments):
 
     _argument_group_name = "training"
 
-    output_dir: str | None = HfArg(default=None, help="folder for checkpoints and the tuned model (required)")
-    per_device_train_batch_size: int = HfArg(
+    output_dir: str | None = argument(default=None, help="folder for checkpoints and the tuned model (required)")
+    per_device_train_batch_size: int = argument(
         default=8, aliases=["--per_device_batch_size"], help="samples per device and step"
     )
-    max_tokens_per_batch: int = HfArg(
+    max_tokens_per_batch: int = argument(
         default=0, help="tokens per device and step, padding included, instead of a number of samples; 0 = by samples"
     )
-    train_sampling_strategy: str = HfArg(
+    train_sampling_strategy: str = argument(
         default="group_by_length",
         help="batches of samples of one length: group_by_length (with --packing as random); random; sequential",
     )
-    max_logits_mb: int = HfArg(default=512, help="MB for the logits that the loss looks at a time")
-    num_train_epochs: float = HfArg(default=4, aliases=["--epochs"], help="passes over the training samples")
-    learning_rate: float = HfArg(default=5e-5, help="peak learning rate of AdamW")
-    weight_decay: float = HfArg(default=0.01, help="weight decay of AdamW")
-    lr_scheduler_type: str = HfArg(default="cosine", help="shape of the learning rate's decay")
-    warmup_steps: float = HfArg(default=0.01, help="steps of linear warm-up; below 1: share of all steps")
-    eval_strategy: str = HfArg(default="epoch", help="when to evaluate: no, steps, epoch")
-    save_strategy: str = HfArg(default="epoch", help="when to save a checkpoint: no, steps, epoch")
-    save_and_eval_strategy: str | None = HfArg(default=None, help="sets both of these")
-    save_total_limit: int | None = HfArg(default=1, help="checkpoints kept beside the best")
-    load_best_model_at_end: bool = HfArg(default=True, help="end with the checkpoint of the best valid metric")
-    metric_for_best_model: str | None = HfArg(
-        default="ndcg@10", help="valid metric that picks it: hit@10, ndcg@10, loss"
+    max_logits_mb: int = argument(default=512, help="logits memory per loss chunk, MB")
+    num_train_epochs: float = argument(default=4, aliases=["--epochs"], help="passes over the training samples")
+    learning_rate: float = argument(default=5e-5, help="peak learning rate of AdamW")
+    weight_decay: float = argument(default=0.01, help="weight decay of AdamW")
+    lr_scheduler_type: str = argument(default="cosine", help="shape of the learning rate's decay")
+    warmup_steps: float = argument(default=0.01, help="steps of linear warm-up; below 1: share of all steps")
+    eval_strategy: str = argument(default="epoch", help="when to evaluate: no, steps, epoch")
+    save_strategy: str = argument(default="epoch", help="when to save a checkpoint: no, steps, epoch")
+    save_and_eval_strategy: str | None = argument(default=None, help="sets both of these")
+    save_total_limit: int | None = argument(default=1, help="checkpoints kept beside the best")
+    load_best_model_at_end: bool = argument(default=True, help="end with the checkpoint of the best valid metric")
+    metric_for_best_model: str | None = argument(
+        default=None,
+        help="valid metric that selects the checkpoint: ndcg@10 (default), hit@10, loss with lcrec; auc (default), "
+        "uauc with the others",
     )
-    logging_steps: float = HfArg(default=50, help="steps between two lines of the training log")
-    report_to: str | None = HfArg(default="none", help="experiment loggers: tensorboard, wandb, ...")
-    dataloader_pin_memory: bool = HfArg(
+    logging_steps: float = argument(default=50, help="steps between two lines of the training log")
+    report_to: str | None = argument(default="none", help="experiment loggers: tensorboard, wandb, ...")
+    dataloader_pin_memory: bool = argument(
         default=torch.cuda.is_available(), help="pin batches in memory; helps with a GPU"
     )
-    dataloader_num_workers: int = HfArg(
-        default=4 if torch.cuda.is_available() else 0, help="processes that write out samples while a GPU computes"
+    dataloader_num_workers: int = argument(
+        default=4 if torch.cuda.is_available() else 0, help="processes that prepare samples while a GPU computes"
     )
-    logging_nan_inf_filter: bool = HfArg(default=False, help="leave a loss of NaN or infinity out of the log")
-    remove_unused_columns: bool = HfArg(default=False, help="left to the collator")
-    resume_from_checkpoint: str | None = HfArg(
-        default=None, help="checkpoint folder to go on from; auto: the newest complete one in output_dir, if any"
+    logging_nan_inf_filter: bool = argument(default=False, help="leave a loss of NaN or infinity out of the log")
+    remove_unused_columns: bool = argument(default=False, help="left to the collator")
+    resume_from_checkpoint: str | None = argument(
+        default=None, help="checkpoint to resume from; auto: the newest complete one in output_dir, if any"
     )
 
     def __post_init__(self):
@@ -255,27 +263,47 @@ class TuningArguments(TrainingArguments):
             )
 
 
-def refuse_flags(method: str, group: object, flags: Iterable[str]) -> None:
-    """InputError for one of these flags of a group that was given, although the method does not listen to it."""
+class Arguments(NamedTuple):
+    """All flags of finetune.py, by group."""
+
+    model: ModelArguments
+    data: DataArguments
+    method: MethodArguments
+    lora: LoraArguments
+    yes_no: YesNoArguments
+    training: TuningArguments
+
+
+def parse_arguments(description: str) -> Arguments:
+    """Return the flags of the command line."""
+    groups = [ModelArguments, DataArguments, MethodArguments, LoraArguments, YesNoArguments, TuningArguments]
+    return Arguments(*parse(groups, description))
+
+
+def refuse_flags(method: str, group: Any, flags: Iterable[str]) -> None:
+    """Raise InputError for one of these flags of a group that was given although the method does not use it."""
     defaults = {field.name: field.default for field in fields(group)}
     for flag in flags:
         if getattr(group, flag) != defaults[flag]:
-            raise InputError(f"--{flag} means nothing with --method {method}; leave it out")
+            raise InputError(f"--{flag} has no effect with --method {method}; leave it out")
 
 
-def parse(dataclasses: list[type], description: str, argv: list[str] | None = None) -> tuple:
-    """One filled dataclass for each given: defaults, then `--config preset.yaml`, then the command line."""
+def parse(dataclasses: list[Any], description: str, argv: list[str] | None = None) -> tuple:
+    """Return each dataclass filled: from defaults, then `--config preset.yaml`, then the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclasses, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML preset: supplies defaults for the flags, the command line wins")
     declared = [f for dataclass_ in dataclasses for f in fields(dataclass_) if f.init]
     known = {f.name for f in declared} | {a.lstrip("-") for f in declared for a in f.metadata.get("aliases", [])}
-    for at, word in enumerate(argv):
-        if word == "--config" and at + 1 < len(argv):
-            argv = preset_flags(argv[at + 1], known) + argv
+    for position, word in enumerate(argv):
+        if word == "--config" and position + 1 < len(argv):
+            argv = preset_flags(argv[position + 1], known) + argv
         elif word.startswith("--config="):
             argv = preset_flags(word.partition("=")[2], known) + argv
     namespace = vars(one_line_errors(parser).parse_args(argv))
+    for flag, (of_lcrec, of_yes_no) in BY_METHOD.items():
+        if "method" in namespace and namespace[flag] is None:
+            namespace[flag] = of_lcrec if namespace["method"] == "lcrec" else of_yes_no
     try:
         return tuple(cls(**{f.name: namespace[f.name] for f in fields(cls) if f.init}) for cls in dataclasses)
     except (ValueError, TypeError, ImportError) as error:
@@ -283,7 +311,7 @@ def parse(dataclasses: list[type], description: str, argv: list[str] | None = No
 
 
 def preset_flags(path: str, known: set[str]) -> list[str]:
-    """The flags that a YAML preset stands for; InputError names the key that is no flag."""
+    """Return a YAML preset as flags; InputError names the key that is not a flag."""
     try:
         preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Trainer callbacks."""
+"""Trainer callbacks: epochs, stopping, throughput, the console log and the checkpoint on SIGTERM."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from reclingua.utils.errors import InputError
 
 
 class SetEpochCallback(TrainerCallback):
-    """Tells samples and batches which epoch it is, also after a resume in the middle of one."""
+    """Passes the number of the epoch to the dataset and the batch sampler, also after a resume within an epoch."""
 
     def __init__(self, *listeners: Callable[[int], None]):
         self.listeners = listeners
@@ -25,7 +25,7 @@ class SetEpochCallback(TrainerCallback):
 
 
 class StopAtMaxStepsCallback(TrainerCallback):
-    """Where training goes on from its last step in the middle of an epoch: the Trainer would do one more."""
+    """Works around the Trainer taking one extra step when it resumes at `max_steps` within an epoch."""
 
     def __init__(self, batches: LengthGroupedBatchSampler):
         self.batches = batches
@@ -36,7 +36,7 @@ class StopAtMaxStepsCallback(TrainerCallback):
 
 
 class ThroughputCallback(TrainerCallback):
-    """Runs while there is training."""
+    """Starts and stops the clock of `Throughput` with the training."""
 
     def __init__(self, throughput: Throughput):
         self.throughput = throughput
@@ -49,70 +49,73 @@ class ThroughputCallback(TrainerCallback):
 
 
 class ConsoleLogCallback(TrainerCallback):
-    """The training log in words, one line at a time, under the progress bar of a terminal or without one."""
+    """Prints loss, learning rate and valid metrics, a line each time, below the progress bar or without one."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        where = f"  step {state.global_step:>6,} of {state.max_steps:,}, epoch {state.epoch or 0:.1f}   "
+        progress = f"  step {state.global_step:>6,} of {state.max_steps:,}, epoch {state.epoch or 0:.1f}   "
         if "loss" in logs:
-            tqdm.write(f"{where}loss {float(logs['loss']):.4f}   learning rate {float(logs['learning_rate']):.1e}")
-        else:
-            found = {name[5:]: value for name, value in logs.items() if name.startswith("eval_")}
-            shown = [f"valid {name} {v:.4f}" for name, v in found.items() if "@" in name or name.endswith("auc")]
-            if shown:
-                tqdm.write(where + "   ".join(shown))
+            tqdm.write(f"{progress}loss {float(logs['loss']):.4f}   learning rate {float(logs['learning_rate']):.1e}")
+            return
+        metrics = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        shown = [f"valid {name} {value:.4f}" for name, value in metrics.items() if "@" in name or name.endswith("auc")]
+        if shown:
+            tqdm.write(progress + "   ".join(shown))
 
 
 class StopOnNanCallback(TrainerCallback):
-    """Ends a run whose loss is no number any more: what it would train from there on is worth nothing."""
+    """Ends a run whose loss is not finite, since no later step can repair its weights."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         for name in ("loss", "train_loss", "eval_loss"):
             if not math.isfinite(value := float((logs or {}).get(name, 0))):
                 raise InputError(
-                    f"the {name.replace('_', ' ')} is {value} by step {state.global_step}: lower --learning_rate, "
+                    f"the {name.replace('_', ' ')} is {value} at step {state.global_step}: lower --learning_rate, "
                     "warm up longer (--warmup_steps), or take --bf16 instead of --fp16; earlier checkpoints are kept"
                 )
 
 
 class Preempted(Exception):
-    """Training was told to end, and a checkpoint of where it was is written."""
+    """Raised when training has ended on SIGTERM and its checkpoint is written."""
 
 
 class SaveOnSigtermCallback(TrainerCallback):
-    """Once `told`, as by the SIGTERM that a preempted job gets: ends the step, saves, and leaves by `Preempted`."""
+    """Ends the step, saves a checkpoint and raises `Preempted` once `sigterm_received` is set.
+
+    All processes save the same step, also if only one of them got the signal: after each step they reduce the flag.
+    """
 
     def __init__(self):
-        self.told = self.stopping = False
+        self.sigterm_received = self.is_stopping = False
         self.group = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if args.world_size > 1:  # what they agree by; not on a GPU, whose steps are not to wait for it
+        if args.world_size > 1:  # gloo reduces on the CPU, so that the steps of a GPU do not wait for it
             self.group = distributed.new_group(backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if not float(state.epoch).is_integer():  # else evaluation comes first, as it does without a signal
-            self._stop_if_told(control)
+        if not float(state.epoch).is_integer():  # else after the evaluation, as without SIGTERM
+            self._stop_on_sigterm(control)
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        self._stop_if_told(control)
-
-    def _stop_if_told(self, control) -> None:
-        self.stopping = self.told
-        if self.group is not None:  # all processes have to save the same step
-            told = torch.tensor(int(self.told))
-            distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self.group)
-            self.stopping = bool(told)
-        control.should_save |= self.stopping
+        self._stop_on_sigterm(control)
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        if self.stopping:
+        if self.is_stopping:
             raise Preempted
+
+    def _stop_on_sigterm(self, control) -> None:
+        self.is_stopping = self.sigterm_received
+        if self.group is not None:
+            received = torch.tensor(int(self.sigterm_received))
+            distributed.all_reduce(received, distributed.ReduceOp.MAX, group=self.group)
+            self.is_stopping = bool(received)
+        control.should_save |= self.is_stopping
 
 
 class ProgressBarCallback(ProgressCallback):
-    """The Trainer's progress bar without its dump of the log and without a second bar, which moves the cursor."""
+    """Progress bar of the Trainer without its dump of the log and without the second bar, which moves the cursor."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What training does with its time: targets and tokens per second, padding, peak memory, share of a GPU's peak."""
+"""Throughput of training: targets and tokens per second, padding, peak memory, TFLOP/s and MFU."""
 
 import re
 import resource
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-# Dense bfloat16 TFLOP/s of a GPU by a word of its name, as its maker states it.
+# Peak TFLOP/s of GPUs in dense bfloat16, as the vendor states it, by a part of the device name; the first match wins.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
@@ -27,43 +27,51 @@ PEAK_TFLOPS = {
 
 
 class Throughput:
-    """Counts what a model is trained on, on the device itself, so that no step waits for the counting."""
+    """Counter of targets and tokens, kept on the device so that no step waits for it."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         self.device = device
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
-        self.seconds, self.since = 0.0, None
+        self.seconds = 0.0
+        self.started: float | None = None
         self.flops = training_flops(model)
 
-    def add(self, labels: torch.Tensor, lengths: torch.Tensor, slots: int) -> None:
-        """One batch: labels, int64 [rows, length], -100 where there is none, or float [samples]; tokens of each sample
-        [samples]; places for tokens, padding included."""
+    def add(self, labels: torch.Tensor, lengths: torch.Tensor, num_slots: int) -> None:
+        """Count a batch.
+
+        Args:
+            labels: int64 [rows, length], -100 at unlabelled positions, or float [samples].
+            lengths: int64 [samples], tokens of each sample.
+            num_slots: tokens of the batch, padding included.
+        """
         targets = (labels[:, 1:] >= 0).sum() if labels.ndim > 1 else torch.tensor(len(labels), device=labels.device)
-        slots = torch.tensor(slots, device=labels.device)
+        slots = torch.tensor(num_slots, device=labels.device)
         self.counts += torch.stack([targets, lengths.sum(), lengths.square().sum(), slots])
 
     def start(self) -> None:
-        self.since = self._now()
+        self.started = self._now()
 
     def stop(self) -> None:
-        if self.since is not None:
-            self.seconds += self._now() - self.since
-            self.since = None
+        if self.started is not None:
+            self.seconds += self._now() - self.started
+            self.started = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training's: evaluation, saving."""
-        running = self.since is not None
+        """Exclude the time inside this context, e.g. of evaluation and saving."""
+        is_running = self.started is not None
         self.stop()
         try:
             yield
         finally:
-            if running:
+            if is_running:
                 self.start()
 
     def figures(self, accelerator: Accelerator) -> dict[str, float]:
-        """targets_per_second, tokens_per_second and padding (share) over all processes, peak_memory_gb of this one;
-        on a GPU also tflops and mfu of one device."""
+        """Return seconds, targets_per_second, tokens_per_second, padding (a share) and peak_memory_gb.
+
+        Rates and padding are over all processes, memory is of this one. On a GPU also tflops and mfu of one device.
+        """
         targets, tokens, squares, slots = accelerator.reduce(self.counts, "sum").tolist()
         seconds = max(self.seconds, 1e-9)
         figures = {
@@ -75,10 +83,10 @@ class Throughput:
         if self.device.type != "cuda":
             return figures | {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
         figures["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        flops = sum(each * count for each, count in zip(self.flops, (targets, tokens, squares), strict=True))
+        flops = sum(cost * count for cost, count in zip(self.flops, (targets, tokens, squares), strict=True))
         figures["tflops"] = flops / seconds / accelerator.num_processes / 1e12
         name = torch.cuda.get_device_name(self.device)
-        if peak := next((value for word, value in PEAK_TFLOPS.items() if re.search(rf"\b{word}\b", name)), None):
+        if peak := next((tflops for model, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name)), None):
             figures["mfu"] = figures["tflops"] / peak
         return figures
 
@@ -89,28 +97,28 @@ class Throughput:
 
 
 def training_flops(model: PreTrainedModel) -> tuple[float, float, float]:
-    """Operations of a training step that the samples need, per target, per token, and per token squared of a sample.
+    """Return the operations of a training step per target, per token, and per squared token of a sample.
 
-    Forward pass and the gradients of inputs and weights: 6 operations for each weight and row that meets it, 4 where
-    the weight is frozen; the output head at the targets alone; causal attention 6 for each pair of tokens, layer and
-    width (the scheme of PaLM's appendix B, halved for the mask).
+    Forward and backward pass take 6 operations for each weight and token, 4 if the weight is frozen. The output head
+    counts at targets only. Causal attention takes 6 for each pair of tokens, layer and unit of width (PaLM,
+    appendix B, halved for the mask).
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    apart = {id(weight) for module in (head, embedding) for weight in module.parameters()}
-    body = sum(w.numel() * (6 if w.requires_grad else 4) for w in model.parameters() if id(w) not in apart)
+    vocabulary = {id(weight) for module in (head, embedding) for weight in module.parameters()}
+    body = sum(w.numel() * (6 if w.requires_grad else 4) for w in model.parameters() if id(w) not in vocabulary)
     config = getattr(model, "language", model).config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
+    heads = getattr(config, "num_attention_heads", 0)  # a state space model has none
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     return 6.0 * head.weight.numel(), float(body), 6.0 * config.num_hidden_layers * width
 
 
 def format_throughput(figures: dict[str, float]) -> str:
-    """One line of `Throughput.figures`."""
-    words = (
+    """Return `Throughput.figures` as one line of text."""
+    text = (
         f"{figures['targets_per_second']:,.0f} targets/s, {figures['tokens_per_second']:,.0f} tokens/s, "
         f"{figures['padding']:.1%} padding, peak memory {figures['peak_memory_gb']:.1f} GB"
     )
     if "tflops" in figures:
-        share = f" ({figures['mfu']:.1%} of this GPU's peak in bf16)" if "mfu" in figures else ""
-        words += f", {figures['tflops']:,.1f} TFLOP/s{share}"
-    return words
+        mfu = f" (MFU {figures['mfu']:.1%})" if "mfu" in figures else ""
+        text += f", {figures['tflops']:,.1f} TFLOP/s{mfu}"
+    return text

@@ -1,14 +1,15 @@
-"""DeepSpeed ZeRO: weights, gradients and optimizer states shared out among processes, and when a whole is needed.
+"""DeepSpeed ZeRO: weights, gradients and optimizer states sharded among processes, and gathered where needed.
 
-A model is loaded, extended and looked at whole in every process, as without DeepSpeed. ZeRO-3 takes it apart when
-training begins and puts it together again for a search on valid, so that no method has to know of it.
+Every process loads and extends the whole model, as without DeepSpeed. ZeRO-3 shards it when training begins and
+gathers it for the search on valid, so that methods need no code for it.
 """
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -19,7 +20,7 @@ from reclingua.utils.errors import InputError
 
 
 def check_deepspeed(config: str | dict, on_cpu: bool) -> None:
-    """ValueError where a training with this configuration (a JSON file, or its content) cannot begin."""
+    """Raise ValueError if training cannot begin with this configuration, a JSON file or its content."""
     if isinstance(config, str):
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
@@ -36,12 +37,12 @@ def check_deepspeed(config: str | dict, on_cpu: bool) -> None:
     if on_cpu:
         from deepspeed import ops
 
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, for what gloo does as well
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute; gloo does the same
 
 
 @contextmanager
 def without_zero3_init(args: transformers.TrainingArguments) -> Iterator[None]:
-    """Inside it models are loaded whole, not in the pieces of ZeRO-3."""
+    """Load whole models inside this context, not the shards of ZeRO-3."""
     if args.deepspeed:
         unset_hf_deepspeed_config()
     try:
@@ -52,16 +53,16 @@ def without_zero3_init(args: transformers.TrainingArguments) -> Iterator[None]:
 
 
 def check_zero3_support(model: PreTrainedModel, args: transformers.TrainingArguments) -> None:
-    """InputError for weights that ZeRO-3 cannot take apart."""
-    quantised = not all(weight.is_floating_point() for weight in model.parameters())
-    if args.deepspeed and args.hf_deepspeed_config.is_zero3() and quantised:
-        raise InputError("ZeRO-3 cannot share out weights in 4 or 8 bits; take --deepspeed config/ds_z2_bf16.json")
+    """Raise InputError for a quantised model, whose weights ZeRO-3 cannot shard."""
+    is_quantised = not all(weight.is_floating_point() for weight in model.parameters())
+    if args.deepspeed and args.hf_deepspeed_config.is_zero3() and is_quantised:
+        raise InputError("ZeRO-3 cannot shard weights in 4 or 8 bits; take --deepspeed config/ds_z2_bf16.json")
 
 
-def gathered_parameters(engine: torch.nn.Module | None):
-    """A context in which every process has all weights of a model that ZeRO-3 has taken apart; else it does nothing.
+def gathered_parameters(engine: Any) -> AbstractContextManager:
+    """Return a context in which every process has all weights of a model sharded by ZeRO-3, to read but not to change.
 
-    They may be read there, by each process in its own time, but not changed.
+    Without ZeRO-3 the context does nothing.
     """
     if engine is None or not engine.zero_optimization_partition_weights():
         return nullcontext()
@@ -70,42 +71,42 @@ def gathered_parameters(engine: torch.nn.Module | None):
     return unwrap_model_for_generation(engine)
 
 
-def saves_sharded_state(engine: torch.nn.Module, model: PreTrainedModel) -> bool:
-    """Whether what is saved are the training states of all processes, of which `convert.zero_to_fp32` makes a model.
+def saves_sharded_state(engine: Any, model: PreTrainedModel) -> bool:
+    """Return whether the training states of all processes are saved, which `convert.zero_to_fp32` turns into a model.
 
-    So `stage3_gather_16bit_weights_on_model_save` false tells ZeRO-3. What saves only a part of itself, as an adapter
-    does, is small enough to be put together.
+    ZeRO-3 does so with `stage3_gather_16bit_weights_on_model_save` false, except for models that save only a part of
+    their weights, as adapters do: these are small enough to be gathered.
     """
     gathers = not engine.zero_optimization_partition_weights() or engine.zero_gather_16bit_weights_on_model_save()
-    return not gathers and not _saves_a_part(model)
+    return not gathers and not _saves_partially(model)
 
 
-def gather_state_dict(engine: torch.nn.Module, model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """What a folder of `model` is to hold, on the CPU, by name; None: all its weights as they are.
+def gather_state_dict(engine: Any, model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """Gather the weights that a folder of `model` holds, by name, on the CPU; None: all weights as they are.
 
-    All processes have to call it, the first one gets the weights: those of a whole model in the dtype that it computes
-    in, those of an adapter, or of what else saves only a part of itself, in float32, as the optimizer has them.
+    All processes have to call it; the first one gets the weights. A whole model keeps the dtype in which it computes;
+    a model that saves only a part of its weights, as an adapter does, gets the optimizer's float32 copy.
     """
-    if not _saves_a_part(model):
+    if not _saves_partially(model):
         return engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_partition_weights() else None
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     if hasattr(model, "peft_config"):
-        saved = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        saved_names = {name for name, weight in model.named_parameters() if weight.requires_grad}
     else:
-        saved = model.state_dict().keys() - model._keys_to_ignore_on_save
-    state = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in saved}
+        saved_names = model.state_dict().keys() - set(model._keys_to_ignore_on_save or ())
+    state = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in saved_names}
     for name, weight in model.named_parameters():
-        if name not in saved:
+        if name not in saved_names:
             continue
-        found = safe_get_full_fp32_param(weight) if weight.requires_grad else None
-        if found is None:
+        tensor = safe_get_full_fp32_param(weight) if weight.requires_grad else None
+        if tensor is None:  # frozen: the optimizer has no copy
             with GatheredParameters([weight]):
-                found = weight.detach().clone()
-        state[name] = found.cpu()
+                tensor = weight.detach().clone()
+        state[name] = tensor.cpu()
     return state
 
 
-def _saves_a_part(model: PreTrainedModel) -> bool:
+def _saves_partially(model: PreTrainedModel) -> bool:
     return hasattr(model, "peft_config") or bool(model._keys_to_ignore_on_save)

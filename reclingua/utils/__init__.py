@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, logging, memory, metadata, text."""
+"""Helpers that every package uses: errors, files, logging, memory, metadata, text."""

@@ -1,4 +1,4 @@
-"""Bad input: one exception for it, and the one way in which every script reports it."""
+"""InputError for invalid user input, and the decorator that turns it into exit code 2."""
 
 import argparse
 import os
@@ -10,21 +10,21 @@ from typing import NoReturn
 
 
 class InputError(Exception):
-    """The user's input is wrong; the message is one line that names the file or record and says what to do."""
+    """Invalid user input; the message is one line that names the file or record and how to fix it."""
 
 
 def one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Make a parser report a bad flag as every other bad input: one line, without the usage."""
+    """Make a parser raise InputError for a bad flag: one line, without the usage text."""
 
     def error(message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
 
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]
     return parser
 
 
 def cli_main(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a script's main: an InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate the main of a script: InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
 
     @wraps(main)
     def run(*args, **kwargs) -> None:
@@ -32,7 +32,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except InputError as error:
             if int(os.environ.get("RANK") or 0):
-                time.sleep(3)  # of processes that found the same, torchrun lets only the first say it
+                time.sleep(3)  # all ranks fail alike: rank 0 prints first, then torchrun ends the others
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

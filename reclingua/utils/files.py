@@ -1,4 +1,4 @@
-"""Files: JSON that is checked, and output that is complete or absent."""
+"""File helpers: validated JSON, atomic writes, checks of output paths."""
 
 import json
 import os
@@ -8,28 +8,28 @@ from reclingua.utils.errors import InputError
 
 
 def read_json(path: Path, what: str) -> dict:
-    """A JSON object that is not empty; `what` names it in the message of the InputError raised otherwise."""
+    """Return the content of a JSON file, a non-empty object; `what` describes it in the InputError otherwise."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_reject_duplicates)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it should hold {what}") from None
+        raise InputError(f"{path}: no such file; it should contain {what}") from None
     except _DuplicateKey as error:
-        raise InputError(f"{path}: the key {error.args[0]!r} is there twice; keep one") from None
+        raise InputError(f"{path}: the key {error.args[0]!r} occurs twice; keep one") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}; repair the file") from None
     except (OSError, ValueError) as error:  # not UTF-8, or a number of thousands of digits
         raise InputError(f"{path}: cannot be read ({error})") from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply; it should hold {what}") from None
+        raise InputError(f"{path}: nested too deeply; it should contain {what}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}; it should hold {what}, as a JSON object")
+        raise InputError(f"{path}: contains a {type(content).__name__}; it should contain {what}, as a JSON object")
     if not content:
-        raise InputError(f"{path}: is empty; it should hold {what}")
+        raise InputError(f"{path}: is empty; it should contain {what}")
     return content
 
 
 class _DuplicateKey(Exception):
-    """A key that a JSON object has twice."""
+    """A JSON object has the key `args[0]` twice."""
 
 
 def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -41,13 +41,19 @@ def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def write_json(path: Path, content: dict | list, indent: int | None = None) -> None:
-    """Write to a temporary file beside `path`, then rename: the file is whole or not there."""
+    """Write a JSON file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
 class atomic_write:  # noqa: N801 (used like a function)
-    """`with atomic_write(path) as temporary:` gives a temporary path that becomes `path` if all went well."""
+    """Context manager for an atomic write: yields a temporary path that is renamed to `path` on success.
+
+    The file at `path` is complete or absent; after an exception the temporary file is deleted.
+
+    Raises:
+        InputError: `path` is a folder or cannot be written.
+    """
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -67,7 +73,7 @@ class atomic_write:  # noqa: N801 (used like a function)
 
 
 def output_folder(folder: Path) -> Path:
-    """Make `folder`; InputError if nothing can be written there."""
+    """Create `folder` and return it; InputError if it is not writable."""
     folder = Path(folder)
     probe = folder / f".write-test-{os.getpid()}"
     try:
@@ -80,7 +86,7 @@ def output_folder(folder: Path) -> Path:
 
 
 def output_file(path: Path) -> None:
-    """Make the folder of file `path`; InputError if it can't be written there, or is a folder itself."""
+    """Create the parent folder of `path`; InputError if it is not writable or `path` is itself a folder."""
     output_folder(path.parent)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file")

@@ -1,17 +1,22 @@
-"""Imported before all else by the scripts: hushes what libraries say of their own doings, not of the user's."""
+"""Silence third-party warnings and progress bars.
+
+Every script imports this module before everything else: the filters below have to be in place before transformers,
+peft, DeepSpeed and bitsandbytes are imported, since these log and warn at import.
+"""
 
 import logging
 import warnings
 
-logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # that there is no GPU
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels for 4-bit arithmetic on a CPU
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # as peft still calls it
-warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # as DeepSpeed still calls it
+# A filter, since DeepSpeed sets the level of its logger at import; it warns that no GPU exists.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels for 4-bit arithmetic on a CPU
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft still uses it
+warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # DeepSpeed still uses it
 
 
 def silence_third_party() -> None:
-    """No warnings of transformers, and no progress bars but the scripts' own."""
-    import datasets  # which take seconds to import, and not every script has them
+    """Silence warnings of transformers and the progress bars of transformers and datasets."""
+    import datasets  # imported here: both take seconds, and not every script needs them
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Work in batches that get smaller when memory runs out."""
+"""Retry a batch with half its size when memory runs out."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,39 +14,45 @@ Result = TypeVar("Result")
 
 
 def run_with_oom_retry(
-    work: Callable[[list[int]], Result], batches: list[list[int]], unit: str, advice: str
+    run_batch: Callable[[list[int]], Result], batches: list[list[int]], unit: str, advice: str
 ) -> Iterator[tuple[list[int], Result]]:
-    """(rows, what came of them) for all batches, in smaller ones from the first that does not fit into memory.
+    """Yield (rows, result of `run_batch(rows)`) for all batches, which halve whenever memory runs out.
+
+    A batch that was too large is split and retried; the size that fitted is kept for all later batches.
+
+    Args:
+        unit: what a row is, in messages.
+        advice: what to do when even one row does not fit.
 
     Raises:
-        InputError: memory does not suffice for one row; it gives the `advice`.
+        InputError: memory does not suffice for one row.
     """
-    most = max(map(len, batches), default=0)
-    waiting = batches[::-1]
-    while waiting:
-        rows = waiting.pop()
-        if len(rows) > most:
-            waiting += [rows[most:], rows[:most]]
+    max_rows = max(map(len, batches), default=0)
+    pending = batches[::-1]
+    while pending:
+        rows = pending.pop()
+        if len(rows) > max_rows:
+            pending += [rows[max_rows:], rows[:max_rows]]
             continue
         try:
-            result = work(rows)
+            result = run_batch(rows)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
         else:
             yield rows, result
             continue
-        # Out of the except clause the error no longer holds the tensors of the work.
+        # Outside the except clause the exception no longer keeps the batch's tensors alive.
         clear_device_cache(garbage_collection=True)
         if len(rows) == 1:
-            raise InputError(f"memory ran out with one {unit} in the batch; {advice}")
-        most = len(rows) // 2
-        waiting.append(rows)
-        tqdm.write(f"memory ran out with {len(rows)} {unit}s in a batch: going on with {most}", file=sys.stderr)
+            raise InputError(f"out of memory with one {unit} in the batch; {advice}")
+        max_rows = len(rows) // 2
+        pending.append(rows)
+        tqdm.write(f"out of memory with {len(rows)} {unit}s in a batch: retrying with {max_rows}", file=sys.stderr)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a device's or the machine's memory did not suffice."""
+    """Return whether an exception means that the memory of a device or of the host ran out."""
     texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
-    return known or any(text in str(error) for text in texts)
+    is_known = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
+    return is_known or any(text in str(error) for text in texts)

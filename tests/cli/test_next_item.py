@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,10 @@ from safetensors.torch import load_file
 import finetune
 import test as test_script
 from convert import scratch
+from reclingua.methods import METHODS
+from reclingua.methods.yes_no import CF_METHODS
 from reclingua.training.arguments import (
+    Arguments,
     DataArguments,
     LoraArguments,
     MethodArguments,
@@ -20,7 +22,6 @@ from reclingua.training.arguments import (
     TuningArguments,
     YesNoArguments,
     parse,
-    refuse_flags,
 )
 from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import METADATA_FILE
@@ -138,7 +139,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(script, workshop, tmp
     (tmp_path / "cut/model.safetensors").unlink()
     (tmp_path / "cut/checkpoint-99").mkdir()  # killed while it was written
     code, out, error = script(finetune.main, *flags(workshop, tmp_path / "cut", *more))
-    assert code == 0 and "going on from" in out and "checkpoint-10" in out, error
+    assert code == 0 and "resuming from" in out and "checkpoint-10" in out, error
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -187,7 +188,7 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
     other = tmp_path / "other.json"
     index = json.loads((workshop / "datasets/toy/toy.index.json").read_text())
     other.write_text(json.dumps(index | {"0": index["1"], "1": index["0"]}))
-    assert "tuned with another index" in refuse("--index_file", other)
+    assert "tuned with other semantic IDs" in refuse("--index_file", other)
     assert "cannot be written" in refuse("--results_file", "/proc/self/r/r.json")
     assert not list(tmp_path.glob("r.json"))
 
@@ -218,10 +219,13 @@ def test_presets_supply_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_preset_is_understood(preset, tmp_path):
     more = ["--bf16", "False", "--output_dir", str(tmp_path)]
-    _, data, method, _, yesno, training = parse(GROUPS, "", ["--config", str(preset), *more])
+    if preset.stem in CF_METHODS:
+        more += ["--cf_model", "a folder"]
+    *groups, training = parse(GROUPS, "", ["--config", str(preset), *more])
+    arguments = Arguments(*groups, training)
+    method = arguments.method
     assert method.method in preset.stem and training.eval_strategy == training.save_strategy != "no"
-    others = yesno if method.method == "lcrec" else method
-    refuse_flags(method.method, others, {f.name for f in fields(others)} - finetune.SHARED)
+    METHODS[method.method].check_flags(arguments)
 
 
 def test_lc_rec_names_work(tmp_path):

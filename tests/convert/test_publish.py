@@ -1,4 +1,4 @@
-"""Model cards, and the way to a hub that is played here by a small server: what is sent, and what if it fails."""
+"""Model cards, and uploads to a hub, which a small server simulates."""
 
 import base64
 import json
@@ -17,18 +17,18 @@ from huggingface_hub import constants
 
 from convert import make_delta, merge_delta
 from convert.folders import public_name
-from tests.helpers.weights import made, write_model
+from tests.helpers.weights import run_make_delta, write_model
 
 TOKEN = "hf_secretsecretsecret"
 ROOT = Path(__file__).parents[2]
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The four endpoints that an upload of small files needs."""
+    """Handler of the four endpoints that an upload of small files needs."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        self.server.requests.append((self.path, self.headers.get("Authorization")))
         code, answer = 200, {}
         if self.server.refuses:
             code, answer = 403, {"error": "You do not have the rights"}
@@ -58,7 +58,12 @@ class Hub(BaseHTTPRequestHandler):
 @contextmanager
 def hub(refuses=False):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.refuses, server.asked, server.files = f"http://127.0.0.1:{server.server_port}", refuses, [], {}
+    server.url, server.refuses, server.requests, server.files = (
+        f"http://127.0.0.1:{server.server_port}",
+        refuses,
+        [],
+        {},
+    )
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
@@ -79,42 +84,42 @@ def two(tmp_path):
 
 
 def test_a_delta_goes_to_the_hub(two, tmp_path):
-    """In a process of its own, which finds the hub where HF_ENDPOINT says."""
+    """A separate process finds the hub by HF_ENDPOINT."""
     base, target = two
-    where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
-    command = [sys.executable, "-m", "convert.make_delta", *where, "--push_to_hub", "me/games"]
+    paths = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
+    command = [sys.executable, "-m", "convert.make_delta", *paths, "--push_to_hub", "me/games"]
     with hub() as server:
         environment = os.environ | {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    here = {file.name: file.read_bytes() for file in (tmp_path / "delta").iterdir()}
-    assert server.files == here and {"README.md", "model.safetensors", "delta.json", "reclingua.json"} <= set(here)
-    assert {key for path, key in server.asked if "create" in path or "commit" in path} == {f"Bearer {TOKEN}"}
+    files = {file.name: file.read_bytes() for file in (tmp_path / "delta").iterdir()}
+    assert server.files == files and {"README.md", "model.safetensors", "delta.json", "reclingua.json"} <= set(files)
+    assert {key for path, key in server.requests if "create" in path or "commit" in path} == {f"Bearer {TOKEN}"}
     assert f"{tmp_path / 'delta'} -> {server.url}/me/games" in done.stdout
-    assert TOKEN not in done.stdout + done.stderr and not any(TOKEN.encode() in content for content in here.values())
+    assert TOKEN not in done.stdout + done.stderr and not any(TOKEN.encode() in content for content in files.values())
 
 
-@pytest.mark.parametrize("how", ["refuses", "is not there", "is not to be asked"])
-def test_a_push_that_fails_leaves_the_folder(two, tmp_path, refused, monkeypatch, how):
+@pytest.mark.parametrize("failure", ["forbidden", "unreachable", "offline"])
+def test_a_failed_upload_keeps_the_folder(two, tmp_path, refused, monkeypatch, failure):
     base, target = two
-    where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
+    paths = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with hub(refuses=True) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9" if how == "is not there" else server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "is not to be asked")
-        said = refused(make_delta.main, *where, "--push_to_hub", "me/games")
-    assert "error: me/games: did not reach the hub" in said and TOKEN not in said
-    assert f"hf upload me/games {tmp_path / 'delta'}" in said
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9" if failure == "unreachable" else server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", failure == "offline")
+        message = refused(make_delta.main, *paths, "--push_to_hub", "me/games")
+    assert "error: me/games: upload to the hub failed" in message and TOKEN not in message
+    assert f"hf upload me/games {tmp_path / 'delta'}" in message
     assert (tmp_path / "delta" / "model.safetensors").exists() and not server.files
-    assert bool(server.asked) == (how == "refuses")
+    assert bool(server.requests) == (failure == "forbidden")
 
 
-def test_no_push_without_a_name_and_a_token(two, tmp_path, refused, monkeypatch):
+def test_no_upload_without_a_name_and_a_token(two, tmp_path, refused, monkeypatch):
     base, target = two
-    where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
+    paths = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
     monkeypatch.setattr("convert.publish.get_token", lambda: None)
-    assert "needs a token: hf auth login" in refused(make_delta.main, *where, "--hub-repo-id", "me/games")
-    assert "is no name of a repository" in refused(make_delta.main, *where, "--push_to_hub", "me/ga mes/")
+    assert "needs a token: hf auth login" in refused(make_delta.main, *paths, "--hub-repo-id", "me/games")
+    assert "is no valid repository name" in refused(make_delta.main, *paths, "--push_to_hub", "me/ga mes/")
     assert not (tmp_path / "delta").exists()
 
 
@@ -124,9 +129,9 @@ def card_of(folder):
 
 
 def test_the_card(two, script, tmp_path, monkeypatch):
-    """Metrics come from the results of this very model, or from those that are named."""
+    """Metrics come from the results of the same model, or from --results_file."""
     base, target = two
-    made(script, base, target, tmp_path / "bare")
+    run_make_delta(script, base, target, tmp_path / "bare")
     about, text = card_of(tmp_path / "bare")
     assert about["base_model"] == "base" and about["library_name"] == "transformers"
     assert about["tags"] == ["recommendation", "reclingua", "lcrec", "delta-weights"]
@@ -138,10 +143,10 @@ def test_the_card(two, script, tmp_path, monkeypatch):
     content = {"mean_results": {"hit@10": 0.25, "ndcg@10": 0.125}, "arguments": {"ckpt_path": str(tmp_path / "other")}}
     results.write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
-    made(script, base, target, tmp_path / "others")
+    run_make_delta(script, base, target, tmp_path / "others")
     assert "model-index" not in card_of(tmp_path / "others")[0]
     results.write_text(json.dumps(content | {"arguments": {"ckpt_path": "target"}}))
-    made(script, base, target, tmp_path / "its-own")
+    run_make_delta(script, base, target, tmp_path / "its-own")
     about, text = card_of(tmp_path / "its-own")
     measured = about["model-index"][0]["results"][0]
     assert measured["dataset"]["name"] == "Games"
@@ -150,8 +155,8 @@ def test_the_card(two, script, tmp_path, monkeypatch):
 
     named = tmp_path / "preferences.json"
     named.write_text(json.dumps({"test": {"auc": 0.7, "uauc": None, "samples": 9}}))
-    where = ("--base-model-path", base, "--delta-path", tmp_path / "bare", "--target-model-path", tmp_path / "merged")
-    code, _, error = script(merge_delta.main, *where, "--results_file", named)
+    paths = ("--base-model-path", base, "--delta-path", tmp_path / "bare", "--target-model-path", tmp_path / "merged")
+    code, _, error = script(merge_delta.main, *paths, "--results_file", named)
     assert code == 0, error
     about, text = card_of(tmp_path / "merged")
     assert "| auc | 0.7000 |" in text and "merge_delta" not in text
@@ -159,19 +164,19 @@ def test_the_card(two, script, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, message",
     [({"users": 3}, "should be results of test.py"), ({"test": {"auc": "x"}}, "auc should be a number")],
 )
-def test_results_that_are_none(two, refused, tmp_path, content, said):
+def test_invalid_results_files(two, refused, tmp_path, content, message):
     base, target = two
     (tmp_path / "r.json").write_text(json.dumps(content))
-    where = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
-    assert said in refused(make_delta.main, *where, "--results_file", tmp_path / "r.json")
-    assert "no such file" in refused(make_delta.main, *where, "--results_file", tmp_path / "none.json")
+    paths = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
+    assert message in refused(make_delta.main, *paths, "--results_file", tmp_path / "r.json")
+    assert "no such file" in refused(make_delta.main, *paths, "--results_file", tmp_path / "none.json")
     assert not (tmp_path / "delta").exists()
 
 
-def test_what_a_base_is_called():
+def test_public_names():
     assert public_name("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0f1e") == "Qwen/Qwen3-0.6B"
     assert public_name("/home/me/llama-7b/") == "llama-7b"
     assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"

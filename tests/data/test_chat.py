@@ -1,4 +1,4 @@
-"""A chat model that runs here: answers that depend on the question alone; an endpoint that never ends its reply."""
+"""Local chat model: answers do not depend on the batch; an endpoint whose response never ends."""
 
 import time
 
@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from data import chat, intentions
 from data.chat import Endpoint, LocalChat, Question, Sampling
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.utils.errors import InputError
-from tests.helpers.chat_server import Handler, serving, wise
+from tests.helpers.chat_server import Handler, answer_from_prompt, run_server
 from tests.helpers.models import make_model, make_tokenizer
 
 
@@ -25,98 +25,100 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def answers_of(model, questions):
-    found = {}
-    model.ask(questions, lambda at, answer: found.update({questions[at]: answer}))
-    return found
+def collect_answers(model, questions):
+    answers = {}
+    model.ask(questions, lambda index, answer: answers.update({questions[index]: answer}))
+    return answers
 
 
-def test_an_answer_does_not_depend_on_what_shares_its_batch(tiny):
+def test_an_answer_does_not_depend_on_its_batch(tiny):
     questions = [Question("A user had these items. " * (1 + i % 3) + str(i), attempt=i % 2) for i in range(9)]
     sampling = Sampling(max_new_tokens=12)
-    together = answers_of(LocalChat(tiny, sampling, batch_size=4), questions)
-    assert together == answers_of(LocalChat(tiny, sampling, batch_size=1), questions[::-1])
+    together = collect_answers(LocalChat(tiny, sampling, batch_size=4), questions)
+    assert together == collect_answers(LocalChat(tiny, sampling, batch_size=1), questions[::-1])
     assert len(together) == 9 and len({answer.text for answer in together.values()}) > 5
 
 
-def test_seeds_and_attempts_change_the_draw_and_nothing_else_does(tiny):
+def test_only_seed_and_attempt_change_a_sampled_answer(tiny):
     model = LocalChat(tiny, Sampling(max_new_tokens=12))
     questions = [Question("A user had these items.", attempt) for attempt in range(3)]
-    first = answers_of(model, questions)
+    first = collect_answers(model, questions)
     torch.manual_seed(7)
-    assert first == answers_of(model, questions) and len({answer.text for answer in first.values()}) == 3
+    assert first == collect_answers(model, questions) and len({answer.text for answer in first.values()}) == 3
     model.sampling = Sampling(max_new_tokens=12, seed=1)
-    other = answers_of(model, questions)
+    other = collect_answers(model, questions)
     assert other[questions[0]] == first[questions[0]] and other[questions[1]] != first[questions[1]]
 
 
-def test_whether_an_answer_is_complete_is_known(tiny):
+def test_answers_are_marked_as_complete_or_cut_off(tiny):
     model = LocalChat(tiny, Sampling(max_new_tokens=6))
     question = Question("A user had these items.")
-    assert not answers_of(model, [question])[question].complete
+    assert not collect_answers(model, [question])[question].is_complete
     prompt = torch.tensor([model._encode(question.prompt)])
     model.model.generation_config.eos_token_id = [
         2, model.model.generate(prompt, attention_mask=prompt * 0 + 1, max_new_tokens=6, do_sample=False)[0, -2].item()
     ]  # fmt: skip
-    assert answers_of(model, [question])[question].complete
+    assert collect_answers(model, [question])[question].is_complete
 
 
-def test_draws_follow_the_models_probabilities():
+def test_samples_follow_the_probabilities_of_the_model():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     scores = probabilities.log().repeat(4000, 1)
-    drawn = chat._Draw([(1.0, seed) for seed in range(4000)])(torch.zeros(4000, 1, dtype=torch.long), scores)
-    shares = torch.bincount(drawn.argmax(dim=1), minlength=4) / 4000
-    # The least likely is beyond nine tenths.
+    sampler = chat._GumbelSampler([(1.0, seed) for seed in range(4000)])
+    samples = sampler(torch.zeros(4000, 1, dtype=torch.long), scores).argmax(dim=1)
+    shares = torch.bincount(samples, minlength=4) / 4000
+    # The least likely token is outside the nucleus of 0.9.
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03) and shares[3] == 0
     scores = probabilities.log().repeat(2, 1)
-    assert torch.equal(chat._Draw([(0.0, 1), (0.0, 2)])(torch.zeros(2, 1, dtype=torch.long), scores.clone()), scores)
+    greedy = chat._GumbelSampler([(0.0, 1), (0.0, 2)])
+    assert torch.equal(greedy(torch.zeros(2, 1, dtype=torch.long), scores.clone()), scores)
 
 
-def test_a_reply_that_drips_is_given_up():
-    class Drips(Handler):
+def test_slow_response_times_out():
+    class SlowHandler(Handler):
         def do_POST(self):
             self.send_response(200)
             self.end_headers()
             while not self.server.released.wait(0.05):
                 self.wfile.write(b" ")
 
-    with serving(wise) as server:
-        server.RequestHandlerClass = Drips
-        begun = time.monotonic()
-        with pytest.raises(InputError, match="no reply within 0.3 seconds"):
+    with run_server(answer_from_prompt) as server:
+        server.RequestHandlerClass = SlowHandler
+        started = time.monotonic()
+        with pytest.raises(InputError, match="no response within 0.3 seconds"):
             Endpoint(server.url, "m", Sampling(), timeout=0.3, retries=0).ask([Question("x")], print)
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - started < 3
 
 
-def test_long_texts_and_histories_are_cut_to_the_models_context(toy, edit, tiny):
+def test_long_texts_and_histories_are_truncated_to_the_context(toy, edit, tiny):
     edit("item", lambda item: {i: {"title": f"Toy {i} " * 50, "description": "x" * 5000} for i in item})
-    dataset = open_dataset(toy, "toy", ["items"])
+    dataset = open_interactions(toy, "toy", ["items"])
     prompts = intentions.read_prompts(intentions.LCREC_PROMPT_FILE, intentions.FIELDS)
     planner = intentions.Planner(dataset, prompts, LocalChat(tiny, Sampling()), 20)
-    requests = [request for asked in planner.plan(["0", "1"]).values() for request in asked]
+    requests = [request for section in planner.plan(["0", "1"]).values() for request in section]
     assert all(len(planner.chat._encode(request.prompt)) + 64 <= 512 for request in requests)
-    assert 0 < planner.cut <= len(requests)
-    planner.chat.context = 80
-    with pytest.raises(InputError, match="the phrasing of 'general' leaves no room"):
+    assert 0 < planner.num_truncated <= len(requests)
+    planner.chat.context_length = 80
+    with pytest.raises(InputError, match="'general' exceeds the model's context"):
         planner.plan(["0"])
 
 
-def test_a_model_that_talks_nonsense_is_survived(script, toy, tiny, tmp_path):
-    where = ("--dataset", "toy", "--data_path", toy, "--output", tmp_path / "toy.user.json")
-    code, out, error = script(intentions.main, *where, "--model", tiny, "--users", 2, "--max_his_len", 3)
+def test_invalid_responses_are_handled(script, toy, tiny, tmp_path):
+    paths = ("--dataset", "toy", "--data_path", toy, "--output", tmp_path / "toy.user.json")
+    code, out, error = script(intentions.main, *paths, "--model", tiny, "--users", 2, "--max_his_len", 3)
     assert code in (0, 2) and "Traceback" not in error
     assert " texts for 2 users" in out
     assert code == 0 or "no answer of" in error
 
 
-def test_a_model_without_a_chat_template_is_refused(workshop):
+def test_a_model_without_a_chat_template_is_rejected(workshop):
     with pytest.raises(InputError, match="has no chat template"):
         LocalChat(workshop / "base", Sampling())
 
 
-def test_a_template_that_fails_is_refused(tiny, tmp_path):
+def test_a_chat_template_that_fails_is_rejected(tiny, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="its chat template takes no message of a user"):
+    with pytest.raises(InputError, match="chat template accepts no user message"):
         LocalChat(tmp_path, Sampling())

@@ -1,4 +1,4 @@
-"""A chat model's answers: what is made of them, which ones pass, and the journal that keeps them."""
+"""Answers of a chat model: cleaning, reasons of rejection, and the journal."""
 
 import pytest
 from hypothesis import given
@@ -22,18 +22,18 @@ CLEAN = {
 
 @pytest.mark.parametrize("answer", CLEAN)
 def test_answers_are_cleaned(answer):
-    assert clean_answer(answer, complete=True) == CLEAN[answer]
+    assert clean_answer(answer, is_complete=True) == CLEAN[answer]
 
 
 def test_an_answer_that_was_cut_off_ends_with_its_last_sentence():
-    assert clean_answer("A light. It is for wor", complete=False) == "A light."
-    assert clean_answer("A light for wor", complete=False) == ""
-    assert clean_answer("A light for work\n\nIt is ma", complete=False) == "A light for work"
+    assert clean_answer("A light. It is for wor", is_complete=False) == "A light."
+    assert clean_answer("A light for wor", is_complete=False) == ""
+    assert clean_answer("A light for work\n\nIt is ma", is_complete=False) == "A light for work"
 
 
 LAMP = Request("Product: Acme G7 Lamp (Seven). Bright.\nWhat is it that you see here, in a few words?",
                "Product: {item}\nWhat is it that you see here, in a few words?", "Acme G7 Lamp (Seven)")  # fmt: skip
-FAULTS = {
+REASONS = {
     "Something bright for the night.": None,
     "A lamp by somebody.": None,
     "I want the acme g7, lamp.": "names the item",
@@ -43,55 +43,55 @@ FAULTS = {
     "": "empty or too short",
     "Hm.": "empty or too short",
     "!!!!!!!!!!!!!!!": "empty or too short",
-    "Something br\ufffdght for the night.": "cannot be read",
+    "Something br\ufffdght for the night.": "not decodable",
     "bright " * 100: "too long",
     "Well, what is it that you see here, in a hut?": "repeats the prompt",
     "what is it that you see": "repeats the prompt",
-    "made with shot made with shot made with shot": "goes round in circles",
+    "made with shot made with shot made with shot": "repeats itself",
 }
 
 
-@pytest.mark.parametrize("text", FAULTS)
-def test_answers_are_checked(text):
-    assert rejection_reason(text, LAMP) == FAULTS[text]
+@pytest.mark.parametrize("text", REASONS)
+def test_invalid_answers_are_rejected(text):
+    assert rejection_reason(text, LAMP) == REASONS[text]
 
 
 @given(before=st.text(max_size=30), title=st.text(min_size=1, max_size=60), after=st.text(max_size=30))
-def test_a_title_told_as_it_is_never_passes(before, title, after):
+def test_an_answer_with_the_title_is_always_rejected(before, title, after):
     if any(c.isalnum() for c in title):
-        text = clean_answer(f"{before} {title} {after}", complete=True)
+        text = clean_answer(f"{before} {title} {after}", is_complete=True)
         if title in text:
-            assert rejection_reason(text, Request("prompt", "phrasing", title)) is not None
+            assert rejection_reason(text, Request("prompt", "template", title)) is not None
 
 
-def test_refused_answers_are_remembered(tmp_path):
-    request = Request("prompt", "phrasing")
+def test_rejected_answers_are_kept(tmp_path):
+    request = Request("prompt", "template")
     for _ in range(2):
         with ResponseCache(tmp_path / "journal", {"model": "m"}) as journal:
             journal.add(request, "", "too long")
     with ResponseCache(tmp_path / "journal", {"model": "m"}) as journal:
-        assert journal.refused[request.key] == 2 and journal.faults == {"too long": 2} and len(journal) == 2
+        assert journal.num_rejected[request.key] == 2 and journal.reasons == {"too long": 2} and len(journal) == 2
         assert journal.is_done(request, 2) and not journal.is_done(request, 3)
 
 
-def test_a_journal_is_one_runs_own(tmp_path):
+def test_a_journal_is_locked_by_its_run(tmp_path):
     with ResponseCache(tmp_path / "journal", {"model": "m"}):
         with pytest.raises(InputError, match="another run is writing to it"), ResponseCache(tmp_path / "journal", {}):
             pass
-    assert list(tmp_path.iterdir()) == []  # nothing to keep
+    assert list(tmp_path.iterdir()) == []  # an empty journal is deleted
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"model": "other", "seed": 1}\n', "was begun with other model; go on with those, or delete the file"),
-        ("my diary\n", "line 1 is not one of a journal"),
-        ('{"model": "m", "seed": 1}\n{"of": "x"}\n', "line 2 is not one of a journal"),
-        ('{"model": "m", "seed": 1}\n{"of": 1, "text": "x"}\n', "line 2 is not one of a journal"),
-        ('{"model": "m", "seed": 1}\n{"of": "x", "text": "y"}\n\0\0\n', "line 3 is not one of a journal"),
+        ('{"model": "other", "seed": 1}\n', "was made with other model; use the same, or delete the file"),
+        ("my diary\n", "line 1 is no journal entry"),
+        ('{"model": "m", "seed": 1}\n{"request": "x"}\n', "line 2 is no journal entry"),
+        ('{"model": "m", "seed": 1}\n{"request": 1, "text": "x"}\n', "line 2 is no journal entry"),
+        ('{"model": "m", "seed": 1}\n{"request": "x", "text": "y"}\n\0\0\n', "line 3 is no journal entry"),
     ],
 )
-def test_other_journals_are_refused(tmp_path, content, message):
+def test_other_journals_are_rejected(tmp_path, content, message):
     path = tmp_path / "journal"
     path.write_text(content)
     with pytest.raises(InputError, match=message), ResponseCache(path, {"model": "m", "seed": 1}):
@@ -100,13 +100,13 @@ def test_other_journals_are_refused(tmp_path, content, message):
 
 
 @given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
-def test_any_journal_is_read_or_refused(tmp_path_factory, content):
+def test_any_journal_is_read_or_rejected(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("journal") / "journal"
     path.write_bytes(b'{"model": "m"}\n' + content)
     try:
         with ResponseCache(path, {"model": "m"}) as journal:
-            journal.add(Request("prompt", "phrasing"), "text", None)
+            journal.add(Request("prompt", "template"), "text", None)
     except InputError:
         return
-    with ResponseCache(path, {"model": "m"}) as again:
-        assert again.texts == journal.texts
+    with ResponseCache(path, {"model": "m"}) as reopened:
+        assert reopened.texts == journal.texts

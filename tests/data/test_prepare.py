@@ -1,4 +1,4 @@
-"""Raw files of every source -> a dataset: what is read, left out and refused, and that nothing else ever happens."""
+"""Raw files of every source -> dataset: reading, filtering, bad input, and fuzzing."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from data import prepare
 from data.cleaning import clean_text, natural_title
 from data.filtering import filter_core
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.ratings import open_ratings
 
 # ---- RecBole files ----
@@ -53,15 +53,15 @@ def test_prepare_replaces_all_files_or_none(tmp_path, script, refused):
     write_atomic(tmp_path / "raw", [(u, i, i) for u in (1, 2) for i in (1, 2, 3)], MOVIES)
     flags = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path, "--min_interactions", 1)
     assert script(prepare.main, *flags)[0] == 0
-    before = (tmp_path / "mini/mini.inter.json").read_bytes()
+    content = (tmp_path / "mini/mini.inter.json").read_bytes()
     (tmp_path / "mini/mini.item2id").unlink()
     (tmp_path / "mini/mini.item2id").mkdir()
     write_atomic(tmp_path / "raw", [(u, i, -i) for u in (1, 2) for i in (1, 2, 3)], MOVIES)
     assert "mini.item2id: is a folder" in refused(prepare.main, *flags)
-    assert (tmp_path / "mini/mini.inter.json").read_bytes() == before
+    assert (tmp_path / "mini/mini.inter.json").read_bytes() == content
 
 
-def test_prepare_refuses_bad_raw_files(tmp_path, refused):
+def test_bad_raw_files_are_rejected(tmp_path, refused):
     raw = tmp_path / "raw"
     flags = ("--dataset", "mini", "--raw_path", raw, "--data_path", tmp_path / "out", "--min_interactions", 1)
     assert "mini.inter: no such file" in refused(prepare.main, *flags)
@@ -98,14 +98,14 @@ def test_text_is_cleaned(text):
 
 
 @given(st.text(st.sampled_from("<>&;/!-ab #x1script \n"), max_size=200))
-def test_clean_text_stays_as_it_is(text):
+def test_cleaned_text_is_clean(text):
     once = clean_text(text)
     assert once == " ".join(once.split())
     assert "<script>" not in once and "&amp;" not in once
 
 
 @pytest.mark.parametrize("piece", ["<", "<script", "<!--", "&amp;", "&", "<b ", "</script>", "<!"])
-def test_cleaning_long_text_takes_no_time(piece):
+def test_cleaning_long_text_is_fast(piece):
     started = time.monotonic()
     clean_text(piece * 50_000)
     assert time.monotonic() - started < 5
@@ -116,7 +116,7 @@ def test_titles_read_naturally():
     assert natural_title("Me, Myself") == "Me, Myself" and natural_title("") == ""
 
 
-# ---- Every source, told the same ----
+# ---- The same ratings in the format of every source ----
 
 USERS, ITEMS = ("Ann", "Bob", "Cy"), ("i1", "i2", "i3", "i4")
 WHEN = 1_500_000_000
@@ -206,12 +206,12 @@ def source(request):
     return request.param
 
 
-def flags(tmp_path, source, where, *more):
+def flags(tmp_path, source, raw_flags, *more):
     start = ("--source", source.split()[0], "--dataset", "D", "--data_path", tmp_path / "out")
-    return *start, *where, "--min_interactions", 1, *more
+    return *start, *raw_flags, "--min_interactions", 1, *more
 
 
-def outcome(tmp_path):
+def read_output(tmp_path):
     folder = tmp_path / "out/D"
     inter, item = (json.loads((folder / f"D.{name}.json").read_text()) for name in ("inter", "item"))
     return inter, {key: record["title"] for key, record in item.items()}, (folder / "D.user2id").read_text()
@@ -220,24 +220,24 @@ def outcome(tmp_path):
 def test_every_source_gives_the_same(tmp_path, script, source):
     code, out, error = script(prepare.main, *flags(tmp_path, source, WRITERS[source](tmp_path / "raw")))
     assert code == 0, error
-    inter, titles, users = outcome(tmp_path)
+    inter, titles, users = read_output(tmp_path)
     assert inter == {str(u): ["0", "1", "2", "3"] for u in range(3)}
     assert titles == {str(i): f"Thing {item} & more" for i, item in enumerate(ITEMS)}
     assert users == "Ann\t0\nBob\t1\nCy\t2\n"
-    assert "12 ratings read, 12 kept" in out and "left out" not in out
+    assert "12 ratings read, 12 kept" in out and "dropped" not in out
     assert "users 3   items 4   density 100.00%" in out and "min 4, median 4, mean 4.0, max 4" in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["D"]
-    assert open_dataset(tmp_path / "out", "D", ["items"]).test_users == ["0", "1", "2"]
+    assert open_interactions(tmp_path / "out", "D", ["items"]).test_users == ["0", "1", "2"]
 
 
 def test_every_source_gives_preferences(tmp_path, script, source):
     month = 86400 * 31
     rows = [(user, item, 4 + n % 2, WHEN + n // 4 * month) for n, (user, item, _, _) in enumerate(ROWS)]
     again = [(*rows[1][:3], WHEN + month), (*rows[2][:2], 5, WHEN + 2 * month)]
-    where = WRITERS[source](tmp_path / "raw", [*rows, *again])
+    raw_flags = WRITERS[source](tmp_path / "raw", [*rows, *again])
     task = ("--task", "preference", "--months", 1, 1, 1, "--liked_above", 4, "--start", "2017-07-01")
-    code, out, error = script(prepare.main, *flags(tmp_path, source, where, *task))
-    assert code == 0 and "left out: 2 ratings of what the user had rated before" in out, error
+    code, out, error = script(prepare.main, *flags(tmp_path, source, raw_flags, *task))
+    assert code == 0 and "dropped: 2 ratings of items that the user had rated before" in out, error
     parts = open_ratings(tmp_path / "out", "D").parts
     assert {part: rows["label"] for part, rows in parts.items()} == dict.fromkeys(parts, [0, 1, 0, 1])
     assert parts["train"]["his"] == [[], [], [2], [2]] and parts["test"]["not_cold"] == [0] * 4
@@ -248,62 +248,74 @@ def test_ids_do_not_depend_on_the_order_of_lines(tmp_path, script, source, shuff
     rows = random.Random(shuffle).sample(ROWS, len(ROWS))
     titles = dict(reversed(TITLES.items()))
     assert script(prepare.main, *flags(tmp_path, source, WRITERS[source](tmp_path / "raw", rows, titles)))[0] == 0
-    inter, titles, _ = outcome(tmp_path)
+    inter, titles, _ = read_output(tmp_path)
     assert inter == {str(u): ["0", "1", "2", "3"] for u in range(3)} and titles["3"] == "Thing i4 & more"
 
 
-def test_what_is_there_twice_counts_once(tmp_path, script, source):
+def test_duplicates_count_once(tmp_path, script, source):
     again = (*ROWS[0][:3], WHEN + 99)
-    where = WRITERS[source](tmp_path / "raw", [*ROWS, *[ROWS[0]] * 5000, again])
-    code, out, error = script(prepare.main, *flags(tmp_path, source, where))
-    assert code == 0 and "left out: 5,000 ratings there twice: same user, item and time" in out, error
-    assert outcome(tmp_path)[0]["0"] == ["0", "1", "2", "3", "0"]  # at another time it is another visit
+    raw_flags = WRITERS[source](tmp_path / "raw", [*ROWS, *[ROWS[0]] * 5000, again])
+    code, out, error = script(prepare.main, *flags(tmp_path, source, raw_flags))
+    assert code == 0 and "dropped: 5,000 ratings with user, item and time of another" in out, error
+    assert read_output(tmp_path)[0]["0"] == ["0", "1", "2", "3", "0"]  # the same item at another time is kept
 
 
-def test_days_from_start_to_end_count(tmp_path, script, refused, source):
+def test_start_and_end_limit_the_window(tmp_path, script, refused, source):
     rows = [(u, i, r, WHEN + 86400 * n) for n, (u, i, r, _) in enumerate(ROWS)]  # from 2017-07-14 on, a day each
-    where = WRITERS[source](tmp_path / "raw", rows)
+    raw_flags = WRITERS[source](tmp_path / "raw", rows)
     window = ("--start", "2017-07-16", "--end", "2017-07-23")
-    code, out, error = script(prepare.main, *flags(tmp_path, source, where, *window))
-    assert code == 0 and "left out: 4 ratings from before --start or after --end" in out, error
-    assert outcome(tmp_path)[0] == {"0": ["2", "3"], "1": ["0", "1", "2", "3"], "2": ["0", "1"]}
-    error = refused(prepare.main, *flags(tmp_path, source, where, "--start", "2020-01-01"))
+    code, out, error = script(prepare.main, *flags(tmp_path, source, raw_flags, *window))
+    assert code == 0 and "dropped: 4 ratings before --start or after --end" in out, error
+    assert read_output(tmp_path)[0] == {"0": ["2", "3"], "1": ["0", "1", "2", "3"], "2": ["0", "1"]}
+    error = refused(prepare.main, *flags(tmp_path, source, raw_flags, "--start", "2020-01-01"))
     assert "no ratings from --start to --end; the data has 2017-07-14 to 2017-07-25" in error
 
 
 def test_items_without_a_title(tmp_path, script, refused, source):
-    where = WRITERS[source](tmp_path / "raw", ROWS, {"i1": "One", "i2": "Two", "i3": "<br> "})
+    raw_flags = WRITERS[source](tmp_path / "raw", ROWS, {"i1": "One", "i2": "Two", "i3": "<br> "})
     if source in ("recbole", "movielens", "movielens csv"):
-        assert "item 'i4' has ratings but no line" in refused(prepare.main, *flags(tmp_path, source, where))
+        assert "item 'i4' has ratings but no line" in refused(prepare.main, *flags(tmp_path, source, raw_flags))
         assert not (tmp_path / "out").exists()
     else:
-        code, out, error = script(prepare.main, *flags(tmp_path, source, where))
-        assert code == 0 and "left out: 6 ratings of items without a title" in out, error
-        assert outcome(tmp_path)[1] == {"0": "One", "1": "Two"}
-        where = WRITERS[source](tmp_path / "raw", ROWS, {"other": "One"})
-        assert "has a title for none of the 4 items of" in refused(prepare.main, *flags(tmp_path, source, where))
+        code, out, error = script(prepare.main, *flags(tmp_path, source, raw_flags))
+        assert code == 0 and "dropped: 6 ratings of items without a title" in out, error
+        assert read_output(tmp_path)[1] == {"0": "One", "1": "Two"}
+        raw_flags = WRITERS[source](tmp_path / "raw", ROWS, {"other": "One"})
+        assert "has a title for none of the 4 items of" in refused(prepare.main, *flags(tmp_path, source, raw_flags))
 
 
-STRANGE = ["tab\there", "new\nline", "back\\slash", 'quo"te', "ünï 🎬", "x" * 5000, " ", "a,b;c|d", "NULL", "'", "--"]
+UNUSUAL_IDS = [
+    "tab\there",
+    "new\nline",
+    "back\\slash",
+    'quo"te',
+    "ünï 🎬",
+    "x" * 5000,
+    " ",
+    "a,b;c|d",
+    "NULL",
+    "'",
+    "--",
+]
 
 
 @pytest.mark.parametrize("source", ["amazon2018", "amazon2023", "csv"])
-def test_strange_ids_lose_nothing(tmp_path, script, source):
-    where = WRITERS[source](tmp_path / "raw*[1]/k=v", [(name, "i1", 5, WHEN) for name in STRANGE])
-    code, _, error = script(prepare.main, *flags(tmp_path, source, where))
+def test_unusual_ids_are_kept(tmp_path, script, source):
+    raw_flags = WRITERS[source](tmp_path / "raw*[1]/k=v", [(name, "i1", 5, WHEN) for name in UNUSUAL_IDS])
+    code, _, error = script(prepare.main, *flags(tmp_path, source, raw_flags))
     assert code == 0, error
     lines = (tmp_path / "out/D/D.user2id").read_bytes().decode().removesuffix("\n").split("\n")
-    plain = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
+    unescaped = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
     names = []
     for number, line in enumerate(lines):
-        name, told = line.split("\t")
-        assert told == str(number)
-        pieces = iter(name)
-        names.append("".join(plain[c + next(pieces)] if c == "\\" else c for c in pieces))
-    assert names == sorted(STRANGE)
+        name, number_text = line.split("\t")
+        assert number_text == str(number)
+        letters = iter(name)
+        names.append("".join(unescaped[c + next(letters)] if c == "\\" else c for c in letters))
+    assert names == sorted(UNUSUAL_IDS)
 
 
-# ---- What is refused ----
+# ---- Bad input ----
 
 BAD_ROWS = {
     "no user": (("", "i1", 5, WHEN), "has no user"),
@@ -318,45 +330,45 @@ BAD_ROWS = {
 def test_the_line_of_a_bad_row_is_named(tmp_path, refused, source, case):
     row, message = BAD_ROWS[case]
     if source == "recbole" and "rating" in message:
-        pytest.skip("a RecBole file may lack ratings")
-    where = WRITERS[source](tmp_path / "raw", [*ROWS, row, *ROWS])
-    error = refused(prepare.main, *flags(tmp_path, source, where))
+        pytest.skip("ratings are optional in RecBole files")
+    raw_flags = WRITERS[source](tmp_path / "raw", [*ROWS, row, *ROWS])
+    error = refused(prepare.main, *flags(tmp_path, source, raw_flags))
     line = 13 if source in ("movielens", "amazon2018", "amazon2023") else 14  # after a header
     assert f": line {line}" in error and message in error
     assert not (tmp_path / "out").exists() and [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_units_of_time(tmp_path, script, refused):
-    where = write_amazon2023(tmp_path / "raw", [(u, i, r, t / 1000) for u, i, r, t in ROWS])
+    raw_flags = write_amazon2023(tmp_path / "raw", [(u, i, r, t / 1000) for u, i, r, t in ROWS])
     assert "is no number of milliseconds since 1970; is it in seconds?" in refused(
-        prepare.main, *flags(tmp_path, "amazon2023", where)
+        prepare.main, *flags(tmp_path, "amazon2023", raw_flags)
     )
-    where = write_csv(tmp_path / "raw", [(u, i, r, t * 1000) for u, i, r, t in ROWS])
-    assert "is it in milliseconds?" in refused(prepare.main, *flags(tmp_path, "csv", where))
-    assert script(prepare.main, *flags(tmp_path, "csv", where, "--time_unit", "ms"))[0] == 0
-    inter = outcome(tmp_path)[0]
+    raw_flags = write_csv(tmp_path / "raw", [(u, i, r, t * 1000) for u, i, r, t in ROWS])
+    assert "is it in milliseconds?" in refused(prepare.main, *flags(tmp_path, "csv", raw_flags))
+    assert script(prepare.main, *flags(tmp_path, "csv", raw_flags, "--time_unit", "ms"))[0] == 0
+    inter = read_output(tmp_path)[0]
     days = [(u, i, r, f"2017-07-{n + 1:02d}" + " 10:00:00" * (n % 2)) for n, (u, i, r, _) in enumerate(ROWS)]
     assert script(prepare.main, *flags(tmp_path, "csv", write_csv(tmp_path / "raw", days)))[0] == 0
-    assert outcome(tmp_path)[0] == inter
+    assert read_output(tmp_path)[0] == inter
 
 
-def test_tables_are_told_by_their_header(tmp_path, script, refused):
+def test_delimiters_are_detected_by_the_header(tmp_path, script, refused):
     for delimiter in ",;|\t":
-        where = write_csv(tmp_path / "raw", delimiter=delimiter)
-        assert script(prepare.main, *flags(tmp_path, "csv", where))[0] == 0
-    error = refused(prepare.main, *flags(tmp_path, "csv", where, "--user_column", "whom"))
+        raw_flags = write_csv(tmp_path / "raw", delimiter=delimiter)
+        assert script(prepare.main, *flags(tmp_path, "csv", raw_flags))[0] == 0
+    error = refused(prepare.main, *flags(tmp_path, "csv", raw_flags, "--user_column", "whom"))
     assert "sales.csv: has no column 'whom'; it has stars, who, what, sold" in error
     write(tmp_path / "raw/sales.csv", "\ufeffwho,what,sold,stars,note\n" + 'a,i1,1,5,"x, ""y""\nz"\n\nb,i1,2,5\n')
-    error = refused(prepare.main, *flags(tmp_path, "csv", where))
+    error = refused(prepare.main, *flags(tmp_path, "csv", raw_flags))
     assert "sales.csv: line 5 cannot be read (it has 4 fields, not 5)" in error
 
 
 def test_a_table_without_texts(tmp_path, script, refused):
-    where = write_csv(tmp_path / "raw")
-    assert script(prepare.main, *flags(tmp_path, "csv", where))[0] == 0
-    alone = (*where[:2], *where[6:])
+    raw_flags = write_csv(tmp_path / "raw")
+    assert script(prepare.main, *flags(tmp_path, "csv", raw_flags))[0] == 0
+    alone = (*raw_flags[:2], *raw_flags[6:])
     error = refused(prepare.main, *flags(tmp_path, "csv", alone))
-    assert "D.item.json: is of other data" in error
+    assert "D.item.json: exists, but no --items_path" in error
     (tmp_path / "out/D/D.item.json").unlink()
     assert script(prepare.main, *flags(tmp_path, "csv", alone))[0] == 0
     assert sorted(path.name for path in (tmp_path / "out/D").iterdir()) == ["D.inter.json", "D.item2id", "D.user2id"]
@@ -376,82 +388,82 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("case", BAD_LINES)
 @pytest.mark.parametrize("file", ["D.json", "meta_D.json"])
-def test_lines_that_are_no_json(tmp_path, refused, case, file):
-    where = write_amazon2018(tmp_path / "raw")
+def test_lines_that_are_no_json_objects(tmp_path, refused, case, file):
+    raw_flags = write_amazon2018(tmp_path / "raw")
     with (tmp_path / "raw" / file).open("a") as lines:
         lines.write("\n" + BAD_LINES[case] + "\n{}\n")
     line = 14 if file == "D.json" else 6
-    assert f"{file}: line {line} cannot be read" in refused(prepare.main, *flags(tmp_path, "amazon2018", where))
+    assert f"{file}: line {line} cannot be read" in refused(prepare.main, *flags(tmp_path, "amazon2018", raw_flags))
 
 
-def test_gzip_files_that_are_not_whole(tmp_path, refused):
-    where = write_amazon2023(tmp_path / "raw")
-    whole = (tmp_path / "raw/D.jsonl.gz").read_bytes()
-    for data in (whole[:-4], whole[: len(whole) // 2], b"", b"plain text\n", whole + b"junk"):
+def test_incomplete_gzip_files(tmp_path, refused):
+    raw_flags = write_amazon2023(tmp_path / "raw")
+    complete = (tmp_path / "raw/D.jsonl.gz").read_bytes()
+    for data in (complete[:-4], complete[: len(complete) // 2], b"", b"plain text\n", complete + b"junk"):
         (tmp_path / "raw/D.jsonl.gz").write_bytes(data)
-        assert "D.jsonl.gz: " in refused(prepare.main, *flags(tmp_path, "amazon2023", where))
+        assert "D.jsonl.gz: " in refused(prepare.main, *flags(tmp_path, "amazon2023", raw_flags))
 
 
-def test_a_gzip_file_may_have_several_members(tmp_path, script):
-    where = write_amazon2023(tmp_path / "raw", ROWS[:7])
+def test_gzip_files_can_have_several_members(tmp_path, script):
+    raw_flags = write_amazon2023(tmp_path / "raw", ROWS[:7])
     first = (tmp_path / "raw/D.jsonl.gz").read_bytes()
     write_amazon2023(tmp_path / "raw", ROWS[7:])
     (tmp_path / "raw/D.jsonl.gz").write_bytes(first + (tmp_path / "raw/D.jsonl.gz").read_bytes())
-    assert "12 ratings read" in script(prepare.main, *flags(tmp_path, "amazon2023", where))[1]
+    assert "12 ratings read" in script(prepare.main, *flags(tmp_path, "amazon2023", raw_flags))[1]
 
 
 def test_texts_of_amazon_items(tmp_path, script):
-    where = write_amazon2023(tmp_path / "raw")
-    assert script(prepare.main, *flags(tmp_path, "amazon2023", where))[0] == 0
+    raw_flags = write_amazon2023(tmp_path / "raw")
+    assert script(prepare.main, *flags(tmp_path, "amazon2023", raw_flags))[0] == 0
     item = json.loads((tmp_path / "out/D/D.item.json").read_text())["0"]
     more = {"description": "Red big", "categories": "A, B", "store": ""}
     assert item == {"title": "Thing i1 & more", **more}
-    where = write_amazon2018(tmp_path / "raw", titles=TITLES | {"i4": "var aPageStart = (new Date()).getTime();"})
-    assert "3 ratings of items without a title" in script(prepare.main, *flags(tmp_path, "amazon2018", where))[1]
+    raw_flags = write_amazon2018(tmp_path / "raw", titles=TITLES | {"i4": "var aPageStart = (new Date()).getTime();"})
+    assert "3 ratings of items without a title" in script(prepare.main, *flags(tmp_path, "amazon2018", raw_flags))[1]
     item = json.loads((tmp_path / "out/D/D.item.json").read_text())["0"]
     assert item == {"title": "Thing i1 & more", "description": "Thing i1 & more"}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_movies_in_either_encoding(tmp_path, script, encoding):
-    where = write_movielens1m(tmp_path / "raw")
+    raw_flags = write_movielens1m(tmp_path / "raw")
     movies = "".join(f"{item}::Amélie, La (2001)::War\n" for item in ITEMS)
     (tmp_path / "raw/movies.dat").write_bytes(movies.encode(encoding))
-    assert script(prepare.main, *flags(tmp_path, "movielens", where))[0] == 0
-    assert outcome(tmp_path)[1]["3"] == "La Amélie (2001)"
+    assert script(prepare.main, *flags(tmp_path, "movielens", raw_flags))[0] == 0
+    assert read_output(tmp_path)[1]["3"] == "La Amélie (2001)"
 
 
 def test_empty_files(tmp_path, refused, source):
-    where = WRITERS[source](tmp_path / "raw", [])
-    assert "has no ratings" in refused(prepare.main, *flags(tmp_path, source, where))
+    raw_flags = WRITERS[source](tmp_path / "raw", [])
+    assert "has no ratings" in refused(prepare.main, *flags(tmp_path, source, raw_flags))
     for path in (tmp_path / "raw").iterdir():
         write(path, "")
-        error = refused(prepare.main, *flags(tmp_path, source, where))
-        assert any(what in error for what in ("no ratings", "no column", "no line", "title for none"))
+        error = refused(prepare.main, *flags(tmp_path, source, raw_flags))
+        assert any(problem in error for problem in ("no ratings", "no column", "no line", "title for none"))
         WRITERS[source](tmp_path / "raw")
 
 
 FLAGS = {
     "no folder": (("--source", "csv"), "--source csv needs --raw_path, a file"),
-    "end": (("--task", "preference", "--end", "2020-01-01"), "--end is for --task sequential"),
+    "end": (("--task", "preference", "--end", "2020-01-01"), "--end has no effect with --task preference"),
     "day": (("--end", "2020-13-01"), "--end 2020-13-01: should be a day"),
-    "memory": (("--memory_gb", 0), "--memory_gb 0: should be 0.1 at least"),
-    "like": (("--liked_above", "nan"), "--liked_above nan: should be a number"),
+    "memory": (("--memory_gb", 0), "--memory_gb 0: should be at least 0.1"),
+    "threshold": (("--liked_above", "nan"), "--liked_above nan: should be a number"),
 }
 
 
 @pytest.mark.parametrize("case", FLAGS)
 def test_flags_are_checked(refused, case):
-    given_flags, message = FLAGS[case]
-    assert message in refused(prepare.main, *given_flags)
+    bad_flags, message = FLAGS[case]
+    assert message in refused(prepare.main, *bad_flags)
 
 
 def test_an_interrupted_run_leaves_nothing(heeded, tmp_path):
     rows = [(f"user {n}", f"item {n % 7}", 5, WHEN + n) for n in range(200_000)]
-    where = write_amazon2018(tmp_path / "raw", rows, {f"item {n}": f"Thing {n}" for n in range(7)})
+    raw_flags = write_amazon2018(tmp_path / "raw", rows, {f"item {n}": f"Thing {n}" for n in range(7)})
     reviews = tmp_path / "raw" / "D.json"
-    reviews.write_bytes(reviews.read_bytes() * 10)  # seconds of work: the signal surely comes before its end
-    command = [sys.executable, "-m", "data.prepare", *map(str, flags(tmp_path, "amazon2018", where))]
+    reviews.write_bytes(reviews.read_bytes() * 10)  # seconds of work: the signal arrives before the end
+    command = [sys.executable, "-m", "data.prepare", *map(str, flags(tmp_path, "amazon2018", raw_flags))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob(".prepare-*/*")):
             time.sleep(0.01)
@@ -461,12 +473,12 @@ def test_an_interrupted_run_leaves_nothing(heeded, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-# ---- Anything at all ----
+# ---- Fuzzing ----
 
 
-def tried(main_flags, root):
-    """A run in this process ends well, or with exit code 2 and nothing left behind."""
-    before, sys.argv = sys.argv, ["prepare", *map(str, main_flags)]
+def check_run(main_flags, root):
+    """Run in this process; it must succeed, or end with exit code 2 and leave no files behind."""
+    argv, sys.argv = sys.argv, ["prepare", *map(str, main_flags)]
     try:
         prepare.main()
     except SystemExit as stop:
@@ -475,7 +487,7 @@ def tried(main_flags, root):
     else:
         assert json.loads((root / "out/D/D.inter.json").read_text())
     finally:
-        sys.argv = before
+        sys.argv = argv
     assert not list(root.glob("**/.prepare-*"))
 
 
@@ -497,12 +509,12 @@ VALUES = st.one_of(
 def test_nearly_valid_files(source, data):
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        where = WRITERS[source](root / "raw")
-        kind = VALUES if "amazon" in source else CELLS
-        rows = data.draw(st.lists(st.tuples(kind, kind, kind, kind), max_size=3))
-        titles = data.draw(st.dictionaries(CELLS, kind, max_size=2))
+        raw_flags = WRITERS[source](root / "raw")
+        cells = VALUES if "amazon" in source else CELLS
+        rows = data.draw(st.lists(st.tuples(cells, cells, cells, cells), max_size=3))
+        titles = data.draw(st.dictionaries(CELLS, cells, max_size=2))
         WRITERS[source](root / "raw", [*ROWS, *rows] if data.draw(st.booleans()) else [*rows, *ROWS], TITLES | titles)
-        tried(flags(root, source, where), root)
+        check_run(flags(root, source, raw_flags), root)
 
 
 @settings(max_examples=15, deadline=None)
@@ -511,26 +523,26 @@ def test_nearly_valid_files(source, data):
 def test_any_bytes(source, noise, data):
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        where = WRITERS[source](root / "raw")
+        raw_flags = WRITERS[source](root / "raw")
         path = data.draw(st.sampled_from(sorted((root / "raw").iterdir())))
-        whole = path.read_bytes()
-        at, skip = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, 40))
-        path.write_bytes(data.draw(st.sampled_from([noise, whole[:at] + noise + whole[at + skip :]])))
-        tried(flags(root, source, where), root)
+        content = path.read_bytes()
+        start, skip = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 40))
+        path.write_bytes(data.draw(st.sampled_from([noise, content[:start] + noise + content[start + skip :]])))
+        check_run(flags(root, source, raw_flags), root)
 
 
-# ---- The core, and memory ----
+# ---- The k-core ----
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=60), st.integers(1, 4))
 @settings(max_examples=20, deadline=None)
 def test_k_core_is_a_fixed_point(pairs, k):
     left = list(pairs)
-    while True:  # the definition, one at a time
-        lonely = next((p for p in left if min(sum(q[at] == p[at] for q in left) for at in (0, 1)) < k), None)
-        if lonely is None:
+    while True:  # the definition, one rating at a time
+        rare = next((p for p in left if min(sum(q[side] == p[side] for q in left) for side in (0, 1)) < k), None)
+        if rare is None:
             break
-        left.remove(lonely)
+        left.remove(rare)
     with duckdb.connect() as con:
         con.execute("CREATE TABLE rated (u INTEGER, i INTEGER)")
         if pairs:

@@ -1,4 +1,4 @@
-"""Preference data: what is read and refused, how raw ratings become it, and that the papers' split comes out again."""
+"""Ratings datasets: validation, preparation from raw ratings, and the splits of the papers."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ from tests.helpers.toys import write_preferences
 
 @pytest.fixture
 def liked(tmp_path):
-    """A folder that holds the preference dataset `liked`."""
+    """Folder with the preference dataset `liked`."""
     write_preferences(tmp_path)
     return tmp_path
 
@@ -38,7 +38,7 @@ def test_opens_and_counts(liked):
     assert set(to_numpy(dataset.parts["test"], "label").tolist()) == {0, 1}
 
 
-def test_last_liked_pads_in_front(liked):
+def test_liked_history_is_padded_in_front(liked):
     dataset = open_ratings(liked, "liked")
     test = dataset.parts["test"]
     for part in (
@@ -54,9 +54,9 @@ def test_last_liked_pads_in_front(liked):
             assert liked_history(part, length).tolist() == expected
 
 
-def test_last_liked_of_empty_histories(liked):
+def test_liked_history_of_empty_histories(liked):
     rewrite(liked, "valid", lambda rows: [row | {"his": []} for row in rows])
-    # A column of empty lists alone has no item type of its own in the file.
+    # A column with only empty lists has no element type in the file.
     assert not liked_history(open_ratings(liked, "liked").parts["valid"], 4).any()
 
 
@@ -164,15 +164,15 @@ RATINGS = [  # user, item, rating, when
 WINDOW = ("--start", "2001-01-01", "--months", 2, 1, 1)
 
 
-def prepared(tmp_path, script, *flags):
-    """`script`'s or `refused`'s answer to preparing what `write_movielens` wrote."""
-    where = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path / "out")
-    return script(prepare.main, "--task", "preference", "--source", "movielens", *where, *flags)
+def run_prepare(tmp_path, script, *flags):
+    """Prepare the output of `write_movielens`; return the result of `script` or `refused`."""
+    paths = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path / "out")
+    return script(prepare.main, "--task", "preference", "--source", "movielens", *paths, *flags)
 
 
 def test_prepare_splits_by_time(tmp_path, script):
     write_movielens(tmp_path / "raw", RATINGS)
-    code, out, error = prepared(tmp_path, script, *WINDOW)
+    code, out, error = run_prepare(tmp_path, script, *WINDOW)
     assert code == 0, error
     assert "10 ratings read, 8 kept" in out and "train 2001-01-01 to 2001-02-28" in out
     dataset = open_ratings(tmp_path / "out", "mini")
@@ -192,27 +192,27 @@ def test_prepare_splits_by_time(tmp_path, script):
 
 def test_prepare_takes_the_last_months_by_default(tmp_path, script):
     write_movielens(tmp_path / "raw", RATINGS[:-1])
-    assert "train 2001-01-01 to 2001-02-28" in prepared(tmp_path, script, "--months", 2, 1, 1)[1]
+    assert "train 2001-01-01 to 2001-02-28" in run_prepare(tmp_path, script, "--months", 2, 1, 1)[1]
 
 
 def test_prepare_counts_the_first_rating_of_an_item(tmp_path, script):
     again = [(7, 2, 1, day("2001-02-11")), (7, 2, 4, day("2001-02-10")), (9, 3, 5, day("2001-04-09"))]
     write_movielens(tmp_path / "raw", [*RATINGS, *again])
-    code, out, _ = prepared(tmp_path, script, *WINDOW)
+    code, out, _ = run_prepare(tmp_path, script, *WINDOW)
     assert code == 0 and "13 ratings read, 8 kept" in out
-    assert "left out: 3 ratings of what the user had rated before" in out
+    assert "dropped: 3 ratings of items that the user had rated before" in out
     train = open_ratings(tmp_path / "out", "mini").parts["train"]
     assert train["label"] == [0, 1, 1, 1] and train["his"] == [[], [], [], [3]]
 
 
 def test_prepare_replaces_all_files_or_none(tmp_path, script, refused):
     write_movielens(tmp_path / "raw", RATINGS)
-    prepared(tmp_path, script, *WINDOW)
+    run_prepare(tmp_path, script, *WINDOW)
     folder = tmp_path / "out/mini"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     shutil.move(folder / "item2id", folder / "kept")
     (folder / "item2id").mkdir()
-    assert "item2id: is a folder" in prepared(tmp_path, refused, *WINDOW, "--liked_above", 4)
+    assert "item2id: is a folder" in run_prepare(tmp_path, refused, *WINDOW, "--liked_above", 4)
     (folder / "item2id").rmdir()
     shutil.move(folder / "kept", folder / "item2id")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -228,7 +228,7 @@ def test_half_months():
     ]
 
 
-REFUSED = {
+REJECTED = {
     "no ratings there": (("--start", "1990-01-01"), "no ratings 1990-01-01 to 1991-08-31; the data has 2000-12-31"),
     "empty part": (
         ("--start", "2001-01-01", "--months", 1, 1, 9),
@@ -237,33 +237,33 @@ REFUSED = {
     "threshold": ((*WINDOW, "--liked_above", 5), "has only ratings up to 5"),
     "no day": (("--start", "in May"), "--start in May: should be a day"),
     "months": (("--months", 1, 0, 1), "--months 1 0 1: should be above 0"),
-    "half months": (("--months", 1, 0.5, 1), "--months with parts of a month needs --start"),
+    "half months": (("--months", 1, 0.5, 1), "--months with fractions needs --start"),
     "far day": (("--start", "9999-12-31"), "--start 9999-12-31: should be a day"),
     "core": ((*WINDOW, "--min_interactions", 9), "the 9-core is empty"),
-    "k": (("--min_interactions", 0), "--min_interactions 0: should be 1 at least"),
+    "k": (("--min_interactions", 0), "--min_interactions 0: should be at least 1"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_prepare_refuses(tmp_path, refused, case):
-    flags, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_bad_input_is_rejected(tmp_path, refused, case):
+    flags, message = REJECTED[case]
     write_movielens(tmp_path / "raw", RATINGS)
-    error = prepared(tmp_path, refused, *flags)
+    error = run_prepare(tmp_path, refused, *flags)
     assert message in error and not (tmp_path / "out").exists()
 
 
-def test_prepare_refuses_bad_movielens_lines(tmp_path, refused):
-    assert "has none of ratings.dat, ratings.csv" in prepared(tmp_path, refused)
+def test_bad_movielens_lines_are_rejected(tmp_path, refused):
+    assert "has none of ratings.dat, ratings.csv" in run_prepare(tmp_path, refused)
     write_movielens(tmp_path / "raw", [*RATINGS, (1, 2)])
-    assert "ratings.dat: line 11 cannot be read (it has 2 fields, not 4)" in prepared(tmp_path, refused)
+    assert "ratings.dat: line 11 cannot be read (it has 2 fields, not 4)" in run_prepare(tmp_path, refused)
     for rating in ("good", "", "inf"):
         write_movielens(tmp_path / "raw", [*RATINGS, (1, 2, rating, 5)])
-        assert "ratings.dat: line 11 has no numeric rating" in prepared(tmp_path, refused)
+        assert "ratings.dat: line 11 has no numeric rating" in run_prepare(tmp_path, refused)
     write_movielens(tmp_path / "raw", [*RATINGS, (1, 2, 5, 981763200000)])
-    assert "timestamp 981763200000 is no number of seconds" in prepared(tmp_path, refused)
+    assert "timestamp 981763200000 is no number of seconds" in run_prepare(tmp_path, refused)
     write_movielens(tmp_path / "raw", RATINGS)
     (tmp_path / "raw/movies.dat").write_text(ITEMS.replace("Film 2, The (1952)", " "))
-    assert "item '2' has no title" in prepared(tmp_path, refused, *WINDOW)
+    assert "item '2' has no title" in run_prepare(tmp_path, refused, *WINDOW)
 
 
 def write_amazon(folder, reviews, metadata, compress=True):
@@ -284,7 +284,7 @@ METADATA = [{"asin": f"B{i}", "title": f"Book {i}", "description": ["A", "book."
 AMAZON = ("--task", "preference", "--source", "amazon2018", "--dataset", "Books", *WINDOW)
 
 
-def test_sequences_need_no_ratings_but_preferences_do(tmp_path, script, refused):
+def test_ratings_are_optional_for_sequences_only(tmp_path, script, refused):
     (tmp_path / "raw").mkdir()
     rows = "".join(f"{u}\t{i}\t{'' if u == i else 4}\t{i}\n" for u in range(1, 4) for i in range(1, 4))
     (tmp_path / "raw/mini.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + rows)
@@ -302,7 +302,7 @@ def test_prepare_reads_amazon_reviews(tmp_path, script, compress):
     no_title = {"asin": "B3", "title": "", "description": []}
     write_amazon(tmp_path / "raw", REVIEWS, [*METADATA[:2], no_title, *METADATA[3:]], compress)
     code, _, error = script(prepare.main, *AMAZON, "--raw_path", tmp_path / "raw", "--data_path", tmp_path)
-    assert code == 2 and "train" in error  # without book 3 nothing in train was disliked
+    assert code == 2 and "train" in error  # without book 3 train has no dislikes
     code, out, error = script(
         prepare.main, *AMAZON, "--liked_above", 4, "--raw_path", tmp_path / "raw", "--data_path", tmp_path
     )
@@ -313,7 +313,7 @@ def test_prepare_reads_amazon_reviews(tmp_path, script, compress):
     assert {part: len(rows) for part, rows in dataset.parts.items()} == {"train": 2, "valid": 2, "test": 2}
 
 
-def test_prepare_refuses_bad_amazon_files(tmp_path, refused):
+def test_bad_amazon_files_are_rejected(tmp_path, refused):
     raw = tmp_path / "raw"
     flags = (*AMAZON, "--raw_path", raw, "--data_path", tmp_path / "out")
     assert "has none of Books.json.gz" in refused(prepare.main, *flags)
@@ -326,8 +326,8 @@ def test_prepare_refuses_bad_amazon_files(tmp_path, refused):
     write_amazon(raw, [*REVIEWS, REVIEWS[0] | {"overall": None}], METADATA)
     assert "line 11 has no numeric rating" in refused(prepare.main, *flags)
     write_amazon(raw, REVIEWS, METADATA)
-    whole = (raw / "Books.json.gz").read_bytes()
-    (raw / "Books.json.gz").write_bytes(whole[: len(whole) // 2])
+    content = (raw / "Books.json.gz").read_bytes()
+    (raw / "Books.json.gz").write_bytes(content[: len(content) // 2])
     assert "Books.json.gz: line" in refused(prepare.main, *flags)
     write_amazon(raw, [*REVIEWS, REVIEWS[0] | {"unixReviewTime": 10**400}], METADATA)
     assert "Books.json.gz: line 11 has no numeric timestamp" in refused(prepare.main, *flags)
@@ -337,8 +337,8 @@ def test_prepare_refuses_bad_amazon_files(tmp_path, refused):
     assert "meta_Books.json.gz: has a title for none of the 5 items" in refused(prepare.main, *flags)
 
 
-def test_the_papers_split_comes_out_of_its_ratings(shared, tmp_path):
-    """Train, valid and test written as one raw file: every row, history and cold mark comes out as published."""
+def test_the_split_of_the_papers_is_reproduced(shared, tmp_path):
+    """Train, valid and test written as one raw file: all rows, histories and cold marks equal the published ones."""
     published = open_ratings(shared / "data", "ml-1m")
     ratings = pd.concat([rows.to_pandas() for rows in published.parts.values()])
     ratings = ratings.sort_values("timestamp", kind="stable")  # ties of a user stay in order
@@ -356,7 +356,7 @@ def test_the_papers_split_comes_out_of_its_ratings(shared, tmp_path):
     assert ours.sha256() == published.sha256()
 
 
-def test_ml_100k_as_preferences(tmp_path):
+def test_ratings_of_ml_100k(tmp_path):
     window = ("--months", 4, 1.5, 1.5, "--start", "1997-10-01")
     flags = ("--task", "preference", "--dataset", "ml-100k", "--data_path", tmp_path, *window)
     run_main(prepare.main, *flags)

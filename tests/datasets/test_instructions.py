@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 from reclingua.datasets.collators import IGNORE, CausalLMCollator, encode_prompt, prompt_batch
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
-from reclingua.datasets.tasks import held_out_samples, seqrec_task, stretch, train_samples
+from reclingua.datasets.tasks import held_out_samples, history_segment, seqrec_task, train_samples
 from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError
 from tests.helpers.models import make_tokenizer
 
 
 def build(toy, targets, bos=False, part="train", his_sep=", ", **kwargs):
-    dataset = open_dataset(toy, "toy", ["index"])
+    dataset = open_interactions(toy, "toy", ["index"])
     tokenizer = make_tokenizer(bos)
     tokenizer.add_tokens(code_tokens(dataset.index))
     task = seqrec_task(targets)
@@ -62,7 +62,7 @@ def test_whole_samples_learn_everything_if_asked(toy):
 def test_stretches_make_each_item_a_target_once(length, size, shift):
     items = list(range(length))
     parts = -(-(length - 1) // size)
-    stretches = [stretch(items, part, parts, size, shift) for part in range(parts)]
+    stretches = [history_segment(items, part, parts, size, shift) for part in range(parts)]
     assert Counter(item for one in stretches for item in one[1:]) == Counter(items[1:])
     assert all(2 <= len(one) <= size + 1 for one in stretches)
 
@@ -95,11 +95,11 @@ def test_a_history_is_asked_as_it_was_learned(toy, his_sep, add_prefix):
     template = instructions.prompts["seqrec_history"][0]
     items = ["<a_0><b_0>", "<a_1><b_1>", "<a_2><b_2>"]
     row = instructions.samples[0] | {"history": ["0", "4"], "item": "8"}
-    prompt = instructions.tokenizer(instructions.prompt(row, template)).input_ids
-    whole = instructions._whole(items, template)
+    prompt = instructions.tokenizer(instructions.render_prompt(row, template)).input_ids
+    whole = instructions._encode_history(items, template)
     assert whole["input_ids"][: len(prompt)] == prompt
-    assert instructions.answered(row, template)["input_ids"] == whole["input_ids"]
-    assert instructions.answered(row, template)["labels"][-2:] == whole["labels"][-2:] == whole["input_ids"][-2:]
+    assert instructions.encode(row, template)["input_ids"] == whole["input_ids"]
+    assert instructions.encode(row, template)["labels"][-2:] == whole["labels"][-2:] == whole["input_ids"][-2:]
 
 
 def test_phrasings_depend_on_seed_and_epoch_alone(toy):
@@ -143,7 +143,7 @@ def test_batches_are_padded_and_masked(toy):
 
 
 def test_sample_num_draws_that_many(toy):
-    dataset = open_dataset(toy, "toy", ["index"])
+    dataset = open_interactions(toy, "toy", ["index"])
     few = train_samples(dataset, "seqrec", 3, count=5, seed=1)
     assert len(few) == 5 and few["user"] == train_samples(dataset, "seqrec", 3, count=5, seed=1)["user"]
 
@@ -151,7 +151,7 @@ def test_sample_num_draws_that_many(toy):
 def test_nothing_to_train_on(toy, edit):
     edit("inter", lambda inter: {"0": [1, 2, 3]})
     with pytest.raises(InputError, match="nothing to train seqrec on"):
-        train_samples(open_dataset(toy, "toy", ["index"]), "seqrec", 3)
+        train_samples(open_interactions(toy, "toy", ["index"]), "seqrec", 3)
 
 
 # ---- prompt files ----
@@ -166,8 +166,8 @@ BAD_PROMPTS = {
     "no such prompt file": None,
     "not a readable YAML": "seqrec: [",
     "should map each task": "- a",
-    "has no phrasing": "seqrec: []",
-    "phrasing 0 should have just prompt and response": "seqrec: [{prompt: 'x {history}'}]",
+    "has no prompt template": "seqrec: []",
+    "prompt template 0 should have just prompt and response": "seqrec: [{prompt: 'x {history}'}]",
     "prompt has the unknown field {histry}": "seqrec: [{prompt: '{histry}', response: '{target}'}]",
     "prompt lacks the field {history}": "seqrec: [{prompt: 'x', response: '{target}'}]",
     "response lacks the field {target}": "seqrec: [{prompt: '{history}', response: 'x'}]",

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from reclingua.datasets.interactions import open_dataset as open_folder
+from reclingua.datasets.interactions import open_interactions as open_folder
 from reclingua.datasets.interactions import read_embeddings
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import atomic_write, output_folder, write_json
@@ -48,7 +48,7 @@ BAD = {
     "nested history": ("inter", lambda x: x.update({"0": [[1]]}), "user '0' should have a list"),
     "empty dataset": ("inter", lambda x: {}, "is empty"),
     "all users too short": ("inter", lambda x: {"0": [1, 2]}, "no user has the three interactions"),
-    "list, not object": ("inter", lambda x: [1, 2], "holds a list"),
+    "list, not object": ("inter", lambda x: [1, 2], "contains a list"),
     "item without text": (
         "item",
         lambda x: x.update({"4": {"title": " ", "description": ""}}),

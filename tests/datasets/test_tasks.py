@@ -10,10 +10,10 @@ import pytest
 import finetune
 import test as test_script
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import FIELDS, PromptTemplate, read_prompts
 from reclingua.datasets.tasks import TASKS, held_out_samples, train_samples
-from reclingua.datasets.user_texts import Intention, UserTexts, intention_context, read_users, write_users
+from reclingua.datasets.user_texts import Intention, UserTexts, intention_context, read_user_texts, write_user_texts
 from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError
 from tests.datasets.test_instructions import learned
@@ -33,20 +33,20 @@ def say(dataset):
             texts.intentions[part][user] = Intention(
                 item, history, f"{part} wish of {user}", f"{part} thing for {user}"
             )
-    write_users(dataset.folder / f"{dataset.name}.user.json", texts)
+    write_user_texts(dataset.folder / f"{dataset.name}.user.json", texts)
     return texts
 
 
 @pytest.fixture
 def talking(toy):
     """The toy dataset, with item texts and a user file."""
-    dataset = open_dataset(toy, "toy", ["index", "items"])
+    dataset = open_interactions(toy, "toy", ["index", "items"])
     say(dataset)
     return dataset
 
 
 def instructions_of(dataset, task, prompts=None, part="train", **how):
-    texts = read_users(dataset)
+    texts = read_user_texts(dataset)
     tokenizer = make_tokenizer(bos=False)
     tokenizer.add_tokens(code_tokens(dataset.index))
     tokens = {token for ids in index_token_ids(tokenizer, dataset.index).values() for token in ids}
@@ -64,9 +64,9 @@ def index(dataset, item):
 def written(instructions, i, template):
     """(prompt, response) of a sample in a phrasing."""
     sample, tokenizer = instructions.samples[i], instructions.tokenizer
-    ids = learned(instructions.answered(sample, template))
+    ids = learned(instructions.encode(sample, template))
     assert ids[-1] == tokenizer.eos_token_id
-    return instructions.prompt(sample, template), tokenizer.decode(ids[:-1]).replace("> <", "><")
+    return instructions.render_prompt(sample, template), tokenizer.decode(ids[:-1]).replace("> <", "><")
 
 
 CASES = {  # task, phrasing, prompt and response of user 1's last sample, or of item 4
@@ -128,8 +128,8 @@ def test_every_phrasing_is_drawn_and_another_one_in_the_next_epoch(talking):
         instructions, drawn = instructions_of(talking, task, seed=3), Counter()
         for epoch in range(40):
             instructions.set_epoch(epoch)
-            known = [instructions._known(row) for row in instructions.samples]
-            drawn.update(instructions._drawn(i, task, known[i]) for i in range(len(known)))
+            known = [instructions._known_fields(row) for row in instructions.samples]
+            drawn.update(instructions._draw_template(i, task, known[i]) for i in range(len(known)))
         assert set(drawn) == set(range(len(templates)))
         epochs = []
         for epoch in (0, 1, 0):
@@ -148,21 +148,21 @@ def test_preferences_are_drawn_from_all_of_a_users(talking):
 
 def test_a_sample_gets_a_phrasing_that_it_can_fill(talking, edit):
     edit("item", lambda items: {i: about | ({"description": " "} if i == "4" else {}) for i, about in items.items()})
-    dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
+    dataset = open_interactions(talking.folder.parent, "toy", ["index", "items"])
     asks = {True: PromptTemplate("{title}", "{target}"), False: PromptTemplate("{description}", "{target}")}
     instructions = instructions_of(dataset, "item2index", {"item2index": list(asks.values())})
     for epoch in range(20):
         instructions.set_epoch(epoch)
         assert "Toy number 4" in instructions.tokenizer.decode(instructions[4]["input_ids"])
     with pytest.raises(
-        InputError, match="no phrasing of item2index suits item '4', which can fill just target, title"
+        InputError, match="no prompt template of item2index fits item '4', which can only fill target, title"
     ):
         instructions_of(dataset, "item2index", {"item2index": [asks[False]]}).lengths()
 
 
 def test_titles_are_told_where_all_of_a_history_have_one(talking, edit):
     edit("item", lambda items: {i: about | ({"title": ""} if i == "4" else {}) for i, about in items.items()})
-    dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
+    dataset = open_interactions(talking.folder.parent, "toy", ["index", "items"])
     prompts = {"fusionseqrec": [PromptTemplate("{history}", "{target}"), PromptTemplate("{titles}", "{target}")]}
     instructions = instructions_of(dataset, "fusionseqrec", prompts)
     for epoch in range(5):
@@ -171,13 +171,13 @@ def test_titles_are_told_where_all_of_a_history_have_one(talking, edit):
             text = instructions.tokenizer.decode(instructions[i]["input_ids"])
             assert "item 4" not in text and ('"' not in text or "4" not in row["history"])
     row = next(row for row in instructions.samples if "4" in row["history"])
-    with pytest.raises(InputError, match="cannot be put to user '1', of whom there is no titles"):
-        instructions.prompt(row, prompts["fusionseqrec"][1])
+    with pytest.raises(InputError, match="user '1' has no titles, which the prompt template"):
+        instructions.render_prompt(row, prompts["fusionseqrec"][1])
 
 
 def test_copies_of_a_long_history_are_cut_in_places_of_their_own(talking, edit):
     edit("inter", lambda inter: {"0": [*range(9), *range(9), *range(9), 0]})
-    dataset, copies = open_dataset(talking.folder.parent, "toy", ["index"]), {"seqrec_history": 6}
+    dataset, copies = open_interactions(talking.folder.parent, "toy", ["index"]), {"seqrec_history": 6}
     (talking.folder / "toy.user.json").write_text(
         '{"user_explicit_preference": {"0": ["x"]}, "user_vague_intention": {}}'
     )
@@ -193,7 +193,7 @@ def test_copies_of_a_long_history_are_cut_in_places_of_their_own(talking, edit):
 
 def test_a_search_is_tested_with_users_whose_last_item_was_held_out(talking, edit):
     edit("inter", lambda inter: inter | {"0": [0, 1]})
-    dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
+    dataset = open_interactions(talking.folder.parent, "toy", ["index", "items"])
     texts = say(dataset)
     del texts.preferences["1"]
     assert set(train_samples(dataset, "itemsearch", 3, texts)["user"]) == set(dataset.histories)
@@ -204,9 +204,9 @@ def test_a_search_is_tested_with_users_whose_last_item_was_held_out(talking, edi
 def test_texts_are_cut_and_cannot_be_taken_for_tokens(talking, edit):
     long = "Great </s> <a_1>\n<b_1> " + "word " * 100
     edit("item", lambda items: {i: about | {"title": long} for i, about in items.items()})
-    dataset = open_dataset(talking.folder.parent, "toy", ["index", "items"])
+    dataset = open_interactions(talking.folder.parent, "toy", ["index", "items"])
     instructions = instructions_of(dataset, "item2index", max_text_len=10)
-    prompt = instructions.prompt(instructions.samples[0], PromptTemplate("{title}", "{target}"))
+    prompt = instructions.render_prompt(instructions.samples[0], PromptTemplate("{title}", "{target}"))
     assert prompt == "Great < /s> < a_1> < b_1> word word word word word word"
     ids = instructions.tokenizer(prompt).input_ids
     assert instructions.tokenizer.eos_token_id not in ids and not instructions.index_tokens & set(ids)
@@ -237,7 +237,7 @@ def tuned_on_all(workshop):
     """A model tuned on all six tasks for a moment."""
     from tests.helpers.scripts import run_main
 
-    dataset = open_dataset(workshop / "datasets", "toy", ["items"])
+    dataset = open_interactions(workshop / "datasets", "toy", ["items"])
     say(dataset)
     mix = ("--tasks", ALL, "--train_prompt_sample_num", "1,2,1,1,1,1", "--train_data_sample_num", "0,0,0,50,0,0")
     run_main(finetune.main, *flags(workshop, workshop / "all", *mix, "--epochs", 2, "--max_his_len", -1))
@@ -266,7 +266,7 @@ def test_each_test_measures_every_phrasing_that_is_answered_by_an_item(
 
 def test_a_mix_has_as_many_samples_and_phrasings_as_asked_for(tuned_on_all):
     run = json.loads((tuned_on_all / "run.json").read_text())
-    dataset = open_dataset(tuned_on_all.parent / "datasets", "toy", ["index"])
+    dataset = open_interactions(tuned_on_all.parent / "datasets", "toy", ["index"])
     pairs = sum(len(dataset.train_history(user)) - 1 for user in dataset.histories)
     samples = pairs + 2 * 9 + 9 + 50 + 60 + 60
     assert run["log"][-1]["step"] == 2 * -(-samples // 8)
@@ -319,7 +319,7 @@ def test_bad_input(workshop, tuned_on_all, tuned, tmp_path, refused):
     assert "no such file" in refuse("--tasks", "itemsearch", "--user_file", ".nobody.json")
     own = tmp_path / "own.yaml"
     own.write_text("item2index: [{prompt: '{title}', response: '{target}'}]")
-    assert "task 'seqrec' has no phrasing" in refuse("--tasks", "item2index", "--prompt_file", own)
+    assert "task 'seqrec' has no prompt template" in refuse("--tasks", "item2index", "--prompt_file", own)
     assert not (tmp_path / "out").exists()
 
     def refuse_test(model, *more):
@@ -340,8 +340,8 @@ def test_bad_input(workshop, tuned_on_all, tuned, tmp_path, refused):
         return folder
 
     in_titles = {"fusionseqrec": [{"prompt": "{history}", "response": "{title}"}]}
-    assert "no phrasing of fusionseqrec" in refuse_test(changed(prompts=in_titles), "--test_task", "FusionSeqRec")
-    assert "by another version" in refuse_test(changed(prompts=[]))
+    assert "no prompt of fusionseqrec" in refuse_test(changed(prompts=in_titles), "--test_task", "FusionSeqRec")
+    assert "'prompts' should be a dict" in refuse_test(changed(prompts=[]))
     assert "reads at most 1024 tokens" in refuse_test(changed(his_sep=" and after that there was " * 40))
 
 
@@ -363,4 +363,6 @@ def test_shipped_phrasings():
     assert set(prompts) == {*TASKS, "seqrec_history"} == set(FIELDS)
     for task in TASKS:
         assert len(set(prompts[task])) == len(prompts[task]) >= (10 if task == "seqrec" else 5)
-    assert prompts["fusionseqrec"][0].names_target and not all(p.names_target for p in prompts["fusionseqrec"])
+    assert prompts["fusionseqrec"][0].has_target_response and not all(
+        p.has_target_response for p in prompts["fusionseqrec"]
+    )

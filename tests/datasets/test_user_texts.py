@@ -6,22 +6,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.user_texts import (
     INTENTIONS,
     PREFERENCES,
     Intention,
     UserTexts,
     intention_context,
-    read_users,
-    write_users,
+    read_user_texts,
+    write_user_texts,
 )
 from reclingua.utils.errors import InputError
 
 
 @pytest.fixture
 def dataset(toy):
-    return open_dataset(toy, "toy")  # user 0 has the items 0 to 5, of which 4 and 5 are held out
+    return open_interactions(toy, "toy")  # user 0 has the items 0 to 5, of which 4 and 5 are held out
 
 
 def texts_of(dataset, users=("0", "1")):
@@ -48,10 +48,10 @@ def write(dataset, content):
 
 def test_what_is_written_is_read_again(dataset, tmp_path):
     texts = texts_of(dataset)
-    write_users(tmp_path / "elsewhere.json", texts)
-    assert read_users(dataset, tmp_path / "elsewhere.json") == texts
-    write_users(dataset.folder / "toy.user.json", texts)
-    assert read_users(dataset) == texts
+    write_user_texts(tmp_path / "elsewhere.json", texts)
+    assert read_user_texts(dataset, tmp_path / "elsewhere.json") == texts
+    write_user_texts(dataset.folder / "toy.user.json", texts)
+    assert read_user_texts(dataset) == texts
 
 
 def test_the_occasion_of_training_is_the_last_item_that_training_knows(dataset):
@@ -61,7 +61,7 @@ def test_the_occasion_of_training_is_the_last_item_that_training_knows(dataset):
 
 def test_the_published_shape_is_read(dataset):
     write(dataset, published())
-    texts = read_users(dataset)
+    texts = read_user_texts(dataset)
     assert texts.preferences == {"0": ["rings"]}
     assert texts.intentions["train"] == {"0": Intention("3", ["0", "1", "2"], "something round", "a ring")}
     assert texts.intentions["test"]["0"].item == "5"
@@ -71,7 +71,7 @@ def test_a_part_may_be_missing(dataset):
     content = published()
     del content[INTENTIONS]["test"]
     write(dataset, content)
-    assert read_users(dataset).intentions["test"] == {}
+    assert read_user_texts(dataset).intentions["test"] == {}
 
 
 def change(*keys, to):
@@ -88,10 +88,10 @@ def change(*keys, to):
 
 TRAIN, TEST = (INTENTIONS, "train", "0"), (INTENTIONS, "test", "0")
 BAD = {
-    "no preferences": (lambda c: c.pop(PREFERENCES), "'user_explicit_preference' should be there"),
-    "no intentions": (lambda c: c.pop(INTENTIONS), "'user_vague_intention' should be there"),
-    "preferences a list": (change(PREFERENCES, to=[]), "'user_explicit_preference' should be there and map users"),
-    "part a list": (change(INTENTIONS, "train", to=[]), "'train' should be there and map users"),
+    "no preferences": (lambda c: c.pop(PREFERENCES), "'user_explicit_preference' should exist"),
+    "no intentions": (lambda c: c.pop(INTENTIONS), "'user_vague_intention' should exist"),
+    "preferences a list": (change(PREFERENCES, to=[]), "'user_explicit_preference' should exist and map users"),
+    "part a list": (change(INTENTIONS, "train", to=[]), "'train' should exist and map users"),
     "preference of no user": (change(PREFERENCES, "99", to=["x"]), "user '99' is not in toy.inter.json"),
     "intention of no user": (change(INTENTIONS, "test", "99", to={}), "user '99' is not in toy.inter.json"),
     "preference a text": (change(PREFERENCES, "0", to="rings"), "user '0' should be a list of texts"),
@@ -102,8 +102,8 @@ BAD = {
     "query a number": (change(*TEST, "querys", to=["x", 1]), "test, user '0' should have an item"),
     "no item": (change(*TRAIN, "item", to=None), "train, user '0' should have an item and a list of inters"),
     "inters a text": (change(*TRAIN, "inters", to="0, 1"), "train, user '0' should have an item and a list of inters"),
-    "valid item in train": (change(*TRAIN, "item", to=4), "item '4', which is not in what training knows of the user"),
-    "test item in train": (change(*TRAIN, "item", to=5), "item '5', which is not in what training knows of the user"),
+    "valid item in train": (change(*TRAIN, "item", to=4), "item '4', which is not in the user's training history"),
+    "test item in train": (change(*TRAIN, "item", to=5), "item '5', which is not in the user's training history"),
     "told in train": (
         change(*TRAIN, "inters", to=[0, 5]),
         "item '5' among its inters, which the user did not have before",
@@ -121,23 +121,23 @@ def test_bad_records_are_named(dataset, case):
     apply(content)
     path = write(dataset, content)
     with pytest.raises(InputError) as raised:
-        read_users(dataset)
+        read_user_texts(dataset)
     assert message in str(raised.value) and str(path) in str(raised.value)
 
 
 @pytest.mark.parametrize(
     "content, message",
-    [("", "not valid JSON"), ("{}", "is empty"), ("[1]", "holds a list"), ('{"a": 1, "a": 2}', "is there twice")],
+    [("", "not valid JSON"), ("{}", "is empty"), ("[1]", "contains a list"), ('{"a": 1, "a": 2}', "occurs twice")],
 )
 def test_files_that_are_none_are_refused(dataset, content, message):
     write(dataset, content)
     with pytest.raises(InputError, match=message):
-        read_users(dataset)
+        read_user_texts(dataset)
 
 
 def test_a_missing_file_says_who_makes_it(dataset):
     with pytest.raises(InputError, match="toy.user.json: no such file.*data.intentions makes it"):
-        read_users(dataset)
+        read_user_texts(dataset)
 
 
 VALUES = st.recursive(
@@ -156,7 +156,7 @@ def test_whatever_stands_there_is_read_or_refused(dataset, place, value):
     change(*place, to=value)(content)
     write(dataset, content)
     try:
-        texts = read_users(dataset)
+        texts = read_user_texts(dataset)
     except InputError:
         return
     assert all(found.item in dataset.train_history(user) for user, found in texts.intentions["train"].items())
@@ -171,4 +171,4 @@ def test_a_file_that_is_cut_off_is_refused(dataset, cut):
     path = dataset.folder / "toy.user.json"
     path.write_text(whole[: min(cut, len(whole) - 1)])
     with pytest.raises(InputError):
-        read_users(dataset)
+        read_user_texts(dataset)

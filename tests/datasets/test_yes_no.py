@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from convert.scratch import train_tokenizer
 from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, PromptTemplate, read_prompts
 from reclingua.datasets.ratings import liked_history, open_ratings
-from reclingua.datasets.yes_no import LIKED, YesNoCollator, YesNoDataset, code_text, yes_no_token_ids
+from reclingua.datasets.yes_no import LIKED, YesNoCollator, YesNoDataset, format_code, yes_no_token_ids
 from reclingua.utils.errors import InputError
 from tests.helpers.models import make_tokenizer
 
@@ -88,7 +88,7 @@ def test_a_long_prompt_loses_its_oldest_titles_and_no_more(liked):
     longest = int(whole.lengths(longest=True).max())
     cut = ask_about(liked, [template], limit=longest - 1)
     lengths = cut.lengths(longest=True)
-    assert lengths.max() < longest and whole.cut == 0 and 0 < cut.cut < len(cut)
+    assert lengths.max() < longest and whole.num_truncated == 0 and 0 < cut.num_truncated < len(cut)
     i = int(np.argmax(whole.lengths()))
     text, before = (q.tokenizer.decode(q[i]["input_ids"]) for q in (cut, whole))
     oldest = f'"Thing {whole.shown[i][whole.shown[i] > 0][0]}", '
@@ -106,8 +106,8 @@ def test_cold_rows_are_asked_by_words_alone(liked):
 
 def test_codes_as_text(liked):
     bits = torch.tensor([int(bit) for bit in "10101100000100001111111000000011"], dtype=torch.bool)
-    assert code_text(bits, "bits") == "10101100000100001111111000000011"
-    assert code_text(bits, "ip") == "172.16.254.3"
+    assert format_code(bits, "bits") == "10101100000100001111111000000011"
+    assert format_code(bits, "ip") == "172.16.254.3"
     codes = ({i: f"1{i}" for i in range(99)}, {i: f"0{i}" for i in range(99)})
     questions = ask_about(liked, [SOFT], codes=codes)
     text = questions.tokenizer.decode(questions[0]["input_ids"])
@@ -166,7 +166,7 @@ def test_the_answer_of_a_byte_level_tokenizer_is_what_follows(ending):
 @pytest.mark.parametrize("words", [["Yes"], [], ["No"]])
 def test_a_tokenizer_that_cannot_tell_is_refused(words):
     tokenizer = words_tokenizer(["<unk>", "</s>", "Answer", ":", *words])
-    with pytest.raises(InputError, match="does not tell Yes from No"):
+    with pytest.raises(InputError, match="start with the same token"):
         yes_no_token_ids(tokenizer, "Answer:")
 
 
@@ -176,7 +176,7 @@ def test_yes_and_no_that_begin_with_the_same_token_are_refused():
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="Z")]
     )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<unk>", pad_token="<unk>")
-    with pytest.raises(InputError, match="does not tell Yes from No"):
+    with pytest.raises(InputError, match="start with the same token"):
         yes_no_token_ids(wrapped, "es")
 
 
@@ -185,7 +185,7 @@ def test_phrasings_must_lead_to_one_answer(liked):
     spaced, broken = PromptTemplate('{history} "{title}". Answer:'), PromptTemplate('{history} "{title}". Answer:\n')
     assert tokenizer.convert_ids_to_tokens(ask_about(liked, [spaced], tokenizer).answer) == ["ĠYes", "ĠNo"]
     assert tokenizer.convert_ids_to_tokens(ask_about(liked, [broken], tokenizer).answer) == ["Ye", "No"]
-    with pytest.raises(InputError, match="phrasing 1 ends so that"):
+    with pytest.raises(InputError, match="after prompt template 1 Yes"):
         ask_about(liked, [broken, spaced], tokenizer)
 
 
@@ -201,7 +201,7 @@ def test_every_shipped_phrasing_says_its_fields_and_ends_alike(liked):
     [
         ("soft: [{prompt: '{history} {title} {user}'}]", "lacks the field {item}"),
         ("soft: [{prompt: '{history} {title} {user} {item} {cost}'}]", "unknown field {cost}"),
-        ("text: [{prompt: 'x'}]", "task 'soft' has no phrasing"),
+        ("text: [{prompt: 'x'}]", "task 'soft' has no prompt template"),
     ],
 )
 def test_bad_question_files(tmp_path, text, message):

@@ -10,7 +10,7 @@ from bench.decode import generate_side
 from reclingua.datasets.collators import encode_prompt, prompt_batch
 from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
 from reclingua.decoding.beam_search import beam_search
-from reclingua.decoding.kv_cache import ReplicatedCacheDecoder, TreeAttentionDecoder, choose_decoder
+from reclingua.decoding.kv_cache import DecoderSelector, ReplicatedCacheDecoder, TreeAttentionDecoder
 from reclingua.decoding.trie import Trie
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
@@ -101,14 +101,12 @@ def test_rows_with_their_own_cache_find_the_same(architecture, end):
     ids, mask = prompts((7, 3, 5))
     trie = Trie.build(ITEMS, end)
     for num_beams in (3, 27):
-        rows = beam_search(model, ids, mask, trie, num_beams, forward=ReplicatedCacheDecoder(model))
+        rows = beam_search(model, ids, mask, trie, num_beams, selector=DecoderSelector(model, "replicated"))
         if num_beams == 27:
             for row, found in enumerate(rows):
                 check(found, exhaustive(model, ids[row][mask[row] == 1], ITEMS, end))
         if architecture == "llama":
-            block = beam_search(
-                model, ids, mask, trie, num_beams, forward=TreeAttentionDecoder(model, 7 + 4 * num_beams)
-            )
+            block = beam_search(model, ids, mask, trie, num_beams, selector=DecoderSelector(model, "tree"))
             for found, same in zip(rows, block, strict=True):
                 check(found, [(r.item, r.score) for r in same])
 
@@ -116,27 +114,26 @@ def test_rows_with_their_own_cache_find_the_same(architecture, end):
 @pytest.mark.parametrize(
     "architecture, length, reason",
     [
-        ("bloom", 3, "its beams cannot be computed as one block"),
-        ("gpt-neo", 3, "its beams cannot be computed as one block"),
-        ("mistral-window", 4, "a prompt of 4 tokens and an index do not fit into its window of 6"),
-        ("gemma3-window", 4, "a prompt of 4 tokens and an index do not fit into its window of 6"),
+        ("bloom", 3, "does not support tree attention"),
+        ("gpt-neo", 3, "does not support tree attention"),
+        ("mistral-window", 4, "exceed its attention window of 6"),
+        ("gemma3-window", 4, "exceed its attention window of 6"),
         ("mistral-window", 3, None),
         ("gemma", 9, None),
     ],
 )
 def test_the_slower_way_is_taken_where_it_must_be_and_says_so_once(architecture, length, reason, caplog):
-    model, trie = make_model(architecture, VOCABULARY), Trie.build(ITEMS)
+    selector, trie = DecoderSelector(make_model(architecture, VOCABULARY)), Trie.build(ITEMS)
+    expected = TreeAttentionDecoder if reason is None else ReplicatedCacheDecoder
     for _ in range(2):
-        assert isinstance(
-            choose_decoder(model, length, trie, 4), TreeAttentionDecoder if reason is None else ReplicatedCacheDecoder
-        )
+        assert isinstance(selector.select(length, trie, 4), expected)
     assert len(caplog.messages) == (reason is not None) and all(reason in text for text in caplog.messages)
 
 
 def test_the_trial_of_a_block_fits_small_vocabularies_and_memory(monkeypatch, caplog):
     trie = Trie.build({"a": [1, 2], "b": [3, 2]})
-    assert isinstance(choose_decoder(make_model("llama", 5), 3, trie, 20), TreeAttentionDecoder)
-    model = make_model("llama", 5)
+    assert isinstance(DecoderSelector(make_model("llama", 5)).select(3, trie, 20), TreeAttentionDecoder)
+    selector = DecoderSelector(make_model("llama", 5))
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -144,15 +141,14 @@ def test_the_trial_of_a_block_fits_small_vocabularies_and_memory(monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(TreeAttentionDecoder, "step", full)
         with pytest.raises(torch.OutOfMemoryError):
-            choose_decoder(model, 3, trie, 20)
-    assert isinstance(
-        choose_decoder(model, 3, trie, 20), TreeAttentionDecoder
-    )  # want of memory is no verdict on the model
+            selector.select(3, trie, 20)
+    # Running out of memory is no verdict on the model.
+    assert isinstance(selector.select(3, trie, 20), TreeAttentionDecoder)
 
 
 def test_the_cache_has_room_for_the_beams_that_there_can_be():
-    forward = choose_decoder(make_model("llama", VOCABULARY), 7, Trie.build(ITEMS, end=2), 2000)
-    assert forward.cache.layers[0].room == 7 + 3 + 9 + 27
+    decoder = DecoderSelector(make_model("llama", VOCABULARY)).select(7, Trie.build(ITEMS, end=2), 2000)
+    assert decoder.cache.layers[0].capacity == 7 + 3 + 9 + 27
 
 
 def test_a_batch_gives_what_its_prompts_give_alone(architecture):
@@ -175,8 +171,8 @@ def test_words_that_all_prompts_begin_with_are_computed_once():
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    forward = TreeAttentionDecoder(model, room=60 + 4 * 27)
-    lists = beam_search(model, ids, mask, Trie.build(ITEMS, end=2), 27, forward=forward)
+    selector = DecoderSelector(model, "tree")  # which does not probe the model
+    lists = beam_search(model, ids, mask, Trie.build(ITEMS, end=2), 27, selector=selector)
     hook.remove()
     assert sizes[:2] == [(1, shared), (4, 20)]
     for row, found in enumerate(lists):
@@ -300,7 +296,8 @@ def test_scores_that_are_not_finite(score, token, value):
 
 def test_what_a_programmer_gets_wrong():
     model = make_model("llama", VOCABULARY)
-    for options in ({"score": "Full"}, {"model": model.train()}):
+    for options in ({"score_over": "Full"}, {"model": model.train()}):
         with pytest.raises(ValueError, match="should be False, and one of"):
-            beam_search(**{"model": make_model("llama", VOCABULARY), "score_over": "vocabulary"} | options, num_beams=3,
-                        input_ids=prompts()[0], attention_mask=prompts()[1], trie=Trie.build(ITEMS))  # fmt: skip
+            arguments = {"model": make_model("llama", VOCABULARY), "score_over": "vocabulary"} | options
+            input_ids, mask = prompts()
+            beam_search(**arguments, input_ids=input_ids, attention_mask=mask, trie=Trie.build(ITEMS), num_beams=3)

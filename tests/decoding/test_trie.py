@@ -100,7 +100,7 @@ def test_a_file_that_is_no_trie(tmp_path):
     with pytest.raises(InputError, match="trie.safetensors: no trie could be read"):
         Trie.load(path)
     save_file({"first_child": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="trie.safetensors: no trie could be read|there is no 'items'"):
+    with pytest.raises(InputError, match="trie.safetensors: no trie could be read|no tensor 'items'"):
         Trie.load(path)
 
 
@@ -115,7 +115,7 @@ def test_a_trie_file_that_was_tampered_with(tmp_path, name, harm):
     save_file({key: value.clone() for key, value in tensors.items() if value is not None}, path)
     if (name, harm) in {("token", "shifted"), ("num_leaves", "shifted")}:
         return  # other tokens and other counts are a trie, too
-    with pytest.raises(InputError, match="trie.safetensors: (no trie|holds no trie|its tensors)"):
+    with pytest.raises(InputError, match="trie.safetensors: (no trie|contains no trie|its tensors)"):
         Trie.load(path)
 
 

@@ -14,12 +14,12 @@ import torch
 import demo
 import finetune
 import test as test_script
-from reclingua.demo.app import THEME, Session, build, part, picked
-from reclingua.demo.catalogue import SHOWN_LETTERS, Catalogue
+from reclingua import Recommender, Scorer
+from reclingua.demo.app import THEME, Session, build_page, parse_pick, render_part
+from reclingua.demo.catalogue import MAX_TITLE_LENGTH, Catalogue
 from reclingua.demo.next_item import NextItem
 from reclingua.demo.worker import Worker
 from reclingua.demo.yes_no import YesOrNo
-from reclingua.inference.loading import read_record
 from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import METADATA_FILE
 from tests.helpers.scripts import predictions, second
@@ -37,23 +37,24 @@ def test_titles_are_found_by_words_in_any_order_without_case_or_accents():
     assert catalogue.find("amelie") == ["1"] and catalogue.find("STARS of") == ["1"]
     assert catalogue.find("star") == ["2", "5", "3", "1"]  # what begins with it, then the popular
     assert catalogue.find("  ") == catalogue.find("") == ["4", "3", "1", "2", "5"]
-    assert catalogue.find("", most=2) == ["4", "3"] and catalogue.find("nothing") == []
+    assert catalogue.find("", limit=2) == ["4", "3"] and catalogue.find("nothing") == []
     assert catalogue.find("x" * 10_000) == catalogue.find("fargo " * 2_000 + "x" * 10_000)[1:] == []
     assert "2" in catalogue and 2 not in catalogue and ["2"] not in catalogue
 
 
 def test_a_long_title_is_cut_and_a_hostile_one_is_text():
     catalogue = Catalogue({"1": "long " * 3_000, "2": HOSTILE}, {})
-    assert len(catalogue.title("1")) == SHOWN_LETTERS
-    for name, more in (("found", [("history", "add")]), ("found", [("history", "a"), ("ask", "b")]), ("history", "n")):
-        page = part(name, [("2", catalogue.title("2"))], more)
+    assert len(catalogue.title("1")) == MAX_TITLE_LENGTH
+    roles = [("history", "a"), ("ask", "b")]
+    for name, argument in (("search_results", roles[:1]), ("search_results", roles), ("history", "note")):
+        page = render_part(name, [("2", catalogue.title("2"))], argument)
         assert "<img" not in page and "&lt;img" in page
 
 
 def test_a_click_that_no_button_makes_is_nothing():
     catalogue = Catalogue({"1": "one"}, {})
     good = {"item": "1", "role": "history"}
-    assert picked(SimpleNamespace(_data=good), catalogue) == ("1", "history")
+    assert parse_pick(SimpleNamespace(_data=good), catalogue) == ("1", "history")
     for bad in (
         None,
         [],
@@ -63,7 +64,7 @@ def test_a_click_that_no_button_makes_is_nothing():
         {"item": ["1"], "role": "x"},
         {"item": "1", "role": 1},
     ):
-        assert picked(SimpleNamespace(_data=bad), catalogue) == ("", "")
+        assert parse_pick(SimpleNamespace(_data=bad), catalogue) == ("", "")
 
 
 # ---- Which item comes next? ----
@@ -71,7 +72,7 @@ def test_a_click_that_no_button_makes_is_nothing():
 
 @pytest.fixture(scope="module")
 def next_item(workshop, tuned):
-    return NextItem(tuned, read_record(tuned), str(workshop / "datasets"), None, ".index.json", num_beams=8)
+    return NextItem(Recommender.from_pretrained(tuned, workshop / "datasets"), num_beams=8)
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
@@ -111,7 +112,7 @@ def test_baselines_answer_with_their_scores(next_item, monkeypatch):
 def test_a_history_of_ones_own_is_cut_as_in_training(next_item):
     long = [str(item % 9) for item in range(500)]
     assert next_item.ask("lcrec", long, 3, False).rows == next_item.ask("lcrec", long[-3:], 3, False).rows
-    with pytest.raises(InputError, match="no test user 'x'; users are called 0"):
+    with pytest.raises(InputError, match="no test user 'x'; user ids are 0"):
         next_item.test_user(" x ")
     assert next_item.test_user("")[0] in next_item.dataset.test_users
 
@@ -123,10 +124,10 @@ def test_a_history_of_ones_own_is_cut_as_in_training(next_item):
 def test_answers_are_those_of_test_py_with_knowledge_and_without(script, studio, tmp_path, method, cf_model):
     steps = ("--max_steps", 10, "--save_strategy", "no", "--learning_rate", 0.01, "--cf_model", studio / cf_model)
     assert script(finetune.main, *second(studio, method, tmp_path / "out", *steps))[0] == 0
-    model = YesOrNo(tmp_path / "out", read_record(tmp_path / "out"), str(studio), None)
+    model = YesOrNo(Scorer.from_pretrained(tmp_path / "out", studio))
     _, warm = predictions(script, studio, tmp_path / "out")
     _, cold = predictions(script, studio, tmp_path / "out", "--cold_text_only")
-    of_yes = lambda line: torch.tensor(model.model.log_odds(line["score"])).sigmoid().item()  # noqa: E731
+    of_yes = lambda line: torch.tensor(model.scorer.model.log_odds(line["score"])).sigmoid().item()  # noqa: E731
     for at in (0, 100, len(warm) - 1):
         line = warm[at]
         his = [str(item) for item in model.test[at]["his"]]
@@ -142,14 +143,14 @@ def test_answers_are_those_of_test_py_with_knowledge_and_without(script, studio,
 
 
 def test_text_alone_has_one_answer_and_ratings_are_drawn_from_the_test(studio):
-    model = YesOrNo(studio / "tallrec", read_record(studio / "tallrec"), str(studio), None)
+    model = YesOrNo(Scorer.from_pretrained(studio / "tallrec", studio))
     assert model.ask(1, ["1"], "2").collaborative is None
     rating = model.test_rating("7")
     row = next(r for r in model.test if r["uid"] == 7 and str(r["iid"]) == rating.item)
     assert (rating.user, rating.liked, rating.history) == (7, bool(row["label"]), [str(i) for i in row["his"]])
     assert model.test_rating("").user in range(1, 41)
     for bad in ("0", "41", "-1", "seven", "9" * 10_000, "<b>"):
-        with pytest.raises(InputError, match="has no test ratings; users are called 1, 2, 3"):
+        with pytest.raises(InputError, match="has no test ratings; user ids are 1, 2, 3"):
             model.test_rating(bad)
 
 
@@ -177,7 +178,7 @@ def test_a_request_that_takes_too_long_is_told_and_the_next_one_is_answered():
 def test_the_time_of_a_request_is_with_the_wait_for_others(next_item, monkeypatch):
     ask = NextItem.ask
     monkeypatch.setattr(NextItem, "ask", lambda *args: (time.sleep(0.6), ask(*args))[1])
-    page = build({"toy": next_item}, 1.5)
+    page = build_page({"toy": next_item}, 1.5)
     (asks,) = [number for number, each in page.fns.items() if each.name == "recommend"]
     page.launch(server_name=demo.HOST, server_port=demo.free_port(None), quiet=True, prevent_thread_lock=True, **THEME)
 
@@ -237,4 +238,4 @@ def test_bad_input(refused, workshop, tuned, studio, tmp_path):
         assert f"--port {port}: cannot be listened at" in refuse("--ckpt_path", tuned, *data, "--port", port)
         assert demo.free_port(None) in demo.PORTS
     (tmp_path / "toy" / "toy.index.json").write_text(json.dumps({str(i): [f"<a_{i}>"] for i in range(9)}))
-    assert "another index" in refuse("--ckpt_path", tuned, "--data_path", tmp_path)
+    assert "other semantic IDs" in refuse("--ckpt_path", tuned, "--data_path", tmp_path)

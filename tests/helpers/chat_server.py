@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for tests, as good or as bad as its replies."""
+"""OpenAI-compatible server for tests, with scripted responses."""
 
 import json
 import time
@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 
 
-def wise(number, request):
-    """An answer that depends on the prompt alone, and passes."""
+def answer_from_prompt(number, request):
+    """Return a valid answer that depends on the prompt alone."""
     digest = sha256(request["messages"][0]["content"].encode()).hexdigest()[:8]
     return completion(f"Somebody wishes for {digest} and nothing else.")
 
@@ -27,15 +27,19 @@ def body(content):
     return lambda number, request: (200, content, {})
 
 
-def closes(number, request):
+def close_connection(number, request):
     return None
 
 
 @contextmanager
-def serving(*replies):
-    """A server whose nth request is replied to by the nth of `replies`, and those after them by the last."""
+def run_server(*responses):
+    """Run a server that answers its nth request with the nth of `responses`, later ones with the last.
+
+    A response is a function (number of the request, its JSON) -> (status, body, headers), or None to close the
+    connection; or the string "stalls".
+    """
     server = Server(("127.0.0.1", 0), Handler)
-    server.replies, server.requests, server.keys, server.times = replies, [], [], []
+    server.responses, server.requests, server.keys, server.times = responses, [], [], []
     server.released = Event()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -52,7 +56,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """Say nothing: a client that gives up closes connections."""
+        """Print nothing: a client that times out closes its connections."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -64,15 +68,15 @@ class Handler(BaseHTTPRequestHandler):
         server.keys.append(self.headers.get("Authorization"))
         server.times.append(time.monotonic())
         assert self.path == "/v1/chat/completions"
-        reply = server.replies[min(number, len(server.replies) - 1)]
-        if reply == "stalls":
+        response = server.responses[min(number, len(server.responses) - 1)]
+        if response == "stalls":
             server.released.wait(30)
             return
-        answer = reply(number, request)
-        if answer is None:
+        result = response(number, request)
+        if result is None:
             self.close_connection = True
             return
-        code, content, headers = answer
+        code, content, headers = result
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -84,5 +88,5 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def prompts_of(server):
+def sent_prompts(server):
     return [request["messages"][0]["content"] for request in server.requests]

@@ -1,20 +1,25 @@
-"""Copies and changes of a run's report."""
+"""Copies and edits of a run's results file and details."""
 
 import json
 import shutil
 
-from reclingua.reporting.details import folder_of
+from reclingua.reporting.details import DETAILS_FILE, report_folder
 
 
-def copy_of(file, folder, name="r.json"):
-    """A copy of a results file, with the folder of its report."""
+def copy_run(file, folder, name="r.json"):
+    """Copy a results file and the folder of its report."""
     copy = folder / name
     shutil.copy(file, copy)
-    shutil.copytree(folder_of(file), folder_of(copy))
+    shutil.copytree(report_folder(file), report_folder(copy))
     return copy
 
 
-def change(file, **fields):
-    """Put other fields into the evidence of a results file."""
-    path = folder_of(file) / "evidence.json"
+def details_file(file):
+    """Return the path of the details of a results file."""
+    return report_folder(file) / DETAILS_FILE
+
+
+def edit_details(file, **fields):
+    """Overwrite fields in the details of a results file."""
+    path = details_file(file)
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

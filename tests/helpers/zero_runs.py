@@ -1,8 +1,8 @@
-"""Trainings one after another in the same processes, since starting these takes longer than what they do:
+"""Run several trainings in the same processes, whose start takes longer than the trainings:
 
 torchrun --nproc_per_node 2 tests/helpers/zero_runs.py runs.json    # [{"argv": [flag, value, ...], ...}, ...]
 
-A run may be told to end: {"argv": ..., "sigterm_at": step}.
+{"argv": ..., "sigterm_at": step} ends a run by SIGTERM.
 """
 
 import json
@@ -17,22 +17,22 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import finetune
 from reclingua.training.callbacks import SaveOnSigtermCallback
 
-finetune.leave = lambda trainer: None  # the next run needs the process group
+finetune.leave_process_group = lambda trainer: None  # the next run needs the process group
 on_step_end = SaveOnSigtermCallback.on_step_end
 
 
-def tell_one(step):
-    """SIGTERM for the last process alone, when it has done that step."""
+def sigterm_at(step):
+    """Return an `on_step_end` that sends SIGTERM to the last process alone when it has done that step."""
 
-    def told(self, args, state, control, **kwargs):
+    def send_sigterm(self, args, state, control, **kwargs):
         if state.global_step == step and distributed.get_rank() > 0:
             os.kill(os.getpid(), signal.SIGTERM)
         on_step_end(self, args, state, control, **kwargs)
 
-    return told
+    return send_sigterm
 
 
 for run in json.loads(Path(sys.argv[1]).read_text()):
-    SaveOnSigtermCallback.on_step_end = tell_one(run["sigterm_at"]) if "sigterm_at" in run else on_step_end
+    SaveOnSigtermCallback.on_step_end = sigterm_at(run["sigterm_at"]) if "sigterm_at" in run else on_step_end
     sys.argv = ["finetune.py", *run["argv"]]
     finetune.main()

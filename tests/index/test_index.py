@@ -1,4 +1,4 @@
-"""RQ-VAE against the reference's numbers; indices of every making, which never collide."""
+"""RQ-VAE compared with the reference implementation; semantic IDs by every strategy, without collisions."""
 
 import json
 
@@ -14,7 +14,7 @@ from index.collisions import count_collisions, reassign_by_sinkhorn, resolve_col
 from index.kmeans import balance, balanced_assignment, balanced_codes, fill_codebooks
 from index.repair import deduplicate
 from index.rqvae import RQVAE, RQVAEConfig
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.utils.errors import InputError
 
 
@@ -36,7 +36,7 @@ def reference(golden):
 
 def test_forward_pass_agrees_with_the_reference(golden, reference):
     x = torch.from_numpy(golden["x"])
-    nearest = reference(x, balanced=False)
+    nearest = reference(x, use_sinkhorn=False)
     assert (nearest.codes.numpy() == golden["indices_nearest"]).all()
     assert nearest.rq_loss.item() == pytest.approx(float(golden["rq_loss_nearest"]), abs=1e-5)
     assert nearest.reconstruction_loss.item() == pytest.approx(float(golden["reconstruction_mse"]), abs=1e-5)
@@ -46,24 +46,24 @@ def test_forward_pass_agrees_with_the_reference(golden, reference):
     assert balanced.rq_loss.item() == pytest.approx(float(golden["rq_loss_sinkhorn"]), abs=1e-5)
 
 
-def test_gradient_passes_the_codes_by(reference, golden):
+def test_gradient_is_straight_through(reference, golden):
     x = torch.from_numpy(golden["x"])
     latent = reference.encode(x).detach().requires_grad_()
-    quantized, codes, _ = reference.quantize(latent, balanced=False)
+    quantized, codes, _ = reference.quantize(latent, use_sinkhorn=False)
     chosen = sum(book[codes[:, level]] for level, book in enumerate(reference.codebooks))
     assert torch.allclose(quantized, chosen, atol=1e-6)
     quantized.sum().backward()
     assert torch.equal(latent.grad, torch.ones_like(latent))
 
 
-def test_saved_and_reloaded_gives_the_same(reference, golden, tmp_path):
+def test_reloaded_model_gives_the_same_output(reference, golden, tmp_path):
     x = torch.from_numpy(golden["x"])
     reference.fit_scale(x)
     reference.save_pretrained(tmp_path)
     assert torch.equal(RQVAE.from_pretrained(tmp_path)(x).reconstruction, reference(x).reconstruction)
 
 
-def model_of(sizes, width=4, seed=0, epsilon=0.003):
+def make_rqvae(sizes, width=4, seed=0, epsilon=0.003):
     torch.manual_seed(seed)
     model = RQVAE(RQVAEConfig(width, (), width, sizes, sinkhorn_epsilon=epsilon)).requires_grad_(False)
     for book in model.codebooks:
@@ -75,42 +75,42 @@ def model_of(sizes, width=4, seed=0, epsilon=0.003):
 @given(
     st.lists(st.integers(2, 5), min_size=1, max_size=3), st.integers(0, 99), st.sampled_from([0.0, 0.003]), st.data()
 )
-def test_every_item_gets_an_index_of_its_own(sizes, seed, epsilon, data):
+def test_every_item_gets_a_unique_semantic_id(sizes, seed, epsilon, data):
     items = data.draw(st.integers(1, int(np.prod(sizes))))
-    model = model_of(sizes, seed=seed, epsilon=epsilon)
-    latents = torch.randn(items, 4) * data.draw(st.sampled_from([0.0, 0.1, 1.0]))  # 0: all items are alike
-    nearest = model.quantize(latents, balanced=False)[1].numpy()
+    model = make_rqvae(sizes, seed=seed, epsilon=epsilon)
+    latents = torch.randn(items, 4) * data.draw(st.sampled_from([0.0, 0.1, 1.0]))  # 0: all items are equal
+    nearest = model.quantize(latents, use_sinkhorn=False)[1].numpy()
     codes = resolve_collisions(model, latents, reassign_by_sinkhorn(model, latents, nearest))
     assert count_collisions(codes) == 0
     assert (codes >= 0).all() and (codes < np.array(sizes)).all()
 
 
-def test_the_nearest_item_keeps_the_index_and_the_others_move_as_stated():
-    model = model_of((2, 2), width=1)
+def test_the_nearest_item_keeps_its_semantic_id_and_the_others_move_as_documented():
+    model = make_rqvae((2, 2), width=1)
     for book, values in zip(model.codebooks, ([[0.0], [10.0]], [[0.0], [1.0]]), strict=True):
         book.copy_(torch.tensor(values))
     latents = torch.tensor([[0.2], [0.1], [0.3], [9.9]])  # three at (0, 0), one at (1, 0)
-    nearest = model.quantize(latents, balanced=False)[1].numpy()
+    nearest = model.quantize(latents, use_sinkhorn=False)[1].numpy()
     assert nearest.tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
-    # 0.1 stays; 0.2 goes to the other last code; 0.3 finds both taken and goes to the next prefix, where (1, 0) is
-    # taken and (1, 1) free.
+    # 0.1 stays; 0.2 moves to the other last code; for 0.3 both are occupied, so it moves to the next prefix, where
+    # (1, 0) is occupied and (1, 1) free.
     assert resolve_collisions(model, latents, nearest).tolist() == [[0, 1], [0, 0], [1, 1], [1, 0]]
 
 
-def test_more_items_than_indices():
-    model = model_of((2, 2))
-    with pytest.raises(InputError, match="5 items do not fit into 4 indices"):
+def test_more_items_than_semantic_ids():
+    model = make_rqvae((2, 2))
+    with pytest.raises(InputError, match="5 items do not fit into 4 semantic IDs"):
         resolve_collisions(model, torch.zeros(5, 4), np.zeros((5, 2), dtype=np.int64))
 
 
-def embeddings_of(toy, width=8):
+def write_embeddings(toy, width=8):
     path = toy / "toy" / "toy.emb-minilm-td.npy"
     np.save(path, np.random.default_rng(0).normal(size=(9, width)).astype(np.float32))
     return path
 
 
 def test_train_and_generate(toy, tmp_path, script):
-    path, rqvae = embeddings_of(toy), tmp_path / "rqvae"
+    path, rqvae = write_embeddings(toy), tmp_path / "rqvae"
     flags = ("--epochs", 30, "--codebook_sizes", 3, 4, "--hidden_sizes", 16, "--code_dim", 4)
     code, out, error = script(train.main, "--embeddings", path, "--output_dir", rqvae, *flags)
     assert code == 0, error
@@ -119,15 +119,15 @@ def test_train_and_generate(toy, tmp_path, script):
     (toy / "toy/toy.index.json").unlink()
     code, out, error = script(generate.main, "--dataset", "toy", "--data_path", toy, "--rqvae", rqvae)
     assert code == 0 and "0 at the end" in out and "perplexity" in out
-    index = open_dataset(toy, "toy", ["items", "index"]).index
+    index = open_interactions(toy, "toy", ["items", "index"]).index
     assert len(set(map(tuple, index.values()))) == 9
     assert all(a.startswith("<a_") and b.startswith("<b_") for a, b in index.values())
 
 
-def test_a_seed_settles_the_rqvae_however_many_threads_there_are(tmp_path, script):
+def test_the_seed_determines_the_rqvae_for_any_number_of_threads(tmp_path, script):
     path, weights = tmp_path / "items.npy", set()
     np.save(path, np.random.default_rng(0).normal(size=(1200, 64)).astype(np.float32))
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     try:
         for run, threads in enumerate((4, 4, 4, 1)):
             torch.set_num_threads(threads)
@@ -135,24 +135,24 @@ def test_a_seed_settles_the_rqvae_however_many_threads_there_are(tmp_path, scrip
             assert script(train.main, "--embeddings", path, *size)[0] == 0
             weights.add((tmp_path / str(run) / "model.safetensors").read_bytes())
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
     assert len(weights) == 1
 
 
-def test_bad_input_of_the_index_stage(toy, tmp_path, refused, script):
-    path, rqvae = embeddings_of(toy), tmp_path / "rqvae"
+def test_bad_input_of_train_and_generate(toy, tmp_path, refused, script):
+    path, rqvae = write_embeddings(toy), tmp_path / "rqvae"
     assert "no such file" in refused(train.main, "--embeddings", tmp_path / "no.npy", "--output_dir", rqvae)
-    where = ("--dataset", "toy", "--data_path", toy, "--rqvae", rqvae)
-    assert "holds no RQ-VAE" in refused(generate.main, *where)
+    source = ("--dataset", "toy", "--data_path", toy, "--rqvae", rqvae)
+    assert f"{rqvae}: contains no RQ-VAE" in refused(generate.main, *source)
     out = ("--embeddings", path, "--output_dir", rqvae)
     for message, *flags in (
-        ("9 items do not fit into 4 indices", "--codebook_sizes", 2, 2),
-        ("a level of 1 codes; each needs at least 2", "--codebook_sizes", 1, 9),
+        ("9 items do not fit into 4 semantic IDs", "--codebook_sizes", 2, 2),
+        ("a level of 1 codes; every level needs at least 2", "--codebook_sizes", 1, 9),
         ("27 levels of codes; at most 26", "--codebook_sizes", *[2] * 27),
         ("9 items, fewer than the 32 codes", "--method", "kmeans", "--codebook_sizes", 2, 32),
-        ("--epochs means nothing with --method kmeans", "--method", "kmeans", "--epochs", 3),
+        ("--epochs has no effect with --method kmeans", "--method", "kmeans", "--epochs", 3),
         (
-            "--hidden_sizes means nothing with --method balanced-kmeans",
+            "--hidden_sizes has no effect with --method balanced-kmeans",
             "--method",
             "balanced-kmeans",
             "--hidden_sizes",
@@ -165,47 +165,47 @@ def test_bad_input_of_the_index_stage(toy, tmp_path, refused, script):
     ):
         assert message in refused(train.main, *out, *flags)
     np.save(path, np.ones((9, 8), np.float32))
-    assert "all 9 rows are alike" in refused(train.main, *out)
+    assert "all 9 rows are equal" in refused(train.main, *out)
     assert not rqvae.exists()
 
-    embeddings_of(toy)
+    write_embeddings(toy)
     flags = ("--epochs", 1, "--codebook_sizes", 3, 3, "--hidden_sizes", 16, "--code_dim", 4)
     assert script(train.main, *out, *flags)[0] == 0
-    before = (toy / "toy/toy.index.json").read_bytes()
-    assert "--seed means nothing with --rqvae" in refused(generate.main, *where, "--seed", 1)
-    assert "not allowed with argument" in refused(generate.main, *where, "--random")
-    assert "--rqvae --random is required" in refused(generate.main, *where[:4])
-    chance = (*where[:4], "--random")
-    assert "--embeddings means nothing with --random" in refused(generate.main, *chance, "--embeddings", path)
-    assert "9 items do not fit into 8" in refused(generate.main, *chance, "--codebook_sizes", 2, 4)
+    index_bytes = (toy / "toy/toy.index.json").read_bytes()
+    assert "--seed has no effect with --rqvae" in refused(generate.main, *source, "--seed", 1)
+    assert "not allowed with argument" in refused(generate.main, *source, "--random")
+    assert "--rqvae --random is required" in refused(generate.main, *source[:4])
+    random = (*source[:4], "--random")
+    assert "--embeddings has no effect with --random" in refused(generate.main, *random, "--embeddings", path)
+    assert "9 items do not fit into 8" in refused(generate.main, *random, "--codebook_sizes", 2, 4)
     np.save(path, np.ones((8, 8), np.float32))
-    assert "shape [8, 8]" in refused(generate.main, *where)
+    assert "shape [8, 8]" in refused(generate.main, *source)
     np.save(path, np.ones((9, 5), np.float32))
-    assert "expects embeddings 8 wide, these are 5 wide" in refused(generate.main, *where)
-    assert (toy / "toy/toy.index.json").read_bytes() == before
+    assert "expects embeddings of width 8, got width 5" in refused(generate.main, *source)
+    assert (toy / "toy/toy.index.json").read_bytes() == index_bytes
 
 
-# ---- Indices to compare with: k-means, balanced k-means, random ----
+# ---- Baseline strategies: k-means, balanced k-means, random ----
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 9), st.integers(0, 99), st.booleans())
-def test_shares_are_equal_and_no_item_and_code_would_rather_have_each_other(items, codes, seed, ties):
+def test_balanced_assignment_is_balanced_and_stable(items, codes, seed, ties):
     distances = torch.randn(items, codes, generator=torch.Generator().manual_seed(seed))
     distances = distances.round() if ties else distances
-    given = balanced_assignment(distances)
-    most = -(-items // codes)
-    counts = torch.bincount(given, minlength=codes)
-    assert counts.max() <= most
-    own = distances[torch.arange(items), given]
+    assignment = balanced_assignment(distances)
+    capacity = -(-items // codes)
+    counts = torch.bincount(assignment, minlength=codes)
+    assert counts.max() <= capacity
+    own = distances[torch.arange(items), assignment]
     for item in range(items):
-        for code in (distances[item] < own[item]).nonzero().flatten():  # nearer than what the item has
-            assert counts[code] == most and distances[item, code] >= own[given == code].max()
+        for code in (distances[item] < own[item]).nonzero().flatten():  # nearer than the assigned code
+            assert counts[code] == capacity and distances[item, code] >= own[assignment == code].max()
 
 
 def test_balance_finds_centres_of_equal_clusters():
-    places = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    points = places.repeat_interleave(8, 0) + 0.1 * torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    points = centres.repeat_interleave(8, 0) + 0.1 * torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
     book = points[[0, 1, 2]].clone()  # all in one cluster
     codes = balance(points, book)
     assert torch.bincount(codes).tolist() == [8, 8, 8]
@@ -216,7 +216,7 @@ def test_balance_finds_centres_of_equal_clusters():
     assert ((points - book[codes]) ** 2).sum() < before
 
 
-def test_residual_k_means_clusters_what_is_left():
+def test_residual_k_means_clusters_the_residuals():
     coarse, fine = torch.tensor([[-9.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, -1.0], [0.0, 0.0], [0.0, 1.0]])
     first, second = torch.arange(60) % 2, torch.arange(60) % 3
     points = coarse[first] + fine[second]
@@ -226,16 +226,16 @@ def test_residual_k_means_clusters_what_is_left():
     for book, values in zip(model.codebooks, books, strict=True):
         book.copy_(values)
     assert torch.equal(model.encode(points), points) and not list(model.encoder.parameters())
-    output = model(points, balanced=False)
+    output = model(points, use_sinkhorn=False)
     assert torch.allclose(output.reconstruction, points, atol=1e-4) and output.reconstruction_loss < 1e-8
     pairs = {tuple(row) for row in torch.cat([output.codes, first[:, None], second[:, None]], 1).tolist()}
-    assert len(pairs) == 6  # a code for each place, on each level
+    assert len(pairs) == 6  # one code per centre on each level
 
 
-def test_balanced_codes_share_every_level():
+def test_balanced_codes_are_balanced_on_every_level():
     points = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) ** 3
     books = [torch.zeros(4, 6), torch.zeros(8, 6)]
-    fill_codebooks(points, books, seed=0, equal=True)
+    fill_codebooks(points, books, seed=0, balanced=True)
     codes = balanced_codes(points, books)
     assert np.bincount(codes[:, 0]).max() <= 13 and np.bincount(codes[:, 1]).max() <= 7
 
@@ -249,24 +249,25 @@ def test_random_codes_are_distinct_and_repeatable(sizes, items):
     assert (codes != random_codes(list(sizes), items, seed=4)).any()
 
 
-def test_every_way_gives_every_item_an_index(toy, tmp_path, script):
-    path = embeddings_of(toy)
+def test_every_strategy_gives_every_item_a_semantic_id(toy, tmp_path, script):
+    path = write_embeddings(toy)
     np.save(path, np.repeat(np.load(path)[:3], 3, axis=0))  # three items, each three times
-    for method, colliding_at_first in (("kmeans", 9), ("balanced-kmeans", 7)):  # equal shares of two part the three
+    # Balanced k-means separates some of the duplicates: a code of the last levels takes at most ceil(9 / 2) items.
+    for method, num_colliding in (("kmeans", 9), ("balanced-kmeans", 7)):
         flags = ("--method", method, "--embeddings", path, "--output_dir", tmp_path / method)
         code, _, error = script(train.main, *flags, "--codebook_sizes", 3, 2, 2)
         assert code == 0, error
-        where = ("--dataset", "toy", "--data_path", toy, "--rqvae", tmp_path / method)
-        code, out, error = script(generate.main, *where)
-        assert code == 0 and f"items: {colliding_at_first} with" in out and "Sinkhorn" not in out, error
-        index = open_dataset(toy, "toy", ["items", "index"]).index
+        source = ("--dataset", "toy", "--data_path", toy, "--rqvae", tmp_path / method)
+        code, out, error = script(generate.main, *source)
+        assert code == 0 and f"items: {num_colliding} with" in out and "Sinkhorn" not in out, error
+        index = open_interactions(toy, "toy", ["items", "index"]).index
         assert all(len(codes) == 3 for codes in index.values())
     path.unlink()
     written = []
     for seed in (1, 1, 2):
         flags = ("--random", "--seed", seed, "--codebook_sizes", 3, 3)
         assert script(generate.main, "--dataset", "toy", "--data_path", toy, *flags)[0] == 0
-        written.append(open_dataset(toy, "toy", ["items", "index"]).index)
+        written.append(open_interactions(toy, "toy", ["items", "index"]).index)
     assert written[0] == written[1] != written[2]
 
 
@@ -284,47 +285,47 @@ def test_embed_text_and_interactions(toy, script):
     assert np.allclose(np.linalg.norm(text, axis=1), 0.5) and np.allclose(np.linalg.norm(interactions, axis=1), 0.5)
 
 
-def test_interaction_vectors_know_training_neighbours_only(toy, edit):
-    before = embed.embed_interactions(open_dataset(toy, "toy"), 3)
+def test_interaction_vectors_use_training_interactions_only(toy, edit):
+    before = embed.embed_interactions(open_interactions(toy, "toy"), 3)
     edit("inter", lambda inter: {user: [*history[:-2], 0, 0] for user, history in inter.items()})
-    assert np.allclose(before, embed.embed_interactions(open_dataset(toy, "toy"), 3))
+    assert np.allclose(before, embed.embed_interactions(open_interactions(toy, "toy"), 3))
 
 
 def test_bad_input_of_embed(toy, edit, refused):
-    where = ("--dataset", "toy", "--data_path", toy)
-    assert "--collab_weight 2" in refused(embed.main, *where, "--collab_weight", 2)
-    assert "no sentence encoder" in refused(embed.main, *where, "--plm", toy)
+    source = ("--dataset", "toy", "--data_path", toy)
+    assert "--collab_weight 2" in refused(embed.main, *source, "--collab_weight", 2)
+    assert "no sentence encoder" in refused(embed.main, *source, "--plm", toy)
     edit("item", lambda item: item.update({"3": {"title": ""}}))
-    assert "item '3' has neither title nor description" in refused(embed.main, *where)
+    assert "item '3' has neither title nor description" in refused(embed.main, *source)
     assert not (toy / "toy/toy.emb-minilm-td.npy").exists()
 
 
-# ---- Published indices that give one index to several items ----
+# ---- index.repair: published index files with duplicates ----
 
 
 @given(
     st.dictionaries(st.integers(0, 99).map(str), st.lists(st.sampled_from(["<a_1>", "<b_2>", "<c_3>"]), min_size=1))
 )
-def test_twins_are_told_apart_and_all_others_keep_their_index(index):
-    mended = deduplicate(index)
-    written = ["".join(codes) for codes in mended.values()]
-    assert list(mended) == list(index) and len(set(written)) == len(written)
-    first = {}
+def test_duplicates_get_new_codes_and_the_others_keep_theirs(index):
+    repaired = deduplicate(index)
+    semantic_ids = ["".join(codes) for codes in repaired.values()]
+    assert list(repaired) == list(index) and len(set(semantic_ids)) == len(semantic_ids)
+    first_item = {}
     for item, codes in index.items():
-        if first.setdefault("".join(codes), item) == item:
-            assert mended[item] == codes
+        if first_item.setdefault("".join(codes), item) == item:
+            assert repaired[item] == codes
         else:
-            assert mended[item][:-1] == codes[:-1] and len(mended[item]) == len(codes)
+            assert repaired[item][:-1] == codes[:-1] and len(repaired[item]) == len(codes)
 
 
-def test_the_published_index_of_instruments_is_mended(shared, tmp_path, script, refused):
+def test_the_published_index_of_instruments_is_repaired(shared, tmp_path, script, refused):
     published = shared / "data" / "Instruments" / "Instruments.index.json"
     code, out, error = script(repair.main, published, "--output", tmp_path / "Instruments.index.json")
-    assert code == 0 and "25 of 9,922 items got another last code" in out, error
-    mended = json.loads((tmp_path / "Instruments.index.json").read_text())
-    had = {code for codes in json.loads(published.read_text()).values() for code in codes}
-    assert {code for codes in mended.values() for code in codes} <= had  # the model needs no new words
-    open_dataset(shared / "data", "Instruments", ["index"], tmp_path / "Instruments.index.json")
+    assert code == 0 and "25 of 9,922 items have a new last code" in out, error
+    repaired = json.loads((tmp_path / "Instruments.index.json").read_text())
+    published_codes = {code for codes in json.loads(published.read_text()).values() for code in codes}
+    assert {code for codes in repaired.values() for code in codes} <= published_codes  # no new tokens
+    open_interactions(shared / "data", "Instruments", ["index"], tmp_path / "Instruments.index.json")
     assert "no such file" in refused(repair.main, tmp_path / "none.json", "--output", tmp_path / "x.json")
     (tmp_path / "named.json").write_text(json.dumps({"1": ["x"], "2": ["x"]}))
     assert "has no number" in refused(repair.main, tmp_path / "named.json", "--output", tmp_path / "x.json")

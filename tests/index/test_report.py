@@ -1,4 +1,4 @@
-"""index.report: figures that pairs counted one by one confirm, files with collisions, bad input."""
+"""index.report: statistics compared with pairs counted one by one, files with collisions, bad input."""
 
 import itertools
 import json
@@ -14,24 +14,24 @@ from reclingua.metrics.index import index_statistics
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_shares_are_those_of_pairs_counted_one_by_one():
-    draw = np.random.default_rng(0)
-    index = {str(i): tuple(f"<{'abc'[at]}_{draw.integers(3)}>" for at in range(3)) for i in range(60)}
-    categories = {item: set(draw.choice(["x", "y", "z", "w"], draw.integers(0, 3), replace=False)) for item in index}
-    figures = index_statistics(index, categories)
+def test_shares_equal_those_of_pairs_counted_one_by_one():
+    rng = np.random.default_rng(0)
+    index = {str(i): tuple(f"<{letter}_{rng.integers(3)}>" for letter in "abc") for i in range(60)}
+    categories = {item: set(rng.choice(["x", "y", "z", "w"], rng.integers(0, 3), replace=False)) for item in index}
+    statistics = index_statistics(index, categories)
     pairs = list(itertools.combinations(index, 2))
-    for prefix in figures["prefixes"]:
+    for prefix in statistics["prefixes"]:
         length = prefix["length"]
-        alike = [index[a][:length] == index[b][:length] for a, b in pairs]
+        same_prefix = [index[a][:length] == index[b][:length] for a, b in pairs]
         common = [len(categories[a] & categories[b]) for a, b in pairs]
-        both = sum(count for count, same in zip(common, alike, strict=True) if same)
-        assert prefix["share_of_all_pairs"] == pytest.approx(np.mean(alike))
+        both = sum(count for count, same in zip(common, same_prefix, strict=True) if same)
+        assert prefix["share_of_all_pairs"] == pytest.approx(np.mean(same_prefix))
         assert prefix["share_of_category_pairs"] == pytest.approx(both / sum(common))
-        assert prefix["lift"] == pytest.approx(both / sum(common) / np.mean(alike))
+        assert prefix["lift"] == pytest.approx(both / sum(common) / np.mean(same_prefix))
         assert prefix["groups"] == len({codes[:length] for codes in index.values()})
-    tokens = list(index.values())
-    assert figures["colliding_items"] == sum(tokens.count(codes) > 1 for codes in tokens) > 0
-    assert figures["indices"] == len(set(tokens))
+    semantic_ids = list(index.values())
+    assert statistics["colliding_items"] == sum(semantic_ids.count(codes) > 1 for codes in semantic_ids) > 0
+    assert statistics["indices"] == len(set(semantic_ids))
 
 
 def test_codes_used_perplexity_and_groups():
@@ -41,18 +41,18 @@ def test_codes_used_perplexity_and_groups():
         "3": ("<a_2>", "<b_3>", "<c_1>"),
         "4": ("<a_2>", "<b_3>"),
     }
-    figures = index_statistics(index)
-    assert [level["codes_used"] for level in figures["levels"]] == [2, 3, 1]
-    assert figures["levels"][0]["perplexity"] == pytest.approx(2)
-    assert figures["levels"][1]["perplexity"] == pytest.approx(2**1.5)
-    assert figures["colliding_items"] == 0  # one index goes on where the other ends
-    assert figures["prefixes"][1]["largest"][0] == {"prefix": "<a_2><b_3>", "items": 2}
-    assert figures["prefixes"][1]["share_of_all_pairs"] == pytest.approx(1 / 6)
-    assert figures["prefixes"][2]["share_of_all_pairs"] == 0 and "lift" not in figures["prefixes"][2]
+    statistics = index_statistics(index)
+    assert [level["codes_used"] for level in statistics["levels"]] == [2, 3, 1]
+    assert statistics["levels"][0]["perplexity"] == pytest.approx(2)
+    assert statistics["levels"][1]["perplexity"] == pytest.approx(2**1.5)
+    assert statistics["colliding_items"] == 0  # one semantic ID is a prefix of another
+    assert statistics["prefixes"][1]["largest"][0] == {"prefix": "<a_2><b_3>", "items": 2}
+    assert statistics["prefixes"][1]["share_of_all_pairs"] == pytest.approx(1 / 6)
+    assert statistics["prefixes"][2]["share_of_all_pairs"] == 0 and "lift" not in statistics["prefixes"][2]
 
 
 @pytest.mark.parametrize(
-    "records, key, found",
+    "records, key, categories",
     [
         ([{"class": "A B"}, {"class": "B"}, {}, {"class": None}], "class", [{"B"}, {"B"}, set(), set()]),
         ([{"brand": "A B, Inc."}, {"brand": "A B, Inc."}, {}, {}], "brand", [{"A B, Inc."}] * 2 + [set()] * 2),
@@ -62,14 +62,14 @@ def test_codes_used_perplexity_and_groups():
          "brand", [{"3"}, {"3"}, {"4"}, {"4"}]),
     ],
 )  # fmt: skip
-def test_categories_are_found(tmp_path, records, key, found):
+def test_categories_are_read(tmp_path, records, key, categories):
     path = tmp_path / "D.item.json"
     path.write_text(json.dumps(dict(enumerate(records))))
-    assert read_categories(path, None) == (key, dict(zip("0123", found, strict=True)))
+    assert read_categories(path, None) == (key, dict(zip("0123", categories, strict=True)))
 
 
-def test_the_report_of_two_files(toy, tmp_path, script):
-    """The toy's items are of one kind if their numbers leave the same rest; its index groups by order."""
+def test_report_of_two_files(toy, tmp_path, script):
+    """Items of one kind have equal numbers modulo 3; the toy index groups items by order."""
     other = tmp_path / "kind.index.json"
     other.write_text(json.dumps({str(i): [f"<a_{i % 3}>", "<b_0>"] for i in range(9)}))
     item = tmp_path / "toy.item.json"
@@ -78,9 +78,9 @@ def test_the_report_of_two_files(toy, tmp_path, script):
     code, out, error = script(report.main, toy / "toy/toy.index.json", other, *flags)
     assert code == 0, error
     assert out.splitlines()[0].split() == ["toy", "kind"]
-    figures = json.loads((tmp_path / "out/report.json").read_text())
-    toys, kinds = figures["indices"]["toy"], figures["indices"]["kind"]
-    assert figures["category_key"] == "kind" and figures["arguments"]["category_key"] == "kind"
+    content = json.loads((tmp_path / "out/report.json").read_text())
+    toys, kinds = content["indices"]["toy"], content["indices"]["kind"]
+    assert content["category_key"] == "kind" and content["arguments"]["category_key"] == "kind"
     assert (toys["colliding_items"], kinds["colliding_items"]) == (0, 9)
     assert toys["prefixes"][0]["lift"] == 0 and kinds["prefixes"][0]["lift"] == pytest.approx(4)
     assert (tmp_path / "out/report.png").read_bytes().startswith(PNG)
@@ -88,19 +88,19 @@ def test_the_report_of_two_files(toy, tmp_path, script):
     assert code == 0 and "category" not in out and (tmp_path / "plain/report.png").exists()
 
 
-def test_files_of_one_name_are_told_apart_by_their_folders():
+def test_files_of_one_name_are_distinguished_by_their_folders():
     paths = [Path("/x/a/D.index.json"), Path("y/b/D.json"), Path("b/E.json")]
     assert report.unique_names(paths) == ["a/D", "b/D", "b/E"]
     assert report.unique_names(paths[1:]) == ["D", "E"]
     assert report.unique_names([Path("D.json"), Path("D.index.json")]) == ["D.json", "D.index.json"]
 
 
-def test_published_indices(shared, tmp_path, script):
+def test_published_index_files(shared, tmp_path, script):
     files = [shared / f"data/{name}/{name}.index.json" for name in ("Industrial", "Instruments")]
     item = ("--item", shared / "data/Industrial/Industrial.item.json")
     assert script(report.main, *files, "--output", tmp_path)[0] == 0
-    figures = json.loads((tmp_path / "report.json").read_text())["indices"]
-    assert (figures["Instruments"]["items"], figures["Instruments"]["indices"]) == (9_922, 9_897)
+    statistics = json.loads((tmp_path / "report.json").read_text())["indices"]["Instruments"]
+    assert (statistics["items"], statistics["indices"]) == (9_922, 9_897)
     assert script(report.main, files[0], *item, "--output", tmp_path)[0] == 0
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["category_key"] == "brand"  # its categories are empty
@@ -114,18 +114,18 @@ def test_bad_input(toy, tmp_path, refused):
     assert "cannot be read" in refused(report.main, toy, *out)
     assert "given twice" in refused(report.main, index, index, *out)
     assert "--category_key needs --item" in refused(report.main, index, "--category_key", "brand", *out)
-    assert "share a category in any of the keys" in refused(report.main, index, "--item", item, *out)
-    alike = refused(report.main, index, "--item", item, "--category_key", "title", *out)
-    assert "no two to half of the items share a category in the key 'title'" in alike
+    assert "no category in any of the keys" in refused(report.main, index, "--item", item, *out)
+    message = refused(report.main, index, "--item", item, "--category_key", "title", *out)
+    assert f"{item}: no category in the key 'title' is shared" in message
     broken = tmp_path / "broken.index.json"
     for content, message in (
         ("{", "not valid JSON"),
-        ("[1]", "holds a list"),
+        ("[1]", "contains a list"),
         ("{}", "is empty"),
         ('{"1": "<a_1>"}', "item '1' should have a list of code tokens"),
         ('{"1": []}', "item '1' should have a list of code tokens"),
         ('{"1": [1]}', "item '1' should have a list of code tokens"),
-        ('{"1": ["a"], "1": ["b"]}', "the key '1' is there twice"),
+        ('{"1": ["a"], "1": ["b"]}', "the key '1' occurs twice"),
     ):
         broken.write_text(content)
         assert message in refused(report.main, index, broken, *out)

@@ -6,32 +6,25 @@ import shutil
 import pytest
 import torch
 
-from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import open_dataset
-from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
+from reclingua import Recommender
 from reclingua.datasets.tasks import held_out_samples
 from reclingua.inference import recommender as module
-from reclingua.models.language import load_model, load_tokenizer
-from reclingua.models.vocabulary import index_token_ids
 from reclingua.utils.errors import InputError
 from tests.helpers.scripts import ROOT, torchrun
 
 
 @pytest.fixture
-def search(workshop, tuned):
+def recommender(workshop, tuned):
+    return Recommender.from_pretrained(tuned, workshop / "datasets")
+
+
+@pytest.fixture
+def search(recommender):
     """search(batch_size): the lists of the toy's test users."""
-    dataset = open_dataset(workshop / "datasets", "toy", ["index"])
-    tokenizer, model = load_tokenizer(tuned), load_model(tuned)
-    ids = index_token_ids(tokenizer, dataset.index)
-    samples = held_out_samples(dataset, "test", "seqrec_history", 3)
-    prompts = read_prompts(LCREC_PROMPT_FILE)
-    tokens = {token for row in ids.values() for token in row}
-    instructions = InstructionDataset(samples, dataset, tokenizer, prompts, tokens, max_his_len=3, his_sep="")
-    trie = module.trie_of(ids, tokenizer, "seqrec_history")
+    samples = held_out_samples(recommender.dataset, "test", recommender.task, 3)
 
     def run(batch_size):
-        template = prompts["seqrec_history"][0]
-        return module.recommend(model, instructions, samples, template, trie, num_beams=4, batch_size=batch_size)
+        return recommender.recommend(samples, 4, num_beams=4, batch_size=batch_size)
 
     return run
 
@@ -58,7 +51,31 @@ def test_a_batch_that_does_not_fit_is_halved_and_done_again(search, monkeypatch,
     assert [size for size, _ in tried[:3]] == [24, 12, 6] and max(size for size, _ in tried[3:]) == 6
     assert sum(size for size, _ in tried if size <= 7) == 60
     assert {beams for _, beams in tried} == {4}
-    assert "memory ran out with 12 users in a batch: going on with 6" in capsys.readouterr().err
+    assert "12 users in a batch: retrying with 6" in capsys.readouterr().err
+
+
+def test_histories_get_what_a_dataset_part_gets(recommender, search):
+    """Plain lists of item ids, long ones cut as in training; seen and further items are left out on request."""
+    dataset = recommender.dataset
+    histories = [dataset.split(user, "test")[0] for user in dataset.test_users]
+    assert recommender.recommend(histories, 4, num_beams=4) == search(60)
+    top = recommender.recommend(histories[:9], k=2)
+    assert [len(ranked) for ranked in top] == [2] * 9
+    best = [[ranked[0].item] for ranked in top]
+    unseen = recommender.recommend(histories[:9], k=9, exclude_seen=True, excluded=best)
+    for history, ranked, first in zip(histories[:9], unseen, best, strict=True):
+        assert not {scored.item for scored in ranked} & {*history, *first}
+        assert len(ranked) == 9 - len({*history, *first})
+
+
+def test_what_is_no_history_is_refused(recommender, workshop, studio):
+    with pytest.raises(InputError, match="history 1: is empty"):
+        recommender.recommend([["1"], []])
+    with pytest.raises(InputError, match="history 0: item 'x' is not in toy"):
+        recommender.recommend([["1", "x"]])
+    with pytest.raises(InputError, match="use Scorer"):
+        Recommender.from_pretrained(studio / "tallrec", studio)
+    assert recommender.recommend([]) == []
 
 
 def test_memory_for_not_even_one(search, monkeypatch):
@@ -88,14 +105,14 @@ def test_many_processes_measure_what_one_does(script, workshop, tuned, tmp_path,
     assert code == 0, error
     alone, lines = json.loads((tmp_path / "results.json").read_text()), read_lines(tmp_path / "lines.jsonl")
     (tmp_path / "results.json").unlink()
-    evidence = (tmp_path / "results/evidence.json").read_text()
+    details = (tmp_path / "results/details.json").read_text()
     shutil.rmtree(tmp_path / "results")
     together = torchrun(processes, "test_ddp.py", *flags)
     assert together.returncode == 0, together.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     del alone["seconds"], results["seconds"]
     assert results == alone and results["users"] == 60
-    assert (tmp_path / "results/evidence.json").read_text() == evidence and (tmp_path / "results/report.html").exists()
+    assert (tmp_path / "results/details.json").read_text() == details and (tmp_path / "results/report.html").exists()
     for line, want in zip(read_lines(tmp_path / "lines.jsonl"), lines, strict=True):
         assert line.pop("scores") == pytest.approx(want.pop("scores"), abs=1e-5)  # the last bit follows the threads
         assert line == want

@@ -11,8 +11,8 @@ from torch.nn import functional
 import finetune
 import test as test_script
 from reclingua.datasets.collators import IGNORE
-from reclingua.datasets.interactions import open_dataset
-from reclingua.inference import loading
+from reclingua.datasets.interactions import open_interactions
+from reclingua.inference.loading import load_language_model, load_metadata
 from reclingua.models.chunked_loss import ChunkedCrossEntropy
 from reclingua.models.language import load_model
 from reclingua.models.lora import add_lora_adapter, load_lora
@@ -28,7 +28,7 @@ def adapted(toy, architecture, dtype=torch.float32):
     """A tiny model with LoRA weights and rows for code tokens, none of which are zero; its tokenizer."""
     tokenizer = make_tokenizer(bos=False)
     model = make_model(architecture, len(tokenizer), spread=1).to(dtype)
-    index = open_dataset(toy, "toy", ["index"]).index
+    index = open_interactions(toy, "toy", ["index"]).index
     extend_vocabulary(model, tokenizer, index)
     ids = tokenizer.convert_tokens_to_ids(code_tokens(index))
     model = add_lora_adapter(model, ids, rank=4, alpha=8, dropout=0.0, targets=["all-linear"])
@@ -76,7 +76,7 @@ def test_the_loss_of_the_labels_is_the_models_own(toy, architecture):
     plain.backward()
     expected = gradients()
     chunked_loss = ChunkedCrossEntropy(model, max_logits_mb=1)
-    with chunked_loss.where(labels):
+    with chunked_loss.at_labels(labels):
         model(input_ids=inputs)
     chunked_loss.loss.backward()
     found = gradients()
@@ -140,7 +140,7 @@ def test_a_tuned_adapter_is_measured_as_it_was_before_it_was_saved(workshop, lor
     (moved / "reclingua.json").write_text(json.dumps(record | {"base_model": str(tmp_path / "gone")}))
     assert results_of(moved, workshop, script, "--base_model", workshop / "base") == found
     where = ("--ckpt_path", moved, "--data_path", workshop / "datasets")
-    assert "say where the base model of" in refused(test_script.main, *where)
+    assert "name the base model of" in refused(test_script.main, *where)
     make_model("llama", 320, spread=1).save_pretrained(tmp_path / "other")
     assert "is not the base model that" in refused(test_script.main, *where, "--base_model", tmp_path / "other")
 
@@ -152,7 +152,7 @@ def test_other_ways_to_hold_the_base_model(workshop, script, tmp_path, how):
     code, _, error = script(finetune.main, *flags(workshop, out, *LEARN, *quick, how))
     assert code == 0, error
     assert set(results_of(out, workshop, script)) == {"hit@1", "ndcg@5"}
-    model, _ = loading.open_model(out, json.loads((out / "reclingua.json").read_text()), torch.device("cpu"))
+    model, _ = load_language_model(out, load_metadata(out), torch.device("cpu"))
     kinds = {type(module).__name__ for module in model.modules()}
     assert ("Linear4bit" in kinds, "Linear8bitLt" in kinds) == (how == "--load_in_4bit", how == "--load_in_8bit")
 
@@ -178,7 +178,7 @@ def test_bad_input(workshop, tmp_path, lora, refused):
         return refused(finetune.main, *flags(workshop, tmp_path / "out", *more))
 
     assert "give --lora" in refuse("--load_in_4bit")
-    assert "--lora_r means nothing" in refuse("--lora_r", 4)
+    assert "--lora_r has no effect" in refuse("--lora_r", 4)
     assert "is an adapter, not a model" in refuse("--lora", "--base_model", lora)
     assert "holds a model of an earlier run" in refused(finetune.main, *flags(workshop, lora, "--lora"))
     assert "one of them" in refuse("--lora", "--load_in_4bit", "--load_in_8bit")

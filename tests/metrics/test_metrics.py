@@ -1,4 +1,4 @@
-"""Metrics against the reference's numbers; baselines against known ones."""
+"""Metrics compared with the reference implementation and scikit-learn; baselines with known results."""
 
 import json
 
@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from reclingua.baselines.co_occurrence import CoOccurrence
 from reclingua.baselines.popularity import Popularity
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.metrics import load_metric, parse_metrics, ranking_metrics
 from reclingua.metrics.roc import auc, auc_of_groups, uauc
 from reclingua.utils.errors import InputError
@@ -16,13 +16,13 @@ from reclingua.utils.errors import InputError
 
 def test_hit_and_ndcg_agree_with_the_reference(shared):
     golden = json.loads((shared / "golden" / "metrics.json").read_text())["ranking"]
-    places = golden["rank_of_target"]
-    lists = [["target" if at == place else f"{at}" for at in range(golden["beams"])] for place in places]
+    ranks = golden["rank_of_target"]
+    lists = [["target" if index == rank else f"{index}" for index in range(golden["beams"])] for rank in ranks]
     names = parse_metrics(",".join(golden["metrics"]))
     assert ranking_metrics(lists, ["target"] * len(lists), names) == pytest.approx(golden["metrics"], abs=1e-12)
 
 
-def test_a_list_may_be_short_or_empty():
+def test_ranked_lists_can_be_short_or_empty():
     results = ranking_metrics([["a"], [], ["b", "a"]], ["a", "a", "a"], [("hit", 1), ("hit", 5), ("ndcg", 5)])
     assert results == pytest.approx({"hit@1": 1 / 3, "hit@5": 2 / 3, "ndcg@5": (1 + 0.63092975) / 3})
 
@@ -34,24 +34,24 @@ def test_unknown_metrics(names):
 
 
 def test_baselines_on_a_ring(toy):
-    dataset = open_dataset(toy, "toy")
+    dataset = open_interactions(toy, "toy")
     assert CoOccurrence(dataset).recommend(["3", "4"], 1, {"3", "4"}) == ["5"]
     popularity = Popularity(dataset)
     best = popularity.recommend([], 3, set())
     assert popularity.recommend([], 3, {best[0]})[:2] == best[1:]
-    everything = CoOccurrence(dataset).recommend(["3"], 9, set())
-    assert sorted(everything) == sorted(dataset.item_ids)
+    all_items = CoOccurrence(dataset).recommend(["3"], 9, set())
+    assert sorted(all_items) == sorted(dataset.item_ids)
 
 
-def test_baselines_know_training_interactions_only(toy, edit):
-    before = [b(open_dataset(toy, "toy")).recommend(["3"], 9, set()) for b in (Popularity, CoOccurrence)]
+def test_baselines_use_training_interactions_only(toy, edit):
+    before = [b(open_interactions(toy, "toy")).recommend(["3"], 9, set()) for b in (Popularity, CoOccurrence)]
     edit("inter", lambda inter: {user: [*history[:-2], 0, 0] for user, history in inter.items()})
-    assert before == [b(open_dataset(toy, "toy")).recommend(["3"], 9, set()) for b in (Popularity, CoOccurrence)]
+    assert before == [b(open_interactions(toy, "toy")).recommend(["3"], 9, set()) for b in (Popularity, CoOccurrence)]
 
 
 def test_baselines_of_ml_100k(ml_100k):
-    """The figures of two independent measurements of the same split, seen items excluded."""
-    dataset = open_dataset(ml_100k, "ml-100k")
+    """Results of two independent implementations on the same split, seen items excluded."""
+    dataset = open_interactions(ml_100k, "ml-100k")
     histories, targets = zip(*(dataset.split(user, "test") for user in dataset.test_users), strict=True)
     for baseline, hit, ndcg in ((Popularity(dataset), 0.087, 0.045), (CoOccurrence(dataset), 0.177, 0.091)):
         lists = [baseline.recommend(history, 10, set(history)) for history in histories]
@@ -62,37 +62,37 @@ def test_baselines_of_ml_100k(ml_100k):
 def test_auc_and_uauc_agree_with_the_reference(shared):
     golden = json.loads((shared / "golden" / "metrics.json").read_text())["preference"]
     users, labels, scores = (np.array(golden[name]) for name in ("user", "label", "score"))
-    found = uauc(users, labels, scores)
+    results = uauc(users, labels, scores)
     assert auc(labels, scores) == pytest.approx(golden["auc"], abs=1e-9)
-    assert found["uauc"] == pytest.approx(golden["uauc"], abs=1e-9)
-    assert found["users_counted"] == golden["users_counted"]
-    assert found["users_counted"] + found["users_left_out"] == len(set(golden["user"]))
+    assert results["uauc"] == pytest.approx(golden["uauc"], abs=1e-9)
+    assert results["users_counted"] == golden["users_counted"]
+    assert results["users_counted"] + results["users_left_out"] == len(set(golden["user"]))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_auc_of_groups_is_that_of_scikit_learn(seed):
-    draw = np.random.default_rng(seed)
-    users = draw.choice(["ann", "bob", "eve", "zoë"] + [f"user {i}" for i in range(60)], 400)
-    labels = draw.integers(0, 2, 400)
-    scores = draw.choice([-np.inf, -1e300, -1.5, 0.0, -0.0, 1e-300, 2.0, np.inf], 400)
-    names, found = auc_of_groups(users, labels, scores)
+def test_auc_of_groups_matches_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    users = rng.choice(["ann", "bob", "eve", "zoë"] + [f"user {i}" for i in range(60)], 400)
+    labels = rng.integers(0, 2, 400)
+    scores = rng.choice([-np.inf, -1e300, -1.5, 0.0, -0.0, 1e-300, 2.0, np.inf], 400)
+    names, aucs = auc_of_groups(users, labels, scores)
     assert names.tolist() == sorted(set(users))
-    for name, value in zip(names, found, strict=True):
-        own = users == name
-        if len(set(labels[own])) < 2:
+    for name, value in zip(names, aucs, strict=True):
+        mask = users == name
+        if len(set(labels[mask])) < 2:
             assert np.isnan(value)
         else:
-            finite = np.clip(scores[own], -1e301, 1e301)  # scikit-learn refuses infinity
-            assert value == pytest.approx(roc_auc_score(labels[own], finite), abs=1e-12)
+            finite = np.clip(scores[mask], -1e301, 1e301)  # scikit-learn rejects infinity
+            assert value == pytest.approx(roc_auc_score(labels[mask], finite), abs=1e-12)
     assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, np.clip(scores, -1e301, 1e301)), abs=1e-12)
 
 
 def test_auc_and_uauc_as_evaluate_modules():
     labels, scores, users = [1, 0, 1, 0, 1], [0.9, 0.1, 0.2, 0.2, 0.3], [7, 7, 8, 8, 9]
     assert load_metric("auc").compute(references=labels, prediction_scores=scores)["auc"] == pytest.approx(5.5 / 6)
-    found = load_metric("uauc").compute(references=labels, prediction_scores=scores, users=users)
-    assert found == {"uauc": 0.75, "users_counted": 2, "users_left_out": 1}
-    close = [0.1 + 1e-15, 0.1]  # as float32 they would tie
+    results = load_metric("uauc").compute(references=labels, prediction_scores=scores, users=users)
+    assert results == {"uauc": 0.75, "users_counted": 2, "users_left_out": 1}
+    close = [0.1 + 1e-15, 0.1]  # float32 would make them tie
     assert load_metric("auc").compute(references=[1, 0], prediction_scores=close)["auc"] == 1
 
 
@@ -101,22 +101,22 @@ def test_labels_of_evaluate_modules_are_not_rounded():
         load_metric("auc").compute(references=[0.7, 1, 0], prediction_scores=[0.1, 0.2, 0.3])
 
 
-def test_uauc_without_a_user_that_counts():
-    found = uauc(np.array([1, 2]), np.array([1, 0]), np.array([0.5, 0.5]))
-    assert np.isnan(found.pop("uauc")) and found == {"users_counted": 0, "users_left_out": 2}
+def test_uauc_is_nan_if_no_user_has_both_labels():
+    results = uauc(np.array([1, 2]), np.array([1, 0]), np.array([0.5, 0.5]))
+    assert np.isnan(results.pop("uauc")) and results == {"users_counted": 0, "users_left_out": 2}
     assert np.isnan(auc(np.array([1, 1]), np.array([0.1, 0.2])))
 
 
 BAD_SCORES = {
     "NaN": ([0.1, np.nan], [0, 1], "1 of 2 scores are NaN, the first that of sample 1"),
     "label": ([0.1, 0.2], [0, 2], "sample 1 has label 2"),
-    "lengths": ([0.1], [0, 1], "not of one length"),
+    "lengths": ([0.1], [0, 1], "lengths should be equal"),
     "nothing": ([], [], "no samples"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SCORES)
-def test_scores_that_cannot_be_measured(case):
+def test_invalid_scores_are_rejected(case):
     scores, labels, message = BAD_SCORES[case]
     with pytest.raises(InputError, match=message):
         auc(np.array(labels), np.array(scores))

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from reclingua.datasets.collators import encode_prompt
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import open_dataset
+from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import PromptTemplate
 from reclingua.datasets.tasks import held_out_samples
 from reclingua.models.language import load_tokenizer
@@ -50,7 +50,7 @@ def test_an_index_is_the_same_tokens_everywhere(tmp_path, kind):
     """Alone, in a history, in a prompt, after a reload; and what a search is given ends where an answer begins."""
     tokenizer = tokenizer_of(kind, tmp_path)
     write_toy(tmp_path)
-    dataset = open_dataset(tmp_path, "toy", ["index"])
+    dataset = open_interactions(tmp_path, "toy", ["index"])
     extend_vocabulary(make_model("llama", len(tokenizer)), tokenizer, dataset.index)
     tokenizer.save_pretrained(tmp_path / "saved")
     for each in (tokenizer, load_tokenizer(tmp_path / "saved")):
@@ -64,8 +64,8 @@ def test_an_index_is_the_same_tokens_everywhere(tmp_path, kind):
             for row in samples:
                 history = [token for item in row["history"] for token in ids[item]]
                 for template in templates:
-                    sample = told.answered(row, template)
-                    prompt = encode_prompt(each, told.prompt(row, template))
+                    sample = told.encode(row, template)
+                    prompt = encode_prompt(each, told.render_prompt(row, template))
                     assert [token for token in prompt if token in codes] == history
                     assert sample["input_ids"] == [*prompt, *ids[row["item"]], each.eos_token_id]
                     assert each.eos_token_id not in prompt

@@ -8,28 +8,15 @@ from torch import nn
 
 from reclingua.datasets.prompts import PromptTemplate
 from reclingua.datasets.ratings import open_ratings
-from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
-from reclingua.inference.scorer import ask, batches_of
-from reclingua.models.collaborative import weights_sha256
-from reclingua.models.collaborative.din import DIN, DINConfig
-from reclingua.models.collaborative.hash import HashedMF, HashedMFConfig
-from reclingua.models.collaborative.lightgcn import LightGCN, LightGCNConfig
-from reclingua.models.collaborative.mf import MF, MFConfig
-from reclingua.models.collaborative.sasrec import SASRec, SASRecConfig
-from reclingua.models.collm import CoLLM, CoLLMConfig
-from reclingua.models.cora import CoRA, CoRAConfig
-from reclingua.models.lora import add_lora, linear_layers
+from reclingua.inference.scorer import prefix_sorted_batches
+from reclingua.models.collm import CoLLM
+from reclingua.models.cora import CoRA
+from reclingua.models.lora import linear_layers
 from reclingua.models.yes_no import YesNoConfig, YesNoModel
 from reclingua.utils.errors import InputError
-from tests.helpers.models import OTHERS, make_model, make_tokenizer
+from tests.helpers.models import OTHERS, make_model
 from tests.helpers.toys import write_preferences
-
-TEXT = [PromptTemplate('Liked so far: {history}. Is "{title}" liked as well? Answer:')]
-SOFT = [PromptTemplate('Liked so far: {history}, by {user}. Is "{title}" {item} liked as well? Answer:')]
-SIZES = {"num_users": 41, "num_items": 31, "embedding_size": 8}
-COLLAB = {"mf": (MF, MFConfig), "lightgcn": (LightGCN, LightGCNConfig), "sasrec": (SASRec, SASRecConfig),
-          "din": (DIN, DINConfig), "hash": (HashedMF, HashedMFConfig)}  # fmt: skip
-ATTENTION = {"gpt2": ["c_attn"], "bloom": ["query_key_value"]}
+from tests.helpers.yes_no_models import batch_of, logits_of, make_cf_model, make_yes_no_model, questions_for, scorer_of
 
 
 @pytest.fixture(scope="module")
@@ -39,69 +26,13 @@ def liked(tmp_path_factory):
     return open_ratings(root, "liked")
 
 
-def make_cf_model(kind="mf"):
-    torch.manual_seed(1)
-    model, config = COLLAB[kind]
-    made = model(config(**SIZES, initializer_range=0.5))
-    made.learn_graph(torch.arange(1, 31), torch.arange(30, 0, -1))
-    return made.eval()
-
-
-def make(kind, architecture="llama", cf_model="mf", trained=None, lora=True, **own):
-    """A tiny model of the kind; LoRA's and CoRA's second matrices are not 0, as they are after training."""
-    tokenizer = make_tokenizer(False)
-    language = make_model(architecture, len(tokenizer) + 8, spread=3).requires_grad_(False)
-    targets = ATTENTION.get(architecture, ["q_proj", "v_proj"])
-    settings = {"rank": 4, "alpha": 8, "dropout": 0.5, "targets": targets} if lora else None
-    if lora:
-        add_lora(language, **settings)
-    configs = {YesNoModel: YesNoConfig, CoLLM: CoLLMConfig, CoRA: CoRAConfig}
-    if kind is CoRA:
-        own = {"r": 4, "alpha": 8, "targets": targets, "num_layers": 2, "dropout": 0.5} | own
-    trained = trained or (["lora"] if kind is YesNoModel else ["projector"])
-    known = make_cf_model(cf_model) if kind is not YesNoModel else None
-    config = configs[kind](
-        base_model="nowhere", lora=settings, answer=37, trained=trained, saved=sorted({*trained, "lora", "projector"}),
-        cf_model="nowhere", cf_config=known and known.config.to_dict(), cf_sha256=known and weights_sha256(known),
-        **own,
-    )  # fmt: skip
-    model = kind(config, language, known).eval()
-    draw = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name or name.startswith("b."):
-                weight.copy_(torch.randn(weight.shape, generator=draw) * (3 if name.startswith("b.") else 0.3))
-    return model, tokenizer
-
-
-def questions_for(model, tokenizer, dataset, templates=None):
-    length = model.cf_model.history_length if model.cf_model is not None else 0
-    titles = {item: "Thing " + "very " * (item % 5) + str(item) for item in range(1, 31)}
-    templates = templates or (SOFT if isinstance(model, CoLLM) else TEXT)
-    tokens = getattr(model.config, "soft_tokens", 1)
-    return YesNoDataset(
-        dataset.parts["test"], titles, tokenizer, templates, 4, ", ", 10**6, soft_tokens=tokens, read_length=length
-    )
-
-
-def batch_of(questions, rows):
-    batch = YesNoCollator(questions.tokenizer)([questions[i] for i in rows])
-    del batch["lengths"]
-    return batch
-
-
-def logits_of(model, questions, rows, **changes):
-    with torch.no_grad():
-        return model(**(batch_of(questions, rows) | changes)).logits
-
-
 KINDS = [(YesNoModel, "mf"), (CoLLM, "mf"), (CoLLM, "sasrec"), (CoLLM, "din"), (CoRA, "mf"), (CoRA, "lightgcn"),
          (CoRA, "sasrec"), (CoRA, "din"), (CoLLM, "hash")]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind, cf_model", KINDS)
 def test_neither_padding_nor_neighbours_change_a_logit(liked, kind, cf_model):
-    model, tokenizer = make(kind, cf_model=cf_model)
+    model, tokenizer = make_yes_no_model(kind, cf_model=cf_model)
     questions = questions_for(model, tokenizer, liked)
     rows = [0, 1, 2, 50, 51, 100, 235]
     alone = torch.cat([logits_of(model, questions, [i], shared=None) for i in rows])
@@ -112,13 +43,13 @@ def test_neither_padding_nor_neighbours_change_a_logit(liked, kind, cf_model):
         expected = alone if order is rows else alone.flip(0)
         torch.testing.assert_close(logits_of(model, questions, order), expected, rtol=0, atol=1e-4)
     for size in (1, 3, 64):
-        found = ask(model, questions, size, show_progress=False)
+        found = scorer_of(model, tokenizer, liked).score_samples(questions, size)
         torch.testing.assert_close(torch.from_numpy(found)[rows], alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "llama", "llama-tied", "qwen2", "qwen3", "mistral", "gpt2", "gemma"])
 def test_the_logit_is_the_language_models_own(liked, name):
-    model, tokenizer = make(YesNoModel, name, lora=name != "gpt-neo")
+    model, tokenizer = make_yes_no_model(YesNoModel, name, lora=name != "gpt-neo")
     questions = questions_for(model, tokenizer, liked)
     rows = [0, 1, 2, 50, 120]
     for i, found in zip(rows, logits_of(model, questions, rows), strict=True):
@@ -128,16 +59,16 @@ def test_the_logit_is_the_language_models_own(liked, name):
 
 
 def test_rows_that_begin_alike_share_a_batch(liked):
-    model, tokenizer = make(YesNoModel)
+    model, tokenizer = make_yes_no_model(YesNoModel)
     questions = questions_for(model, tokenizer, liked)
-    batches = batches_of(questions, 10, by_beginning=True)
+    batches = prefix_sorted_batches(questions, 10, by_prefix=True)
     assert sorted(i for batch in batches for i in batch) == list(range(len(questions)))
     beginnings = [{tuple(questions[i]["input_ids"][: questions[i]["shared"]]) for i in batch} for batch in batches]
     distinct = {tuple(q["input_ids"][: q["shared"]]) for q in (questions[i] for i in range(len(questions)))}
     assert sum(map(len, beginnings)) <= len(distinct) + len(batches)
     read = []
     model.language.get_input_embeddings().register_forward_hook(lambda m, args, out: read.append(args[0].numel()))
-    ask(model, questions, 10, show_progress=False)
+    scorer_of(model, tokenizer, liked).score_samples(questions, 10)
     assert sum(read) < 0.7 * questions.lengths().sum()
 
 
@@ -157,7 +88,7 @@ TRAINED = [
 @pytest.mark.parametrize("kind, trained", TRAINED)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_frozen_stays_bit_for_bit(liked, kind, trained, checkpointing):
-    model, tokenizer = make(kind, cf_model="sasrec", trained=trained)
+    model, tokenizer = make_yes_no_model(kind, cf_model="sasrec", trained=trained)
     if checkpointing:
         model.gradient_checkpointing_enable()
     questions = questions_for(model, tokenizer, liked)
@@ -182,7 +113,7 @@ def test_what_is_frozen_stays_bit_for_bit(liked, kind, trained, checkpointing):
 
 @pytest.mark.parametrize("kind", [CoLLM, CoRA])
 def test_a_shared_beginning_changes_no_gradient(liked, kind):
-    model, tokenizer = make(kind)
+    model, tokenizer = make_yes_no_model(kind)
     questions = questions_for(model, tokenizer, liked)
     rows = [0, 1, 2, 50, 51, 100]
     gradients = []
@@ -195,7 +126,7 @@ def test_a_shared_beginning_changes_no_gradient(liked, kind):
 
 
 def test_loss_is_binary_cross_entropy_on_that_logit(liked):
-    model, tokenizer = make(YesNoModel, offset=2.0)
+    model, tokenizer = make_yes_no_model(YesNoModel, offset=2.0)
     questions = questions_for(model, tokenizer, liked)
     batch = batch_of(questions, range(9))
     output = model(**batch)
@@ -207,7 +138,7 @@ def test_loss_is_binary_cross_entropy_on_that_logit(liked):
 @pytest.mark.parametrize("kind", [YesNoModel, CoLLM, CoRA])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_trained_parts_are_float32_under_half_precision(liked, kind, dtype):
-    model, tokenizer = make(kind)
+    model, tokenizer = make_yes_no_model(kind)
     model.language.to(dtype)
     model.freeze_parameters()
     trained = {weight.dtype for weight in model.parameters() if weight.requires_grad}
@@ -224,8 +155,8 @@ def test_trained_parts_are_float32_under_half_precision(liked, kind, dtype):
 
 
 def test_cora_begins_as_the_base_model(liked):
-    model, tokenizer = make(CoRA)
-    for b in model.b.values():  # which `make` has filled
+    model, tokenizer = make_yes_no_model(CoRA)
+    for b in model.b.values():  # which `make_yes_no_model` has filled
         nn.init.zeros_(b.weight)
     questions = questions_for(model, tokenizer, liked)
     rows = range(8)
@@ -242,12 +173,12 @@ def test_cora_begins_as_the_base_model(liked):
     ("llama", ["down_proj", "up_proj"]), ("qwen3", ["o_proj", "q_proj"]), ("gpt2", ["c_attn", "c_proj"]),
 ])  # fmt: skip
 def test_cora_merged_for_one_pair_is_the_hooked_model(liked, architecture, targets):
-    model, tokenizer = make(CoRA, architecture, targets=targets, lora=architecture != "gpt2")
+    model, tokenizer = make_yes_no_model(CoRA, architecture, targets=targets, lora=architecture != "gpt2")
     questions = questions_for(model, tokenizer, liked)
     hooked = logits_of(model, questions, [0, 120])
     for row, i in enumerate((0, 120)):
         batch = batch_of(questions, [i])
-        merged = model.merged(batch["users"], batch["items"])
+        merged = model.merge(batch["users"], batch["items"])
         with torch.no_grad():
             logit = merged(input_ids=batch["input_ids"]).logits[0, -1, 37]
             base = model.language(input_ids=batch["input_ids"]).logits[0, -1, 37]
@@ -255,7 +186,7 @@ def test_cora_merged_for_one_pair_is_the_hooked_model(liked, architecture, targe
 
 
 def test_cora_gives_each_row_its_own_weights(liked):
-    model, tokenizer = make(CoRA)
+    model, tokenizer = make_yes_no_model(CoRA)
     questions = questions_for(model, tokenizer, liked)
     batch = batch_of(questions, [0, 0])
     with torch.no_grad():
@@ -273,22 +204,22 @@ def test_cora_gives_each_row_its_own_weights(liked):
 
 def test_cora_refuses_layers_that_are_not_there_and_odd_widths():
     with pytest.raises(InputError, match="no layer 'w_proj'; it has .*q_proj"):
-        make(CoRA, targets=["w_proj"])
+        make_yes_no_model(CoRA, targets=["w_proj"])
     with pytest.raises(InputError, match="16 wide together"):
-        make(CoRA, num_heads=3)
+        make_yes_no_model(CoRA, num_heads=3)
 
 
 # ---- CoLLM ----
 
 
 def test_soft_tokens_are_what_the_map_makes_of_the_embeddings(liked):
-    model, tokenizer = make(CoLLM, soft_tokens=2)
+    model, tokenizer = make_yes_no_model(CoLLM, soft_tokens=2)
     template = [PromptTemplate('{history} {history_ids} {user} "{title}" {item}:')]
     questions = questions_for(model, tokenizer, liked, template)
     model.fit_normalization(torch.arange(1, 41), torch.arange(1, 31))
     batch = batch_of(questions, [0, 100])
     with torch.no_grad():
-        words = model.words(**batch)
+        words = model.embed_inputs(**batch)
         plain = model.get_input_embeddings()(batch["input_ids"])
         for row in range(2):
             soft = batch["soft"][row]
@@ -306,7 +237,7 @@ def test_soft_tokens_are_what_the_map_makes_of_the_embeddings(liked):
 
 
 def test_vectors_are_brought_to_one_scale():
-    model, _ = make(CoLLM, cf_model="din")
+    model, _ = make_yes_no_model(CoLLM, cf_model="din")
     users, items = torch.randint(1, 41, (500,)), torch.randint(1, 31, (500,))
     histories = torch.randint(0, 31, (500, 10))
     model.fit_normalization(users, items, histories)
@@ -317,7 +248,7 @@ def test_vectors_are_brought_to_one_scale():
 
 
 def test_one_prompt_for_all_knows_nobody(liked):
-    model, tokenizer = make(CoLLM, one_for_all=True)
+    model, tokenizer = make_yes_no_model(CoLLM, one_for_all=True)
     questions = questions_for(model, tokenizer, liked)
     batch = batch_of(questions, [0])
     with torch.no_grad():
@@ -332,7 +263,7 @@ def test_one_prompt_for_all_knows_nobody(liked):
 @pytest.mark.parametrize("kind, trained", TRAINED)
 @pytest.mark.parametrize("full", [False, True])
 def test_a_reloaded_model_gives_the_same_logits(liked, tmp_path, kind, trained, full):
-    model, tokenizer = make(kind, "llama-tied", cf_model="lightgcn", trained=trained)
+    model, tokenizer = make_yes_no_model(kind, "llama-tied", cf_model="lightgcn", trained=trained)
     base = make_model("llama-tied", len(tokenizer) + 8, spread=3)
     base.save_pretrained(tmp_path / "base")
     make_cf_model("lightgcn").save_pretrained(tmp_path / "cf_model")
@@ -361,7 +292,7 @@ def test_a_reloaded_model_gives_the_same_logits(liked, tmp_path, kind, trained, 
 
 
 def test_what_does_not_fit_is_refused(liked, tmp_path):
-    model, tokenizer = make(CoLLM)
+    model, tokenizer = make_yes_no_model(CoLLM)
     make_model("llama", len(tokenizer) + 8, spread=3).save_pretrained(tmp_path / "base")
     model.cf_model.save_pretrained(tmp_path / "cf_model")
     model.config.base_model, model.config.cf_model = str(tmp_path / "base"), str(tmp_path / "cf_model")
@@ -379,14 +310,14 @@ def test_what_does_not_fit_is_refused(liked, tmp_path):
     with pytest.raises(InputError, match="its weights do not fit"):
         CoLLM.from_pretrained(tmp_path / "tuned")
     (tmp_path / "tuned/model.safetensors").unlink()
-    with pytest.raises(InputError, match="its weights are not those of its config"):
+    with pytest.raises(InputError, match="its weights do not match its config"):
         CoLLM.from_pretrained(tmp_path / "tuned")
 
 
 @pytest.mark.parametrize("kind", [YesNoModel, CoLLM, CoRA])
 def test_a_base_in_4_bits(liked, tmp_path, kind):
     pytest.importorskip("bitsandbytes")
-    model, tokenizer = make(kind, "llama-wide")
+    model, tokenizer = make_yes_no_model(kind, "llama-wide")
     make_model("llama-wide", len(tokenizer) + 8, spread=3).save_pretrained(tmp_path / "base")
     model.cf_model is None or model.cf_model.save_pretrained(tmp_path / "cf_model")
     model.config.base_model, model.config.cf_model = str(tmp_path / "base"), str(tmp_path / "cf_model")
@@ -405,4 +336,4 @@ def test_a_base_in_4_bits(liked, tmp_path, kind):
     assert again.config.load_in_4bit and torch.equal(logits_of(again, questions, range(6)), expected)
     if kind is CoRA:
         with pytest.raises(ValueError, match="4 bits cannot be added to"):
-            small.merged(torch.tensor([1]), torch.tensor([1]))
+            small.merge(torch.tensor([1]), torch.tensor([1]))

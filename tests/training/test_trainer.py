@@ -1,4 +1,4 @@
-"""Training: the same updates as the plain Trainer's, whatever batches, processes and packing do with the samples."""
+"""RecTrainer: the updates of the plain Trainer, for every batch sampler, with packing and with several processes."""
 
 import json
 
@@ -21,7 +21,7 @@ from tests.helpers.models import OTHERS, make_model
 from tests.helpers.scripts import flags, torchrun
 from tests.models.test_chunked_loss import with_logits_of_its_own
 
-PACKS_NOT = {"bloom"}
+WITHOUT_PACKING = {"bloom"}
 
 
 def weights_after(trainer):
@@ -36,8 +36,8 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("targets", ["last", "all"])
-def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, targets):
-    """Same batches of unequal numbers of targets, accumulated, also where an epoch ends: the loss is their mean."""
+def test_updates_equal_those_of_the_plain_trainer(toy, tmp_path, targets):
+    """The loss is the mean over all targets of accumulated batches of unequal size, also where an epoch ends."""
     _, instructions = build(toy, targets)
     tokenizer = instructions.tokenizer
     assert len(LengthGroupedBatchSampler(instructions.lengths(longest=True), 3)) < 18
@@ -47,11 +47,16 @@ def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, targets):
     )  # fmt: skip
     shared = {"args": args, "train_dataset": instructions, "processing_class": tokenizer}
     ours = RecTrainer(
-        model=make_model("llama-tied", len(tokenizer), spread=1), **shared, data_collator=CausalLMCollator(tokenizer),
-        batches=LengthGroupedBatchSampler(instructions.lengths(longest=True), 3), max_logits_mb=1, measure=None, record={},
-    )  # fmt: skip
+        **shared,
+        model=make_model("llama-tied", len(tokenizer), spread=1),
+        data_collator=CausalLMCollator(tokenizer),
+        batches=LengthGroupedBatchSampler(instructions.lengths(longest=True), 3),
+        max_logits_mb=1,
+        compute_valid_metrics=None,
+        metadata=None,
+    )
 
-    class Plain(transformers.Trainer):
+    class PlainTrainer(transformers.Trainer):
         def get_train_dataloader(self):
             return ours.get_train_dataloader()
 
@@ -62,7 +67,7 @@ def test_updates_are_those_of_the_plain_trainer(toy, tmp_path, targets):
 
     epochs = SetEpochCallback(instructions.set_epoch, ours.batches.set_epoch)
     model = make_model("llama-tied", len(tokenizer), spread=1)
-    theirs = Plain(model=model, **shared, data_collator=without_lengths, callbacks=[epochs])
+    theirs = PlainTrainer(model=model, **shared, data_collator=without_lengths, callbacks=[epochs])
     before = {name: weight.clone() for name, weight in theirs.model.state_dict().items()}
     ours_after = weights_after(ours)
     ours.data_collator = without_lengths
@@ -84,7 +89,7 @@ def losses(model, samples, tokenizer, packing, flatten=False):
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-def test_packed_loss_is_the_unpacked(toy, architecture, flatten):
+def test_packed_loss_equals_unpacked(toy, architecture, flatten):
     _, instructions = build(toy, "all", only_response=False)
     tokenizer = instructions.tokenizer
     model = make_model(architecture, len(tokenizer), spread=2)
@@ -99,22 +104,24 @@ def test_packed_loss_is_the_unpacked(toy, architecture, flatten):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_which_models_keep_packed_samples_apart(name, toy):
+def test_supports_packing(name, toy):
     _, instructions = build(toy, "all")
     model = make_model(name, len(instructions.tokenizer), spread=2)
-    assert supports_packing(model) == (name not in PACKS_NOT)
-    if name not in PACKS_NOT:
+    assert supports_packing(model) == (name not in WITHOUT_PACKING)
+    if name not in WITHOUT_PACKING:
         samples = [instructions[i] for i in range(9)]
         loss, _ = losses(model, samples, instructions.tokenizer, packing=False)
         assert losses(model, samples, instructions.tokenizer, packing=True)[0] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "how", [("--per_device_batch_size", 5), ("--max_tokens_per_batch", 300, "--packing")], ids=["padded", "packed"]
+    "batching",
+    [("--per_device_batch_size", 5), ("--max_tokens_per_batch", 300, "--packing")],
+    ids=["padded", "packed"],
 )
-def test_processes_share_an_update(script, workshop, tmp_path, how):
-    """Two processes make the updates of one that accumulates two batches: the loss is weighted by targets in both."""
-    same = ("--targets", "all", "--max_his_len", 4, "--train_sampling_strategy", "sequential", *how)
+def test_update_of_two_processes_equals_accumulation(script, workshop, tmp_path, batching):
+    """Two processes make the updates of one that accumulates two batches; the loss is weighted by targets in both."""
+    same = ("--targets", "all", "--max_his_len", 4, "--train_sampling_strategy", "sequential", *batching)
     same += ("--max_steps", 6, "--save_and_eval_strategy", "no", "--optim", "sgd", "--learning_rate", 0.1)
     two = torchrun(2, "finetune.py", *flags(workshop, tmp_path / "two", *same))
     assert two.returncode == 0, two.stderr
@@ -127,28 +134,35 @@ def test_processes_share_an_update(script, workshop, tmp_path, how):
     assert two.stdout.count("targets/s") == 1 and "% padding" in two.stdout and "peak memory" in two.stdout
 
 
-def test_a_model_with_logits_of_its_own_trains_by_its_own_loss(toy, tmp_path, capsys):
+def test_model_without_chunked_loss_trains_by_its_own_loss(toy, tmp_path, capsys):
     _, instructions = build(toy, "last")
     tokenizer = instructions.tokenizer
     model = with_logits_of_its_own(make_model("llama", len(tokenizer), spread=1))
     args = TuningArguments(output_dir=str(tmp_path), max_steps=2, save_and_eval_strategy="no", use_cpu=True)
     trainer = RecTrainer(
-        model=model, args=args, train_dataset=instructions, processing_class=tokenizer, measure=None, record={},
-        data_collator=CausalLMCollator(tokenizer), batches=LengthGroupedBatchSampler(instructions.lengths(longest=True), 3), max_logits_mb=1,
-    )  # fmt: skip
+        model=model,
+        args=args,
+        train_dataset=instructions,
+        processing_class=tokenizer,
+        data_collator=CausalLMCollator(tokenizer),
+        batches=LengthGroupedBatchSampler(instructions.lengths(longest=True), 3),
+        max_logits_mb=1,
+        compute_valid_metrics=None,
+        metadata=None,
+    )
     assert "applied at every position" in capsys.readouterr().out
     assert trainer.train().training_loss > 0
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (("--max_tokens_per_batch", 10), "should be"),
         (("--max_tokens_per_batch", 100, "--train_sampling_strategy", "random"), "needs --packing"),
         (("--train_sampling_strategy", "batch_rebalance"), "one of group_by_length, random, sequential"),
         (("--label_smoothing_factor", 0.1), "--label_smoothing_factor"),
         (("--auto_find_batch_size",), "give --max_tokens_per_batch"),
-        (("--dataloader_persistent_workers",), "phrasings of the first epoch"),
+        (("--dataloader_persistent_workers",), "--dataloader_persistent_workers"),
         (("--torch_compile",), "--torch_compile does not work"),
         (("--enable_jit_checkpoint",), "SIGTERM always saves"),
         (("--push_to_hub", "--hub_strategy", "checkpoint"), "--hub_strategy"),
@@ -157,8 +171,8 @@ def test_a_model_with_logits_of_its_own_trains_by_its_own_loss(toy, tmp_path, ca
         (("--use_liger_kernel",), "pip install liger-kernel" if torch.cuda.is_available() else "needs a GPU"),
     ],
 )
-def test_flags_that_cannot_be(refused, workshop, tmp_path, more, says):
-    assert says in refused(finetune.main, *flags(workshop, tmp_path / "out", *more))
+def test_bad_flags(refused, workshop, tmp_path, more, message):
+    assert message in refused(finetune.main, *flags(workshop, tmp_path / "out", *more))
     assert not any(tmp_path.glob("out/*"))
 
 
@@ -171,9 +185,9 @@ def test_throughput_counts_tokens_targets_and_padding():
     labels[1, 4] = 5
     throughput.add(labels, torch.tensor([10, 5]), labels.numel())
     with throughput.paused():
-        at = throughput.seconds
+        seconds = throughput.seconds
     throughput.stop()
-    assert throughput.counts.tolist() == [4, 15, 125, 20] and throughput.seconds > at
+    assert throughput.counts.tolist() == [4, 15, 125, 20] and throughput.seconds > seconds
     from accelerate import Accelerator
 
     figures = throughput.figures(Accelerator(cpu=True))
@@ -182,7 +196,7 @@ def test_throughput_counts_tokens_targets_and_padding():
     assert "25.0% padding" in format_throughput(figures)
 
 
-def test_operations_of_a_training_step():
+def test_training_flops():
     model = make_model("llama", 300, spread=1)
     per_target, per_token, per_square = training_flops(model)
     assert per_target == 6 * 300 * 32

@@ -1,6 +1,7 @@
-"""DeepSpeed ZeRO on two processes: the losses of one process, for every method; resume; what is saved."""
+"""DeepSpeed ZeRO on two processes: the losses of one process for every method, resume and the saved weights."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,7 @@ YESNO = ("tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
 
 
 def configuration(folder, stage, **zero):
-    """A shipped configuration in float32, as which a CPU computes."""
+    """Write a shipped configuration in float32, the dtype of a CPU."""
     content = json.loads((CONFIGS / f"ds_z{stage}_bf16.json").read_text())
     del content["bf16"]
     content["zero_optimization"] |= zero
@@ -37,29 +38,29 @@ def configuration(folder, stage, **zero):
 
 @pytest.fixture(scope="module")
 def runs(workshop, tmp_path_factory):
-    """A folder of trained models by name."""
+    """A folder of trained models, by name."""
     out = tmp_path_factory.mktemp("zero")
     write_preferences(workshop / "datasets")
     liked = ("--dataset", "liked", "--data_path", workshop / "datasets")
     for model in ("mf", "hash"):
         run_main(pretrain.main, "--model", model, *liked, "--output_dir", out / model, "--embedding_size", 16)
     z2, z3 = configuration(out, 2), configuration(out, 3)
-    whole = configuration(out, 3, stage3_gather_16bit_weights_on_model_save=True)
-    todo = {
+    gathered = configuration(out, 3, stage3_gather_16bit_weights_on_model_save=True)
+    runs = {
         "ddp": STEPS,
         "z2": (*STEPS, "--deepspeed", z2),
         "z3": (*STEPS, "--deepspeed", z3),
-        "z3-whole": (*STEPS, "--deepspeed", whole),
+        "z3-gathered": (*STEPS, "--deepspeed", gathered),
         "ddp-lora": (*STEPS, *LORA),
         "z2-lora": (*STEPS, *LORA, "--deepspeed", z2),
         "z3-lora": (*STEPS, *LORA, "--deepspeed", z3),
         "z3-bf16": (*STEPS, "--max_steps", 2, "--bf16", "--deepspeed", CONFIGS / "ds_z3_bf16.json"),
     }
-    todo = {name: {"argv": flags(workshop, out / name, *more)} for name, more in todo.items()}
-    for name in ("z3-told", "z3-resumed"):
-        argv = (*STEPS, "--deepspeed", whole, "--resume_from_checkpoint", "auto")
-        todo[name] = {"argv": flags(workshop, out / "z3-told", *argv)}
-    todo["z3-told"]["sigterm_at"] = 3
+    runs = {name: {"argv": flags(workshop, out / name, *more)} for name, more in runs.items()}
+    for name in ("z3-sigterm", "z3-resumed"):
+        argv = (*STEPS, "--deepspeed", gathered, "--resume_from_checkpoint", "auto")
+        runs[name] = {"argv": flags(workshop, out / "z3-sigterm", *argv)}
+    runs["z3-sigterm"]["sigterm_at"] = 3
     for method in YESNO:
         cf_model = {"collm": "mf", "cora": "mf", "binllm": "hash"}.get(method)
         argv = (*liked, "--method", method, "--base_model", workshop / "base", "--use_cpu")
@@ -67,18 +68,18 @@ def runs(workshop, tmp_path_factory):
         argv += ("--max_steps", 2, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
         argv += ("--lora_dropout", 0, "--train_sampling_strategy", "sequential")
         argv += ("--train_data_sample_num", 64, "--max_eval_samples", 64)
-        if method == "collm":  # frozen, and of two batches one begins alike, the other does not: see is_zero3
+        if method == "collm":  # its frozen model: one batch shares a prefix, the other does not (see is_zero3)
             argv += ("--max_steps", 12, "--train_sampling_strategy", "random", "--per_device_batch_size", 8)
         for name, more in (("ddp", ()), ("z2", ("--deepspeed", z2)), ("z3", ("--deepspeed", z3))):
-            todo[f"{name}-{method}"] = {"argv": (*argv, "--output_dir", out / f"{name}-{method}", *more)}
-    for each in todo.values():
-        each["argv"] = [str(word) for word in each["argv"]]
-    (out / "runs.json").write_text(json.dumps(list(todo.values())))
+            runs[f"{name}-{method}"] = {"argv": (*argv, "--output_dir", out / f"{name}-{method}", *more)}
+    for settings in runs.values():
+        settings["argv"] = [str(word) for word in settings["argv"]]
+    (out / "runs.json").write_text(json.dumps(list(runs.values())))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TORCH_EXTENSIONS_DIR", str(out / "compiled"))
         done = torchrun(2, "tests/helpers/zero_runs.py", out / "runs.json")
     assert done.returncode == 0, done.stderr[-4000:]
-    (out / "said.txt").write_text(done.stdout)
+    (out / "printed.txt").write_text(done.stdout)
     return out
 
 
@@ -87,12 +88,12 @@ def losses(folder):
     return torch.tensor([line["loss"] for line in log if "loss" in line])
 
 
-def test_losses_are_those_of_one_process(script, workshop, runs, tmp_path):
+def test_losses_equal_those_of_one_process(script, workshop, runs, tmp_path):
     one = flags(workshop, tmp_path / "one", *STEPS, "--gradient_accumulation_steps", 2)
     assert script(finetune.main, *one)[0] == 0
     expected = losses(tmp_path / "one")
     assert len(expected) == 6 and expected[0] - expected[-1] > 0.5
-    for name in ("ddp", "z2", "z3", "z3-whole"):
+    for name in ("ddp", "z2", "z3", "z3-gathered"):
         torch.testing.assert_close(losses(runs / name), expected, rtol=0, atol=1e-4, msg=name)
 
 
@@ -107,22 +108,22 @@ def assert_close(ours, theirs, file="model.safetensors", tolerance=1e-5):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=name)
 
 
-def test_weights_are_those_of_one_process(runs):
-    for name in ("z2", "z3-whole"):
+def test_weights_equal_those_of_one_process(runs):
+    for name in ("z2", "z3-gathered"):
         assert_close(runs / name, runs / "ddp")
-    assert not list((runs / "z3").glob("*.safetensors"))  # they stay apart
+    assert not list((runs / "z3").glob("*.safetensors"))  # they stay sharded
     for name in ("z2-lora", "z3-lora"):
         assert_close(runs / name, runs / "ddp-lora", "adapter_model.safetensors")
-    measured = [json.loads((runs / name / "run.json").read_text())["best_metric"] for name in ("ddp", "z2", "z3")]
-    assert measured[0] > 0 and len(set(measured)) == 1
+    best = [json.loads((runs / name / "run.json").read_text())["best_metric"] for name in ("ddp", "z2", "z3")]
+    assert best[0] > 0 and len(set(best)) == 1
 
 
-def test_a_run_of_many_processes_is_ended_and_goes_on(runs):
+def test_sigterm_and_resume_of_two_processes(runs):
     """SIGTERM for one process ends both after the same step."""
-    said = (runs / "said.txt").read_text()
-    assert f"ended by SIGTERM; {runs / 'z3-told' / 'checkpoint-3'} is written" in said
-    assert f"going on from {runs / 'z3-told' / 'checkpoint-3'}" in said and "torchrun --nproc_per_node 2 " in said
-    assert_close(runs / "z3-told", runs / "z3-whole", tolerance=0)
+    printed, checkpoint = (runs / "printed.txt").read_text(), runs / "z3-sigterm" / "checkpoint-3"
+    assert re.search(f"SIGTERM.*{re.escape(str(checkpoint))}", printed)
+    assert f"from {checkpoint}" in printed and "torchrun --nproc_per_node 2 " in printed
+    assert_close(runs / "z3-sigterm", runs / "z3-gathered", tolerance=0)
 
 
 @pytest.mark.parametrize("method", YESNO)
@@ -145,8 +146,8 @@ def convert(script, state, output, *more):
     return output
 
 
-def test_parts_become_a_model(script, runs, tmp_path):
-    assert_close(convert(script, runs / "z3", tmp_path / "z3"), runs / "z3-whole", tolerance=0)
+def test_convert_sharded_state(script, runs, tmp_path):
+    assert_close(convert(script, runs / "z3", tmp_path / "z3"), runs / "z3-gathered", tolerance=0)
     assert_close(convert(script, runs / "z2" / "checkpoint-6", tmp_path / "z2"), runs / "z2", tolerance=0)
     model, tokenizer = load_model(tmp_path / "z3"), load_tokenizer(tmp_path / "z3")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -162,12 +163,12 @@ def test_convert_sh(runs, tmp_path):
     assert run(*command).stdout.count("-> ") == 2
     assert sorted(path.name for path in (tmp_path / "run" / "converted").iterdir()) == ["checkpoint-6", "final"]
     for name in ("checkpoint-6", "final"):
-        assert_close(tmp_path / "run" / "converted" / name, runs / "z3-whole", tolerance=0)
+        assert_close(tmp_path / "run" / "converted" / name, runs / "z3-gathered", tolerance=0)
     assert run(*command).stdout.count("skipped") == 2
     assert run("bash", "convert/convert.sh", runs / "ddp").returncode == 2
 
 
-def test_states_that_cannot_be_converted(refused, workshop, runs, tmp_path):
+def test_bad_states(refused, workshop, runs, tmp_path):
     def refuse(state, output="out"):
         return refused(zero_to_fp32.main, state, tmp_path / output)
 
@@ -178,19 +179,19 @@ def test_states_that_cannot_be_converted(refused, workshop, runs, tmp_path):
     part = tmp_path / "state" / "global_step6" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = part.read_bytes()
     part.write_bytes(content[: len(content) // 2])
-    assert "not a whole training state" in refuse(tmp_path / "state")
+    assert "not a complete training state" in refuse(tmp_path / "state")
     part.unlink()
-    assert "not a whole training state" in refuse(tmp_path / "state")
+    assert "not a complete training state" in refuse(tmp_path / "state")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     assert "not empty" in refuse(runs / "z3", "full")
     assert not (tmp_path / "out").exists()
-    asked = ("--ckpt_path", runs / "z3", "--data_path", workshop / "datasets")
-    assert "python -m convert.zero_to_fp32" in refused(test_script.main, *asked)
+    test_flags = ("--ckpt_path", runs / "z3", "--data_path", workshop / "datasets")
+    assert "python -m convert.zero_to_fp32" in refused(test_script.main, *test_flags)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ds_*.json")), ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_known_to_deepspeed(path, monkeypatch):
+def test_deepspeed_accepts_shipped_configurations(path, monkeypatch):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     monkeypatch.setenv("RANK", "0")
@@ -199,9 +200,9 @@ def test_every_shipped_configuration_is_known_to_deepspeed(path, monkeypatch):
     assert content["zero_optimization"]["stage"] == int(path.stem[4]) and content.keys() & {"bf16", "fp16"}
     sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
     zero = {key: value for key, value in content["zero_optimization"].items() if value != "auto"}
-    known = DeepSpeedConfig(content | sizes | {"zero_optimization": zero, "gradient_clipping": 1.0})
-    assert known.zero_optimization_stage == int(path.stem[4])
-    half = known.float16_config if "fp16" in path.stem else known.bfloat16_config
+    parsed = DeepSpeedConfig(content | sizes | {"zero_optimization": zero, "gradient_clipping": 1.0})
+    assert parsed.zero_optimization_stage == int(path.stem[4])
+    half = parsed.float16_config if "fp16" in path.stem else parsed.bfloat16_config
     assert half.enabled
 
 
@@ -217,6 +218,6 @@ def test_bad_input(refused, workshop, runs, tmp_path):
     broken.write_text("{}")
     assert "with zero_optimization" in refuse("--deepspeed", broken)
     assert "start with torchrun" in refuse("--deepspeed", z3)
-    shutil.copytree(runs / "z3" / "checkpoint-2", tmp_path / "was" / "checkpoint-2")
+    shutil.copytree(runs / "z3" / "checkpoint-2", tmp_path / "earlier" / "checkpoint-2")
     resumed = ("--resume_from_checkpoint", "auto")
-    assert "was made with --deepspeed; go on in the same way" in refuse(*resumed, out="was")
+    assert "checkpoint-2: was made with --deepspeed" in refuse(*resumed, out="earlier")

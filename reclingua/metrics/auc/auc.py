@@ -1,7 +1,8 @@
-"""AUC: the probability that a positive sample scores higher than a negative one, ties counting half."""
+"""AUC metric: probability that a positive sample scores higher than a negative one, ties counting half."""
 
 import datasets
 import evaluate
+import numpy as np
 
 from reclingua.metrics.roc import auc
 
@@ -9,7 +10,7 @@ DESCRIPTION = "Area under the ROC curve of all samples; NaN where all have one l
 
 
 class Auc(evaluate.Metric):
-    """compute(prediction_scores=[float, ...], references=[0 or 1, ...]) -> {"auc": float}"""
+    """`evaluate` module: compute(prediction_scores=[float, ...], references=[0 or 1, ...]) -> {"auc": float}."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features(
@@ -18,4 +19,4 @@ class Auc(evaluate.Metric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", features=features)
 
     def _compute(self, prediction_scores: list[float], references: list[float]) -> dict[str, float]:
-        return {"auc": auc(references, prediction_scores)}
+        return {"auc": auc(np.asarray(references), np.asarray(prediction_scores))}

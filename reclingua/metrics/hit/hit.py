@@ -1,4 +1,4 @@
-"""hit@k (HR@k): share of samples whose target is among the first k predictions."""
+"""hit@k metric (HR@k): share of samples whose target is among the first k predictions."""
 
 import datasets
 import evaluate
@@ -7,7 +7,7 @@ DESCRIPTION = "Share of samples whose one target is among the first k ranked pre
 
 
 class Hit(evaluate.Metric):
-    """compute(predictions=[[item, ...], ...], references=[item, ...], k=[1, 5, 10]) -> {"hit@1": float, ...}"""
+    """`evaluate` module: compute(predictions=[[item, ...], ...], references=[item, ...], k=[5]) -> {"hit@5": ...}."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features(

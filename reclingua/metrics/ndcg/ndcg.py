@@ -1,4 +1,4 @@
-"""ndcg@k with one relevant item: 1 / log2(place + 2) of the target's 0-based place, 0 beyond the first k."""
+"""ndcg@k metric with one relevant item: 1 / log2(rank + 2) of the target's 0-based rank, 0 beyond the first k."""
 
 import math
 
@@ -9,7 +9,7 @@ DESCRIPTION = "Normalised discounted cumulative gain at k where each sample has 
 
 
 class Ndcg(evaluate.Metric):
-    """compute(predictions=[[item, ...], ...], references=[item, ...], k=[5, 10]) -> {"ndcg@5": float, ...}"""
+    """`evaluate` module: compute(predictions=[[item, ...], ...], references=[item, ...], k=[5]) -> {"ndcg@5": ...}."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features(
@@ -18,10 +18,8 @@ class Ndcg(evaluate.Metric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", features=features)
 
     def _compute(self, predictions: list[list[str]], references: list[str], k: list[int]) -> dict[str, float]:
-        places = [
+        ranks = [
             ranked.index(target) if target in ranked else math.inf
             for ranked, target in zip(predictions, references, strict=True)
         ]
-        return {
-            f"ndcg@{cut}": sum(1 / math.log2(place + 2) for place in places if place < cut) / len(places) for cut in k
-        }
+        return {f"ndcg@{cut}": sum(1 / math.log2(rank + 2) for rank in ranks if rank < cut) / len(ranks) for cut in k}

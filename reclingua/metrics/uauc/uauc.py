@@ -1,17 +1,18 @@
-"""UAUC: the mean of each user's own AUC, over the users that have both labels (CoLLM, section 4.1)."""
+"""UAUC metric: mean of the users' AUCs, over users with both labels (CoLLM, section 4.1)."""
 
 import datasets
 import evaluate
+import numpy as np
 
 from reclingua.metrics.roc import uauc
 
-DESCRIPTION = "Mean AUC of a user; users with one label only are left out and counted."
+DESCRIPTION = "Mean of the users' AUCs; users with one label only are left out and counted."
 
 
 class Uauc(evaluate.Metric):
-    """compute(prediction_scores=[float, ...], references=[0 or 1, ...], users=[id, ...])
+    """`evaluate` module: compute(prediction_scores=[float, ...], references=[0 or 1, ...], users=[id, ...]).
 
-    Returns {"uauc": float, NaN if no user counts, "users_counted": int, "users_left_out": int}.
+    It returns {"uauc": float, NaN if no user has both labels, "users_counted": int, "users_left_out": int}.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -25,4 +26,4 @@ class Uauc(evaluate.Metric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", features=features)
 
     def _compute(self, prediction_scores: list[float], references: list[float], users: list[int]) -> dict:
-        return uauc(users, references, prediction_scores)
+        return uauc(np.asarray(users), np.asarray(references), np.asarray(prediction_scores))

@@ -1,7 +1,8 @@
-"""Collaborative models, each a folder of config.json and safetensors: `load(folder)` opens any of them."""
+"""Collaborative models, each saved as a folder with config.json and safetensors; `load_collaborative` loads any."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,26 +21,35 @@ COLLABORATIVE_MODELS: dict[str, type[CollaborativeModel]] = {
 
 
 def load_collaborative(folder: str | Path) -> CollaborativeModel:
-    """The collaborative model in `folder`, for evaluation; InputError unless all of it is there, as safetensors."""
+    """Load the collaborative model in `folder` for evaluation; InputError unless it is complete, as safetensors."""
     config = read_json(Path(folder) / "config.json", "the config of a collaborative model, from python pretrain.py")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in COLLABORATIVE_MODELS:
-        raise InputError(f"{folder}: holds a model of type {kind!r}, not one of {', '.join(COLLABORATIVE_MODELS)}")
+        raise InputError(f"{folder}: contains a model of type {kind!r}, not one of {', '.join(COLLABORATIVE_MODELS)}")
     try:
-        model, found = COLLABORATIVE_MODELS[kind].from_pretrained(
+        loaded: Any = COLLABORATIVE_MODELS[kind].from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # the library raises a dozen kinds for a broken folder
+    except Exception as error:  # the library raises a dozen classes for an invalid folder
         raise InputError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-    wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
-    if wrong:
-        raise InputError(f"{folder}: its weights are not those of its config ({wrong[0]}); train it again")
+    model, info = loaded
+    mismatches = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if mismatches:
+        raise InputError(f"{folder}: its weights do not match its config ({mismatches[0]}); train it again")
     return model.eval()
 
 
 def weights_sha256(model: CollaborativeModel) -> str:
-    """Of all weights; a model that was trained with these keeps it and refuses others."""
+    """Return the fingerprint of all weights, which a model trained with them stores to refuse others."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def reinitialized(model: CollaborativeModel) -> CollaborativeModel:
+    """Return a model of the same kind and size with new weights; buffers, such as a graph, are copied."""
+    new = type(model)(model.config)
+    for name, buffer in model.named_buffers():
+        new.get_buffer(name).copy_(buffer)
+    return new.eval()

@@ -1,6 +1,7 @@
-"""What every collaborative model offers: a score for training, and the vectors that an LLM method may ask for."""
+"""Base class of the collaborative models: scores for training, and vectors of users and items for LLM methods."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -9,15 +10,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+Values = TypeVar("Values", torch.Tensor, np.ndarray)
+
 
 class CollaborativeConfig(PreTrainedConfig):
-    """What every collaborative model's config tells.
+    """Config of a collaborative model.
 
     Args:
         num_users, num_items: rows of the embeddings: largest id + 1, since 0 is padding.
         embedding_size: width of an embedding.
-        initializer_range: standard deviation of the embeddings at first. Small: ids that train never saw then score
-            close to 0 from the beginning, instead of at random until weight decay has worn them down.
+        initializer_range: standard deviation of initial embeddings. It is small, so that ids without training rows
+            score close to 0 from the start, instead of at random until weight decay has shrunk them.
         dataset, dataset_sha256: name and `RatingsDataset.sha256()` of what the model was trained on.
     """
 
@@ -31,14 +34,14 @@ class CollaborativeConfig(PreTrainedConfig):
 
 @dataclass
 class CollaborativeOutput(ModelOutput):
-    """`logits` float [samples]; `loss`, binary cross-entropy, where labels were given."""
+    """Output with `logits`, float [samples], and `loss`, binary cross-entropy, if there are labels."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
 
 class CollaborativeModel(PreTrainedModel):
-    """Scores pairs of user and item; a subclass says where a user's vector comes from, and may say how it scores.
+    """Model that scores pairs of user and item; subclasses define the vectors, and can define the score.
 
     Ids are int64 and start at 1; the vector of the padding id 0 is all zeros. Histories are int64
     [samples, history_length], oldest first, with 0 in front of shorter ones.
@@ -46,14 +49,18 @@ class CollaborativeModel(PreTrainedModel):
 
     config_class = CollaborativeConfig
     main_input_name = "users"
-    logit_scale = 1.0  # of the scores within the loss; which of two scores is higher is not up to it
-    warmup_epochs = 0  # of training, before which no state is worth keeping
+    logit_scale = 1.0  # factor of the scores within the loss; it changes no ranking
 
-    def learn_graph(self, users: torch.Tensor, items: torch.Tensor) -> None:
-        """Called before training with the liked pairs of train, int64 [pairs] each: what a graph model reads."""
+    @property
+    def warmup_epochs(self) -> int:
+        """Training epochs before the first one whose weights can be the best."""
+        return 0
+
+    def set_graph(self, users: torch.Tensor, items: torch.Tensor) -> None:
+        """Set the graph of a graph model, called before training with the liked pairs of train, int64 [pairs] each."""
 
     def begin_epoch(self, epoch: int) -> None:
-        """Called by training before each epoch, from 0."""
+        """Prepare for an epoch, from 0; called by training."""
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
@@ -66,7 +73,7 @@ class CollaborativeModel(PreTrainedModel):
 
     @property
     def history_length(self) -> int:
-        """How many liked items the model reads; 0: none, `histories` may be None."""
+        """Number of liked items that the model reads; 0: `histories` can be None."""
         return 0
 
     @property
@@ -80,17 +87,17 @@ class CollaborativeModel(PreTrainedModel):
         return self.config.embedding_size
 
     def user_vectors(
-        self, users: torch.Tensor, histories: torch.Tensor | None, items: torch.Tensor | None
+        self, users: torch.Tensor, histories: torch.Tensor | None = None, items: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Users [samples], what they liked before, and the items in question [samples] -> [samples, user_width]."""
+        """Return the vectors of users [samples, user_width], given their histories and the items to score."""
         raise NotImplementedError
 
     def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
-        """Items, or a history's items, of any shape -> [..., item_width]."""
+        """Return the vectors of items of any shape [...], float [..., item_width]."""
         raise NotImplementedError
 
     def score(self, users: torch.Tensor, items: torch.Tensor, histories: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [samples] that the users like the items: here the dot product of their vectors."""
+        """Return the logits [samples] that users like items, by default the dot product of their vectors."""
         return torch.linalg.vecdot(self.user_vectors(users, histories, items), self.item_vectors(items))
 
     def forward(
@@ -100,11 +107,11 @@ class CollaborativeModel(PreTrainedModel):
         histories: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> CollaborativeOutput:
-        """Users, items int64 [samples], histories int64 [samples, history_length], labels float [samples], 0 or 1."""
+        """Score users and items, int64 [samples], with histories int64 [samples, history_length]; labels float."""
         logits = self.score(users, items, histories)
         loss = None if labels is None else F.binary_cross_entropy_with_logits(self.log_odds(logits), labels)
         return CollaborativeOutput(loss=loss, logits=logits)
 
-    def log_odds(self, logits: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
-        """Of logits those that the loss sees; the sigmoid of these is the probability that the user likes the item."""
+    def log_odds(self, logits: Values) -> Values:
+        """Return the logits within the loss; their sigmoid is the probability that the user likes the item."""
         return logits * self.logit_scale

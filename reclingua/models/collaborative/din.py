@@ -9,10 +9,10 @@ from reclingua.models.collaborative.base import CollaborativeConfig, Collaborati
 class DINConfig(CollaborativeConfig):
     """
     Args:
-        max_length: liked items that are read, the last ones.
-        attention_sizes: hidden widths of the network that weighs a liked item.
-        hidden_sizes: hidden widths of the network that scores.
-        dropout: between the layers of the latter.
+        max_length: number of liked items that are read, the last ones.
+        attention_sizes: hidden widths of the attention network.
+        hidden_sizes: hidden widths of the scoring network.
+        dropout: of the scoring network.
     """
 
     model_type = "din"
@@ -24,15 +24,15 @@ class DINConfig(CollaborativeConfig):
 
 
 def network(widths: list[int], dropout: float = 0.0) -> nn.Sequential:
-    """Linear layers with PReLU between them, and one output."""
-    layers = []
+    """Return linear layers with PReLU between them, and one output."""
+    layers: list[nn.Module] = []
     for width, following in zip(widths, widths[1:], strict=False):
         layers += [nn.Linear(width, following), nn.PReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
 
 class DIN(CollaborativeModel):
-    """A user's vector depends on the item in question: item, attended history and user side by side."""
+    """DIN: a user's vector depends on the item to score; it is item, attended history and user, concatenated."""
 
     config_class = DINConfig
 
@@ -53,12 +53,12 @@ class DIN(CollaborativeModel):
     def user_width(self) -> int:
         return 3 * self.config.embedding_size
 
-    def user_vectors(self, users, histories: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    def user_vectors(self, users, histories=None, items=None) -> torch.Tensor:
         item = self.item_embedding(items)
         liked = self.item_embedding(histories)
-        asked = item[:, None].expand_as(liked)
-        weight = self.attention(torch.cat([asked, liked, asked - liked, asked * liked], -1))
-        # The weights are not normalised (section 4.3): how much of the history speaks for the item matters as well.
+        target = item[:, None].expand_as(liked)
+        weight = self.attention(torch.cat([target, liked, target - liked, target * liked], -1))
+        # The weights are not normalised (section 4.3): the strength of the user's interest counts as well.
         attended = (weight * liked * (histories > 0)[..., None]).sum(1)
         return torch.cat([item, attended, self.user_embedding(users)], -1)
 

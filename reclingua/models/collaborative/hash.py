@@ -10,9 +10,9 @@ class HashedMFConfig(CollaborativeConfig):
     """
     Args:
         bits: length of a code.
-        logit_scale: what the dot product of two codes, from -bits to bits, is multiplied by within the loss. At 1, as
-            published, the loss punishes every wrong sign so hard that test AUC on ml-1m is .06 lower than at 0.1.
-        beta_step: by how much the share of coordinates that are signs while training rises with every epoch.
+        logit_scale: factor of the dot product of two codes, -bits to bits, within the loss. At 1, as published, the
+            loss of a wrong sign is so large that test AUC on ml-1m is .06 lower than at 0.1.
+        beta_step: increase of `beta`, the share of coordinates that are signs in training, with every epoch.
     """
 
     model_type = "hash"
@@ -23,10 +23,10 @@ class HashedMFConfig(CollaborativeConfig):
 
 
 class HashedMF(CollaborativeModel):
-    """Embedding -> linear -> tanh -> sign; while training the gradient goes straight through the sign."""
+    """Hashed MF: embedding -> linear -> tanh -> sign; in training with straight-through gradients."""
 
     config_class = HashedMFConfig
-    beta = 1.0  # probability that a coordinate is its sign in training; tests and LLM methods see signs alone
+    beta = 1.0  # probability that a coordinate is its sign in training; evaluation uses signs only
 
     def __init__(self, config: HashedMFConfig):
         super().__init__(config)
@@ -52,11 +52,11 @@ class HashedMF(CollaborativeModel):
         self.beta = min(1.0, epoch * self.config.beta_step)
 
     def user_codes(self, users: torch.Tensor) -> torch.Tensor:
-        """Bits, bool [samples, bits]."""
+        """Return the bits, bool [samples, bits]."""
         return self.hash(self.user_embedding(users)) > 0
 
     def item_codes(self, items: torch.Tensor) -> torch.Tensor:
-        """Bits, bool [samples, bits]."""
+        """Return the bits, bool [samples, bits]."""
         return self.hash(self.item_embedding(items)) > 0
 
     def user_vectors(self, users, histories=None, items=None) -> torch.Tensor:
@@ -66,7 +66,7 @@ class HashedMF(CollaborativeModel):
         return self._signs(self.item_embedding, items)
 
     def _signs(self, embedding: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-        """+1 and -1, [..., bits]; zeros for the padding id."""
+        """Return +1 and -1, [..., bits], and zeros for the padding id."""
         smooth = torch.tanh(self.hash(embedding(ids)))
         signs = torch.where(smooth > 0, 1.0, -1.0)
         if self.training:

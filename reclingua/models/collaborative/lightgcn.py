@@ -21,26 +21,27 @@ class LightGCNConfig(CollaborativeConfig):
 
 
 class LightGCN(CollaborativeModel):
-    """Users and items are nodes of one graph, users first; the graph is part of what is saved."""
+    """LightGCN: users and items are nodes of one graph, users first, which is saved with the weights."""
 
     config_class = LightGCNConfig
+    edges: torch.Tensor
 
     def __init__(self, config: LightGCNConfig):
         super().__init__(config)
         self.user_embedding = nn.Embedding(config.num_users, config.embedding_size, padding_idx=0)
         self.item_embedding = nn.Embedding(config.num_items, config.embedding_size, padding_idx=0)
-        self._graph = None
+        self._graph: torch.Tensor | None = None
         self.register_buffer("edges", torch.zeros(2, config.num_edges, dtype=torch.long))
         self.post_init()
 
-    def learn_graph(self, users: torch.Tensor, items: torch.Tensor) -> None:
-        """Take the liked pairs of train, int64 [pairs] each, as the graph; a pair that comes twice is one edge."""
+    def set_graph(self, users: torch.Tensor, items: torch.Tensor) -> None:
+        """Set the edges to the liked pairs of train, int64 [pairs] each; duplicates are one edge."""
         edges = torch.unique(torch.stack([users, items]), dim=1)
         self.config.num_edges = edges.shape[1]
         self.edges, self._graph = edges.to(self.edges.device), None
 
     def graph(self) -> torch.Tensor:
-        """The normalised adjacency of users and items, sparse [nodes, nodes]; made once on each device."""
+        """Return the normalised adjacency of users and items, sparse [nodes, nodes], built once per device."""
         if self._graph is None or self._graph.device != self.edges.device:
             nodes = self.config.num_users + self.config.num_items
             users, items = self.edges[0], self.edges[1] + self.config.num_users
@@ -51,7 +52,7 @@ class LightGCN(CollaborativeModel):
         return self._graph
 
     def propagate(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of all users and all items: the mean over the layers (section 3.1.2)."""
+        """Return the embeddings of all users and of all items, the mean over the layers (section 3.1.2)."""
         layer = total = torch.cat([self.user_embedding.weight, self.item_embedding.weight])
         for _ in range(self.config.num_layers):
             layer = torch.sparse.mm(self.graph(), layer)
@@ -66,5 +67,5 @@ class LightGCN(CollaborativeModel):
         return F.embedding(items, self.propagate()[1], padding_idx=0)
 
     def score(self, users, items, histories=None) -> torch.Tensor:
-        of_users, of_items = self.propagate()
-        return torch.linalg.vecdot(F.embedding(users, of_users), F.embedding(items, of_items))
+        user_embeddings, item_embeddings = self.propagate()
+        return torch.linalg.vecdot(F.embedding(users, user_embeddings), F.embedding(items, item_embeddings))

@@ -10,7 +10,7 @@ from reclingua.models.collaborative.base import CollaborativeConfig, Collaborati
 class SASRecConfig(CollaborativeConfig):
     """
     Args:
-        max_length: liked items that are read, the last ones.
+        max_length: number of liked items that are read, the last ones.
         num_layers, num_heads: shape of the transformer.
         dropout: on embeddings, attention weights and both outputs of a block.
     """
@@ -24,7 +24,7 @@ class SASRecConfig(CollaborativeConfig):
 
 
 class Block(nn.Module):
-    """Self-attention and a two-layer network, each normalised before and added to what it read."""
+    """Self-attention and a two-layer network, each with pre-normalisation and a residual connection."""
 
     def __init__(self, config: SASRecConfig):
         super().__init__()
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.network = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor, queries: int) -> torch.Tensor:
-        """x [samples, places, width], mask bool [samples, 1, queries, places] -> the last `queries` places."""
+        """Return the last `queries` of x [samples, length, width]; the mask is bool [samples, 1, queries, length]."""
         normed = self.attention_norm(x)
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
         key, value = self.key_value(normed).chunk(2, -1)
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class SASRec(CollaborativeModel):
-    """Reads `max_length` liked items; users without any get the vector of an empty history."""
+    """SASRec over `max_length` liked items; users without any get the vector of an empty history."""
 
     config_class = SASRecConfig
 
@@ -67,17 +67,17 @@ class SASRec(CollaborativeModel):
     def history_length(self) -> int:
         return self.config.max_length
 
-    def user_vectors(self, users, histories: torch.Tensor, items=None) -> torch.Tensor:
+    def user_vectors(self, users, histories=None, items=None) -> torch.Tensor:
         length = histories.shape[1]
-        there = histories > 0
+        exists = histories > 0
         x = self.item_embedding(histories) + self.position.weight[-length:]
         x = F.dropout(x, self.config.dropout, self.training)
-        # A place sees the liked items up to itself, and itself even where it is padding: no row is all masked.
+        # A position sees the liked items up to itself, and itself even if it is padding: no row is fully masked.
         own = torch.eye(length, dtype=torch.bool, device=x.device)
-        mask = (there[:, None, :] & torch.ones_like(own).tril() | own)[:, None]
+        mask = (exists[:, None, :] & torch.ones_like(own).tril() | own)[:, None]
         for block in self.blocks[:-1]:
             x = block(x, mask, length)
-        x = self.blocks[-1](x, mask[:, :, -1:], 1)  # of the last block only the last place is asked for
+        x = self.blocks[-1](x, mask[:, :, -1:], 1)  # of the last block only the last position is needed
         return self.norm(x[:, 0])
 
     def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
