@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -92,6 +93,15 @@ def main() -> None:
     print(f"\n{write_results('train', device, {'arguments': vars(args), **figures, 'timings': timings})}")
 
 
+def fewest_tokens(lengths: np.ndarray, settings: dict, updates: int) -> int:
+    """Return the smallest batch, in tokens, that makes no more than so many updates of an epoch."""
+    longest, is_packed = int(max(lengths)), settings["packing"]
+    for tokens in range(2 * longest if is_packed else longest, int(sum(lengths)) + 2 * longest, 8):
+        if len(LengthGroupedBatchSampler(lengths, 1, tokens, is_packed, settings["order"])) <= updates:
+            return tokens
+    raise ValueError("no batch is large enough")
+
+
 def train_side(args: argparse.Namespace, name: str, data_path: str, side: str) -> dict[str, float]:
     """Train one side on the same samples; return items, targets (labelled tokens) and tokens per second, and memory.
 
@@ -116,16 +126,8 @@ def train_side(args: argparse.Namespace, name: str, data_path: str, side: str) -
     instructions = InstructionDataset(
         samples, dataset, tokenizer, read_prompts(LCREC_PROMPT_FILE), index_tokens, MAX_HIS_LEN, ", "
     )
-    lengths, tokens = instructions.lengths(longest=True), 0
-    if settings["by_tokens"]:  # the fewest tokens that make the same number of updates
-        limits = range(
-            2 * max(lengths) if settings["packing"] else max(lengths), int(sum(lengths)) + 2 * max(lengths), 8
-        )
-        tokens = next(
-            n
-            for n in limits
-            if len(LengthGroupedBatchSampler(lengths, 1, n, settings["packing"], settings["order"])) <= args.updates
-        )
+    lengths = instructions.lengths(longest=True)
+    tokens = fewest_tokens(lengths, settings, args.updates) if settings["by_tokens"] else 0
     batches = LengthGroupedBatchSampler(
         lengths, args.batch_size, tokens, settings["packing"], settings["order"], epoch_lengths=instructions.lengths
     )

@@ -134,7 +134,7 @@ def test_checkpoints_of_other_data_are_refused(folder, trained, refused, tmp_pat
 
 def test_broken_checkpoints_are_refused(folder, trained, refused, tmp_path):
     missing = refused(test_script.main, *of_model(folder, tmp_path))
-    assert "no such file; it should contain the record of a model" in missing
+    assert "no such file; it should contain the metadata of a model" in missing
     for name in ("config.json", "model.safetensors", METADATA_FILE):
         (tmp_path / "mf").mkdir(exist_ok=True)
         (tmp_path / "mf" / name).write_bytes((trained / "mf" / name).read_bytes())

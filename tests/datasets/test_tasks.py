@@ -311,7 +311,7 @@ def test_bad_input(workshop, tuned_on_all, tuned, tmp_path, refused):
     def refuse(*more):
         return refused(finetune.main, *flags(workshop, tmp_path / "out", *more))
 
-    assert "--tasks 'guess': there are seqrec" in refuse("--tasks", "seqrec,guess")
+    assert "--tasks 'guess': should be of seqrec" in refuse("--tasks", "seqrec,guess")
     assert "has item2index twice" in refuse("--tasks", "item2index,item2index")
     assert "one whole number for each of --tasks" in refuse("--tasks", ALL, "--train_data_sample_num", "0,1")
     assert "1 at least" in refuse("--train_prompt_sample_num", "0")
