@@ -34,6 +34,7 @@ from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 MAX_HIS_LEN = 20  # LC-Rec's
 # Each side adds to the one before it, except that packing replaces batches by length.
+DEFAULTS: dict = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "targets": "last"}
 SIDES = {
     "LC-Rec's way": {"plain": True},
     "+ output head where labels are": {},
@@ -107,13 +108,7 @@ def train_side(args: argparse.Namespace, name: str, data_path: str, side: str) -
 
     Memory, MB, is that above weights, gradients and optimizer state.
     """
-    settings: dict = {
-        "plain": False,
-        "order": "random",
-        "by_tokens": False,
-        "packing": False,
-        "targets": "last",
-    } | SIDES[side]
+    settings = DEFAULTS | SIDES[side]
     silence_third_party()
     dataset = open_interactions(data_path, name, ["index"])
     tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model)
