@@ -34,7 +34,6 @@ from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
 MAX_HIS_LEN = 20  # LC-Rec's
 # Each side adds to the one before it, except that packing replaces batches by length.
-DEFAULTS: dict = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "targets": "last"}
 SIDES = {
     "LC-Rec's way": {"plain": True},
     "+ output head where labels are": {},
@@ -43,7 +42,7 @@ SIDES = {
     "packing, by tokens": {"by_tokens": True, "packing": True},
     "whole histories, by tokens": {"order": "group_by_length", "by_tokens": True, "targets": "all"},
 }
-DEFAULTS = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "targets": "last"}
+DEFAULTS: dict = {"plain": False, "order": "random", "by_tokens": False, "packing": False, "targets": "last"}
 OURS, HISTORY = "+ batches by tokens", "whole histories, by tokens"
 
 
@@ -103,6 +102,39 @@ def fewest_tokens(lengths: np.ndarray, settings: dict, updates: int) -> int:
     raise ValueError("no batch is large enough")
 
 
+def build_trainer(
+    args: argparse.Namespace, output: str, settings: dict, model, tokenizer, instructions, batches
+) -> tuple[transformers.Trainer, Throughput]:
+    """Return the plain Trainer or ours, and what counts its throughput."""
+    collator = CausalLMCollator(tokenizer, settings["packing"])
+    training_args = TuningArguments(
+        output_dir=output,
+        per_device_train_batch_size=args.batch_size,
+        num_train_epochs=1,
+        save_and_eval_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        bf16=args.bf16,
+    )
+    shared: dict = {
+        "model": model,
+        "args": training_args,
+        "train_dataset": instructions,
+        "processing_class": tokenizer,
+    }
+    if not settings["plain"]:
+        own = {"max_logits_mb": training_args.max_logits_mb, "compute_valid_metrics": None, "metadata": None}
+        trainer = RecTrainer(**shared, **own, batches=batches, data_collator=collator)
+        return trainer, trainer.throughput
+    training_args.train_sampling_strategy = "random"
+    drop_lengths = lambda rows: {k: v for k, v in collator(rows).items() if k != "lengths"}  # noqa: E731
+    trainer = transformers.Trainer(**shared, data_collator=drop_lengths)
+    trainer.pop_callback(transformers.PrinterCallback)
+    throughput = Throughput(model, trainer.args.device)
+    trainer.add_callback(ThroughputCallback(throughput))
+    return trainer, throughput
+
+
 def train_side(args: argparse.Namespace, name: str, data_path: str, side: str) -> dict[str, float]:
     """Train one side on the same samples; return items, targets (labelled tokens) and tokens per second, and memory.
 
@@ -131,38 +163,8 @@ def train_side(args: argparse.Namespace, name: str, data_path: str, side: str) -
     depth = len(next(iter(codes.values())))
     items = count if settings["targets"] == "last" else targets / depth
 
-    collator = CausalLMCollator(tokenizer, settings["packing"])
     with tempfile.TemporaryDirectory() as output:
-        shared: dict = {
-            "model": model,
-            "args": TuningArguments(
-                output_dir=output,
-                per_device_train_batch_size=args.batch_size,
-                num_train_epochs=1,
-                save_and_eval_strategy="no",
-                disable_tqdm=True,
-                logging_strategy="no",
-                bf16=args.bf16,
-            ),
-            "train_dataset": instructions,
-            "processing_class": tokenizer,
-        }
-        if settings["plain"]:
-            shared["args"].train_sampling_strategy = "random"
-            drop_lengths = lambda rows: {k: v for k, v in collator(rows).items() if k != "lengths"}  # noqa: E731
-            trainer = transformers.Trainer(**shared, data_collator=drop_lengths)
-            trainer.pop_callback(transformers.PrinterCallback)
-            throughput = Throughput(model, trainer.args.device)
-            trainer.add_callback(ThroughputCallback(throughput))
-        else:
-            own = {
-                "batches": batches,
-                "max_logits_mb": shared["args"].max_logits_mb,
-                "compute_valid_metrics": None,
-                "metadata": None,
-            }
-            trainer = RecTrainer(**shared, **own, data_collator=collator)
-            throughput = trainer.throughput
+        trainer, throughput = build_trainer(args, output, settings, model, tokenizer, instructions, batches)
         device = next(model.parameters()).device
         first_row = {k: v.to(device) for k, v in CausalLMCollator(tokenizer)(rows[:1]).items() if k != "lengths"}
         model(**first_row).loss.backward()  # warm-up: libraries load, threads start, Adam makes its state
