@@ -142,7 +142,6 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     if args.num_beams < max(k for _, k in metrics):
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
     method = metadata.method if args.test_task == "SeqRec" else f"{metadata.method}-{task}"
-    results_file = results_file_of(args, args.dataset or metadata.dataset, method)
     recommender = Recommender.from_pretrained(
         args.ckpt_path,
         args.data_path,
@@ -156,6 +155,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
 
     # ---- Users ----
     samples, dataset = test_samples(args, recommender, task), recommender.dataset
+    results_file = results_file_of(args, dataset.name, method)
     users = list(samples["user"])
     histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
     log_users(args, dataset, histories, targets)
@@ -375,7 +375,7 @@ def parse_prompt_ids(text: str, prompt_ids: Sequence[int]) -> list[int]:
     if not all(number.strip().isdecimal() and int(number) in prompt_ids for number in numbers):
         known = ", ".join(map(str, prompt_ids))
         raise InputError(f"--test_prompt_ids {text}: should be all, or of {known}, separated by commas")
-    return [int(number) for number in numbers]
+    return list(dict.fromkeys(map(int, numbers)))
 
 
 if __name__ == "__main__":

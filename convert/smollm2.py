@@ -4,6 +4,8 @@ python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-4layers --layers 4
 """
 
+import reclingua.utils.logging  # noqa: F401
+
 import argparse
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path

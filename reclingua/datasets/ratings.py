@@ -141,11 +141,13 @@ def make_ratings(
     users = [None] * len(histories) if users is None else users
     if not len(histories) == len(items) == len(users):
         raise InputError(f"{len(histories)} histories, {len(items)} items, {len(users)} users: give one of each a row")
-    numbers = []
+    numbers, num_users = [], dataset.num_users
     for row, (user, item, history) in enumerate(zip(users, items, histories, strict=True)):
+        if isinstance(history, str):
+            raise InputError(f"row {row}: should have a list of item ids, not the text {history[:50]!r}")
         if unknown := next((name for name in (item, *history) if name not in dataset.items), None):
             raise InputError(f"row {row}: item {unknown!r} is not in item.json of {dataset.name}")
-        if user is not None and (not user.isdecimal() or int(user) >= dataset.num_users):
+        if user is not None and (not str(user).isdecimal() or int(user) >= num_users):
             raise InputError(f"row {row}: user {user!r} is not in {dataset.name}; give None for a new user")
         numbers.append((int(user or 0), int(item), [int(liked) for liked in history]))
     uid, iid = (np.array([number[column] for number in numbers], dtype=np.int64) for column in (0, 1))

@@ -7,13 +7,16 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
+from reclingua.utils.errors import InputError
 from reclingua.utils.memory import run_with_oom_retry
 
 Result = TypeVar("Result")
 
 
 def split_batches(rows: list[int], batch_size: int) -> list[list[int]]:
-    """Cut rows, in the order they are to be computed, into batches of `batch_size`."""
+    """Cut rows, in the order they are to be computed, into batches of `batch_size`; InputError if that is below 1."""
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: should be 1 at least")
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 

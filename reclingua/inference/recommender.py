@@ -121,28 +121,40 @@ class Recommender:
         Args:
             histories: item ids as strings, oldest first; or samples of a dataset part
                 (`reclingua.datasets.tasks.held_out_samples`).
-            exclude_seen: leave out the items of the history.
+            exclude_seen: leave out the items of the history. Samples hold the end of a history only: give `excluded`.
             excluded: for each history further items to leave out.
-            num_beams: width of the beam search (default: 20, or `k` if that is more).
-            prompt_id: number of the prompt template (default: the first that asks for an item).
+            num_beams: width of the beam search, `k` at least (default: 20, or `k` if that is more).
+            prompt_id: number of a prompt template that asks for an item, of `prompt_ids` (default: the first).
             batch_size: histories per batch; on OOM it is halved, the beam width never changes.
             score_over: see `beam_search`.
 
         Raises:
-            InputError: an item is unknown, a history is empty, a prompt is too long, or memory does not suffice.
+            InputError: an argument is out of range, an item is unknown, a history is empty, a prompt is too long, or
+                memory does not suffice.
         """
-        samples = histories if isinstance(histories, datasets.Dataset) else self.encode_histories(histories)
-        if exclude_seen:
-            seen = samples["history"] if isinstance(histories, datasets.Dataset) else histories
-            excluded = [[*items, *more] for items, more in zip(seen, excluded or [[]] * len(seen), strict=True)]
-        prompts = self.encode(samples, prompt_id)
         num_beams = max(k, NUM_BEAMS) if num_beams is None else num_beams
+        if not 1 <= k <= num_beams:
+            raise InputError(f"k {k}, num_beams {num_beams}: k should be from 1 to num_beams")
+        if excluded is not None and len(excluded) != len(histories):
+            raise InputError(f"{len(histories)} histories, {len(excluded)} lists of excluded items: give one of each")
+        if isinstance(histories, datasets.Dataset):
+            samples = histories
+            if exclude_seen:
+                raise InputError("exclude_seen: samples hold the end of a history only; give the items as excluded")
+        else:
+            samples = self.encode_histories(histories)
+            if exclude_seen:
+                further = excluded or [[]] * len(histories)
+                excluded = [[*seen, *items] for seen, items in zip(histories, further, strict=True)]
+        prompts = self.encode(samples, prompt_id)
         lists = self.search(prompts, num_beams, excluded, batch_size, score_over, show_progress)
         return [ranked[:k] for ranked in lists]
 
     def encode_histories(self, histories: Sequence[Sequence[str]]) -> datasets.Dataset:
         """Return samples of this task for histories of item ids, oldest first; InputError for what is no history."""
         for number, history in enumerate(histories):
+            if isinstance(history, str):
+                raise InputError(f"history {number}: should be a list of item ids, not the text {history[:50]!r}")
             if not history:
                 raise InputError(f"history {number}: is empty; the model needs at least one item")
             if unknown := next((item for item in history if item not in self.dataset.index), None):
@@ -151,7 +163,10 @@ class Recommender:
 
     def encode(self, samples: datasets.Dataset, prompt_id: int | None = None) -> list[list[int]]:
         """Return the token ids of each sample's prompt; InputError if one is longer than the model reads."""
-        template = self.templates[self.prompt_ids[0] if prompt_id is None else prompt_id]
+        prompt_id = self.prompt_ids[0] if prompt_id is None else prompt_id
+        if prompt_id not in self.prompt_ids:
+            raise InputError(f"prompt_id {prompt_id}: should be one of {', '.join(map(str, self.prompt_ids))}")
+        template = self.templates[prompt_id]
         prompts = [
             encode_prompt(self.tokenizer, self._instructions.render_prompt(sample, template)) for sample in samples
         ]

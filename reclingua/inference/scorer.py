@@ -125,7 +125,10 @@ class Scorer:
 
     def encode(self, part: datasets.Dataset, prompt_id: int | None = 0, cold_text_only: bool = False) -> YesNoDataset:
         """Return the prompts of rows of ratings, for `score_samples`; arguments as in `score`."""
-        assert isinstance(self.model, YesNoModel) and self.tokenizer is not None
+        if not isinstance(self.model, YesNoModel) or self.tokenizer is None:
+            raise InputError(f"{self.name} reads no prompts: it is a collaborative model")
+        if prompt_id is not None and not 0 <= prompt_id < len(self.templates):
+            raise InputError(f"prompt_id {prompt_id}: should be from 0 to {len(self.templates) - 1}")
         return build_yes_no_dataset(
             part, self.dataset, self.tokenizer, self.model, self.metadata, prompt_id, cold_text_only
         )
@@ -139,7 +142,8 @@ class Scorer:
             InputError: memory does not suffice for one row; a logit is not a finite number.
         """
         model = self.model
-        assert isinstance(model, YesNoModel)
+        if not isinstance(model, YesNoModel):
+            raise InputError(f"{self.name} reads no prompts: it is a collaborative model")
         collate = YesNoCollator(samples.tokenizer)
         scores = torch.zeros(len(samples), device=model.device)
 

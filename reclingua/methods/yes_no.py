@@ -75,8 +75,8 @@ def check_flags(args: Arguments) -> None:
         raise InputError(f"--train_cf_model and --cf_model_from_scratch are for collm and cora, not for {method}")
     if yes_no.soft_tokens < 1:
         raise InputError(f"--soft_tokens {yes_no.soft_tokens}: should be 1 at least")
-    if min(args.data.max_eval_samples or 0, yes_no.patience) < 0:
-        raise InputError("--max_eval_samples and --patience should be 0 at least")
+    if yes_no.patience < 0:
+        raise InputError(f"--patience {yes_no.patience}: should be 0 at least")
     if (metric := args.training.metric_for_best_model) not in ("auc", "uauc"):
         raise InputError(f"--metric_for_best_model {metric}: should be auc or uauc with --method {method}")
     if yes_no.patience and not args.training.load_best_model_at_end:

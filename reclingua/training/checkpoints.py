@@ -139,8 +139,9 @@ def report_disk_full(output_dir: str | Path, staging_dir: Path | None = None) ->
     """Turn the error of a full disk into an InputError, and free space by deleting `staging_dir`."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_disk_full(error):
+    except (OSError, RuntimeError, SafetensorError, InputError) as error:
+        cause = error.__cause__ if isinstance(error, InputError) else error  # an atomic write has named its file
+        if cause is None or not _is_disk_full(cause):
             raise
         if staging_dir is not None:
             shutil.rmtree(staging_dir, ignore_errors=True)
@@ -153,7 +154,7 @@ def report_disk_full(output_dir: str | Path, staging_dir: Path | None = None) ->
         ) from error
 
 
-def _is_disk_full(error: Exception) -> bool:
+def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in DISK_FULL_ERRNOS
     return any(message in str(error) for message in DISK_FULL_MESSAGES)

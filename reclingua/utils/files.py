@@ -69,7 +69,7 @@ class atomic_write:  # noqa: N801 (used like a function)
             return
         self.temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+            raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
 
 def output_folder(folder: Path) -> Path:
@@ -81,7 +81,7 @@ def output_folder(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another output folder") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another output folder") from error
     return folder
 
 

@@ -26,7 +26,7 @@ class CheckpointMetadata:
         dataset: its name.
         base_model, base_dtype, load_in_4bit, load_in_8bit: the language model that was tuned, and how it was loaded.
         base_sha256: fingerprint of the base model, which an adapter of lcrec needs.
-        lora: rank, alpha, dropout and targets of the adapter; None: the weights themselves were tuned.
+        lora: of lcrec: rank, alpha, dropout and targets of the adapter; None: the weights themselves were tuned.
         prompts: task -> its prompt templates, each {"prompt": ..., "response": ...}.
         max_his_len, his_sep, add_prefix, max_text_len: how a history and texts are written into a prompt.
         targets, tasks: of lcrec: which items of a history are targets, and what was trained.

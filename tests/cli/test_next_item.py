@@ -60,14 +60,14 @@ def test_history_learns_the_ring(script, workshop, tuned):
 
 
 def test_next_learns_the_ring(script, workshop, tmp_path):
-    more = ("--epochs", 25, "--max_his_len", 3, "--prompt_file", one_phrasing(tmp_path), *SPARSE)
+    more = ("--epochs", 25, "--max_his_len", 3, "--prompt_file", one_template(tmp_path), *SPARSE)
     code, out, error = script(finetune.main, *flags(workshop, tmp_path / "out", *more))
     assert code == 0, error
     results, _ = measure(script, workshop, tmp_path / "out")
     assert results["mean_results"]["hit@1"] > 0.9
 
 
-def one_phrasing(folder):
+def one_template(folder):
     path = folder / "prompts.yaml"
     path.write_text(
         "seqrec: [{prompt: 'a user had {history}. Response: ', response: '{target}'}]\n"

@@ -40,7 +40,7 @@ def test_every_method_trains_saves_and_is_measured(script, studio, tmp_path, met
     )
 
 
-def short_phrasings(folder):
+def short_templates(folder):
     path = folder / "short.yaml"
     path.write_text(
         "text: [{prompt: '{history} \"{title}\":'}]\nsoft: [{prompt: '{history} \"{title}\" {user} {item}:'}]\n"
@@ -53,7 +53,7 @@ def short_phrasings(folder):
     [("collm", "din", ("--learning_rate", 1e-2)), ("cora", "mf", ("--learning_rate", 3e-3, "--lora_r", 8))],
 )
 def test_the_model_learns_what_its_collaborative_model_knows(script, studio, tmp_path, method, cf_model, more):
-    prompts = ("--prompt_file", short_phrasings(tmp_path), "--cf_model", studio / cf_model)
+    prompts = ("--prompt_file", short_templates(tmp_path), "--cf_model", studio / cf_model)
     layers = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     layers = ("--lora_target_modules", layers) if method == "cora" else ()
     code, _, error = script(finetune.main, *second(studio, method, tmp_path / "out", *more, *prompts, *layers))
@@ -118,7 +118,7 @@ def test_cold_pairs_can_be_asked_by_text_alone(script, studio, tmp_path, method)
             assert row["user"] < 37 or row["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
-def test_predictions_repeat_the_results_for_every_phrasing(script, studio):
+def test_predictions_repeat_the_results_for_every_prompt(script, studio):
     results, rows = predictions(script, studio, studio / "tallrec", "--test_prompt_ids", "all")
     from reclingua.metrics.roc import auc
 

@@ -1,4 +1,4 @@
-"""Instruction samples: what is asked, what is learned, which phrasing is drawn."""
+"""Instruction samples: what is asked, what is learned, which prompt is drawn."""
 
 from collections import Counter
 
@@ -102,7 +102,7 @@ def test_a_history_is_asked_as_it_was_learned(toy, his_sep, add_prefix):
     assert instructions.encode(row, template)["labels"][-2:] == whole["labels"][-2:] == whole["input_ids"][-2:]
 
 
-def test_phrasings_depend_on_seed_and_epoch_alone(toy):
+def test_prompts_depend_on_seed_and_epoch_alone(toy):
     _, one = build(toy, "last", seed=1)
     _, same = build(toy, "last", seed=1)
     _, other = build(toy, "last", seed=2)
@@ -115,7 +115,7 @@ def test_phrasings_depend_on_seed_and_epoch_alone(toy):
     assert drawn == [one[i] for i in range(len(one))]
 
 
-def test_each_sample_can_have_several_phrasings(toy):
+def test_each_sample_can_have_several_prompts(toy):
     _, instructions = build(toy, "last", templates_per_sample={"seqrec": 3})
     assert len(instructions) == 3 * len(instructions.samples)
 

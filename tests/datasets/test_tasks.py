@@ -62,14 +62,14 @@ def index(dataset, item):
 
 
 def written(instructions, i, template):
-    """(prompt, response) of a sample in a phrasing."""
+    """(prompt, response) of a sample by a prompt template."""
     sample, tokenizer = instructions.samples[i], instructions.tokenizer
     ids = learned(instructions.encode(sample, template))
     assert ids[-1] == tokenizer.eos_token_id
     return instructions.render_prompt(sample, template), tokenizer.decode(ids[:-1]).replace("> <", "><")
 
 
-CASES = {  # task, phrasing, prompt and response of user 1's last sample, or of item 4
+CASES = {  # task, template, prompt and response of user 1's last sample, or of item 4
     "item2index": ("{title}, {description}", "{target}", "Toy number 4, kind 1", "<a_1><b_1>"),
     "index2item": ("{target}", "{title}. {description}", "<a_1><b_1>", "Toy number 4. kind 1"),
     "fusionseqrec": (
@@ -121,7 +121,7 @@ def test_nothing_held_out_is_told(talking, task):
             assert "test " not in text
 
 
-def test_every_phrasing_is_drawn_and_another_one_in_the_next_epoch(talking):
+def test_every_prompt_is_drawn_and_another_one_in_the_next_epoch(talking):
     for task, templates in read_prompts().items():
         if task == "seqrec_history":
             continue
@@ -146,7 +146,7 @@ def test_preferences_are_drawn_from_all_of_a_users(talking):
     assert set(said) == {"user 0 likes rings", "user 0 goes around"}
 
 
-def test_a_sample_gets_a_phrasing_that_it_can_fill(talking, edit):
+def test_a_sample_gets_a_prompt_that_it_can_fill(talking, edit):
     edit("item", lambda items: {i: about | ({"description": " "} if i == "4" else {}) for i, about in items.items()})
     dataset = open_interactions(talking.folder.parent, "toy", ["index", "items"])
     asks = {True: PromptTemplate("{title}", "{target}"), False: PromptTemplate("{description}", "{target}")}
@@ -245,7 +245,7 @@ def tuned_on_all(workshop):
 
 
 @pytest.mark.parametrize("task, answerable", [("SeqRec", 10), ("ItemSearch", 6), ("FusionSeqRec", 3)])
-def test_each_test_measures_every_phrasing_that_is_answered_by_an_item(
+def test_each_test_measures_every_prompt_that_is_answered_by_an_item(
     workshop, tuned_on_all, script, task, answerable
 ):
     results, lines = tuned_on_all / f"{task}.json", tuned_on_all / f"{task}.jsonl"
@@ -264,7 +264,7 @@ def test_each_test_measures_every_phrasing_that_is_answered_by_an_item(
         assert (found["min_results"][name], found["max_results"][name]) == (min(values), max(values))
 
 
-def test_a_mix_has_as_many_samples_and_phrasings_as_asked_for(tuned_on_all):
+def test_a_mix_has_as_many_samples_and_prompts_as_asked_for(tuned_on_all):
     run = json.loads((tuned_on_all / "run.json").read_text())
     dataset = open_interactions(tuned_on_all.parent / "datasets", "toy", ["index"])
     pairs = sum(len(dataset.train_history(user)) - 1 for user in dataset.histories)
@@ -358,7 +358,7 @@ def test_a_run_does_not_go_on_with_other_texts(workshop, tuned_on_all, tmp_path,
     assert "made with another users_sha256" in refused(finetune.main, *again)
 
 
-def test_shipped_phrasings():
+def test_shipped_prompts():
     prompts = read_prompts()
     assert set(prompts) == {*TASKS, "seqrec_history"} == set(FIELDS)
     for task in TASKS:

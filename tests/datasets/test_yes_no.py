@@ -31,7 +31,7 @@ def ask_about(dataset, templates, tokenizer=None, limit=10**6, **kwargs):
     return YesNoDataset(dataset.parts["test"], titles, tokenizer, templates, 4, ", ", limit, **kwargs)
 
 
-def test_a_prompt_reads_as_its_phrasing(liked):
+def test_a_prompt_reads_as_its_template(liked):
     template = PromptTemplate('Liked {history}.\nWill "{title}" please? Answer:')
     questions = ask_about(liked, [template])
     shown = liked_history(liked.parts["test"], 4)
@@ -180,7 +180,7 @@ def test_yes_and_no_that_begin_with_the_same_token_are_refused():
         yes_no_token_ids(wrapped, "es")
 
 
-def test_phrasings_must_lead_to_one_answer(liked):
+def test_prompts_must_lead_to_one_answer(liked):
     tokenizer = train_tokenizer([" Yes No Yes No"] * 50, vocab_size=320, max_length=512)
     spaced, broken = PromptTemplate('{history} "{title}". Answer:'), PromptTemplate('{history} "{title}". Answer:\n')
     assert tokenizer.convert_ids_to_tokens(ask_about(liked, [spaced], tokenizer).answer) == ["ĠYes", "ĠNo"]
@@ -189,7 +189,7 @@ def test_phrasings_must_lead_to_one_answer(liked):
         ask_about(liked, [broken, spaced], tokenizer)
 
 
-def test_every_shipped_phrasing_says_its_fields_and_ends_alike(liked):
+def test_every_shipped_prompt_has_its_fields_and_ends_alike(liked):
     prompts = read_prompts(YES_NO_PROMPT_FILE, YES_NO_FIELDS)
     for task, templates in prompts.items():
         assert len(templates) >= 4 and len({p.prompt for p in templates}) == len(templates), task

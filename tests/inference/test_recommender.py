@@ -75,6 +75,19 @@ def test_what_is_no_history_is_refused(recommender, workshop, studio):
         recommender.recommend([["1", "x"]])
     with pytest.raises(InputError, match="use Scorer"):
         Recommender.from_pretrained(studio / "tallrec", studio)
+    with pytest.raises(InputError, match="not the text '12'"):
+        recommender.recommend(["12"])
+    samples = held_out_samples(recommender.dataset, "test", recommender.task, 3)
+    for options, message in (
+        ({"k": 5, "num_beams": 4}, "k should be from 1 to num_beams"),
+        ({"k": 0}, "k should be from 1 to num_beams"),
+        ({"batch_size": 0}, "batch_size 0: should be 1 at least"),
+        ({"prompt_id": 99}, "prompt_id 99: should be one of 0, 1"),
+        ({"excluded": [["1"]]}, "60 histories, 1 lists of excluded items"),
+        ({"exclude_seen": True}, "samples hold the end of a history only"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recommender.recommend(samples, **options)
     assert recommender.recommend([]) == []
 
 

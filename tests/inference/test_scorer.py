@@ -34,5 +34,16 @@ def test_what_cannot_be_scored_is_refused(studio, workshop, tuned):
     ):
         with pytest.raises(InputError, match=message):
             scorer.score(histories, items, users)
+    for options, message in (
+        ({"batch_size": -1}, "batch_size -1"),
+        ({"prompt_id": 9}, "prompt_id 9: should be from 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            scorer.score([["1"]], ["3"], **options)
+    with pytest.raises(InputError, match="not the text '12'"):
+        scorer.score(["12"], ["3"])
+    with pytest.raises(InputError, match="reads no prompts"):
+        collaborative = Scorer.from_pretrained(studio / "mf", studio)
+        collaborative.encode(collaborative.dataset.parts["test"])
     with pytest.raises(InputError, match="use Recommender"):
         Scorer.from_pretrained(tuned, workshop / "datasets")
