@@ -32,7 +32,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except InputError as error:
             if int(os.environ.get("RANK") or 0):
-                time.sleep(3)  # all ranks fail alike: rank 0 prints first, then torchrun ends the others
+                time.sleep(10)  # all ranks fail alike: rank 0 prints first, then torchrun ends the others
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
