@@ -56,14 +56,14 @@ class ModelArguments:
     base_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "dtype of frozen weights; trained ones are float32 (default: that of --init_from, else float32)",
+            "help": "dtype of frozen weights; trained ones are float32; if omitted, that of --init_from, else float32",
             "choices": DTYPES,
         },
     )
     load_in_4bit: bool | None = field(
         default=None,
         metadata={
-            "help": "frozen weights of linear layers as nf4 (default: as in --init_from)",
+            "help": "frozen weights of linear layers as nf4; if omitted, as in --init_from",
             "nargs": "?",
             "const": True,
         },
@@ -84,7 +84,7 @@ class DataArguments:
     index_file: str = argument(default=".index.json", help="semantic IDs: file suffix, or a path if it has a slash")
     user_file: str = argument(default=".user.json", help="user texts (preferences, intentions): file suffix or path")
     prompt_file: str | None = argument(
-        default=None, help="prompt templates (default: config/prompts/lcrec.yaml or yes_no.yaml)"
+        default=None, help="prompt templates; if omitted, config/prompts/lcrec.yaml or yes_no.yaml"
     )
     max_his_len: int = argument(default=20, help="items of a history that the model reads; -1 with lcrec: all")
     max_text_len: int = argument(default=64, help="longest title, description or user text, in words")
@@ -92,7 +92,7 @@ class DataArguments:
     add_prefix: bool = argument(default=False, help="number the items of a history")
     max_eval_samples: int | None = argument(
         default=None,
-        help="users searched for, or rows drawn, at each evaluation; 0 = all (default: 500 with lcrec, else all)",
+        help="users searched for, or rows drawn, at each evaluation; 0 = all; if omitted, 500 with lcrec, else all",
     )
 
 
@@ -133,18 +133,18 @@ class LoraArguments:
     lora: bool | None = field(
         default=None,
         metadata={
-            "help": "train LoRA weights (default: with tallrec and binllm, and with --one_stage)",
+            "help": "train LoRA weights; if omitted, with tallrec and binllm, and with --one_stage",
             "nargs": "?",
             "const": True,
         },
     )
     lora_r: int = argument(default=8, help="rank")
     lora_alpha: float | None = argument(
-        default=None, help="the scale is alpha / r (default: 16; 32 with lcrec, as LC-Rec)"
+        default=None, help="the scale is alpha / r; if omitted, 16, with lcrec 32 as in LC-Rec"
     )
     lora_dropout: float = argument(default=0.05, help="dropout on the input of the LoRA weights")
     lora_target_modules: str | None = argument(
-        default=None, help="names of linear layers (default: q_proj,v_proj; all with lcrec)"
+        default=None, help="names of linear layers; if omitted, q_proj,v_proj, with lcrec all"
     )
 
     def low_rank(self, alpha: float, targets: str) -> dict:
@@ -205,8 +205,8 @@ class TuningArguments(TrainingArguments):
     load_best_model_at_end: bool = argument(default=True, help="end with the checkpoint of the best valid metric")
     metric_for_best_model: str | None = argument(
         default=None,
-        help="valid metric that selects the checkpoint: ndcg@10 (default), hit@10, loss with lcrec; auc (default), "
-        "uauc with the others",
+        help="valid metric that selects the checkpoint: hit@10, ndcg@10 or loss with lcrec, auc or uauc with the "
+        "others; if omitted, ndcg@10 or auc",
     )
     logging_steps: float = argument(default=50, help="steps between two lines of the training log")
     report_to: str | None = argument(default="none", help="experiment loggers: tensorboard, wandb, ...")
