@@ -7,9 +7,8 @@ from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
-import yaml
-
 from reclingua.utils.errors import InputError
+from reclingua.utils.files import read_yaml
 
 PROMPTS = Path(__file__).parents[2] / "config" / "prompts"
 LCREC_PROMPT_FILE, YES_NO_PROMPT_FILE = PROMPTS / "lcrec.yaml", PROMPTS / "yes_no.yaml"
@@ -68,12 +67,7 @@ def read_prompts(
 ) -> dict[str, list[PromptTemplate]]:
     """Read task -> its prompt templates; InputError names the file, the task and the number of an invalid template."""
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such prompt file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({error})") from None
+    content = read_yaml(path, "prompt file")
     if not isinstance(content, dict):
         raise InputError(f"{path}: should map each task to a list of prompt templates")
     prompts = {}

@@ -35,6 +35,8 @@ from reclingua.utils.metadata import CheckpointMetadata
 
 LORA_METHODS = ("tallrec", "binllm")  # train LoRA weights and nothing else
 CF_METHODS = ("collm", "binllm", "cora")  # read a collaborative model of pretrain.py
+# Flags of YesNoArguments that a resumed training need not share, or whose value has a field of its own.
+OTHER_FLAGS = ("patience", "save_base_weights", "code_format")
 OFFSET_SAMPLES = 32  # of train, whose mean logit before training becomes the offset in the loss
 NORMALIZATION_SAMPLES = 4096  # of train, whose collaborative vectors set the normalization
 LORA_DEFAULTS = (16, "q_proj,v_proj")  # alpha and target layers without flags
@@ -206,7 +208,7 @@ def fit_scales(
 def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> CheckpointMetadata:
     """Return what a test must know to ask the model as it was trained, and to refuse other ratings."""
     config, yes_no = model.config, asdict(args.yes_no)
-    flags = {flag: value for flag, value in yes_no.items() if flag not in ("patience", "save_base_weights")}
+    flags = {flag: value for flag, value in yes_no.items() if flag not in OTHER_FLAGS}
     flags |= {"metric_for_best_model": args.training.metric_for_best_model}
     flags |= {"max_eval_samples": args.data.max_eval_samples, "seed": args.training.seed, "trained": config.trained}
     flags |= {"train_data_sample_num": int(args.method.train_data_sample_num)} | asdict(args.lora)

@@ -4,11 +4,9 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import is_liger_kernel_available
@@ -19,6 +17,7 @@ from reclingua.datasets.yes_no import CODE_FORMATS
 from reclingua.models.language import DTYPES
 from reclingua.training.zero import check_deepspeed
 from reclingua.utils.errors import InputError, one_line_errors
+from reclingua.utils.files import read_yaml
 
 METHODS = ("lcrec", "tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
 # Defaults that depend on the method: for lcrec, for the Yes/No methods.
@@ -312,12 +311,7 @@ def parse(dataclasses: list[Any], description: str, argv: list[str] | None = Non
 
 def preset_flags(path: str, known: set[str]) -> list[str]:
     """Return a YAML preset as flags; InputError names the key that is not a flag."""
-    try:
-        preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such preset") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({error})") from None
+    preset = read_yaml(path, "preset")
     if not isinstance(preset, dict):
         raise InputError(f"{path}: should hold 'flag: value' lines")
     flags = []

@@ -1,8 +1,10 @@
-"""File helpers: validated JSON, atomic writes, checks of output paths."""
+"""File helpers: validated JSON, YAML, atomic writes, checks of output paths."""
 
 import json
 import os
 from pathlib import Path
+
+import yaml
 
 from reclingua.utils.errors import InputError
 
@@ -26,6 +28,16 @@ def read_json(path: Path, what: str) -> dict:
     if not content:
         raise InputError(f"{path}: is empty; it should contain {what}")
     return content
+
+
+def read_yaml(path: str | Path, kind: str) -> object:
+    """Return the content of a YAML file; InputError if it is not readable, `kind` ("preset") names a missing one."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {kind}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable YAML file ({error})") from None
 
 
 class _DuplicateKey(Exception):

@@ -245,9 +245,7 @@ def tuned_on_all(workshop):
 
 
 @pytest.mark.parametrize("task, answerable", [("SeqRec", 10), ("ItemSearch", 6), ("FusionSeqRec", 3)])
-def test_each_test_measures_every_prompt_that_is_answered_by_an_item(
-    workshop, tuned_on_all, script, task, answerable
-):
+def test_each_test_measures_every_prompt_that_is_answered_by_an_item(workshop, tuned_on_all, script, task, answerable):
     results, lines = tuned_on_all / f"{task}.json", tuned_on_all / f"{task}.jsonl"
     where = ("--ckpt_path", tuned_on_all, "--data_path", workshop / "datasets", "--num_beams", 10)
     code, out, error = script(
