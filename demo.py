@@ -1,7 +1,7 @@
 """Serve a demo page for tuned models: build a history by clicks, and see what a model recommends.
 
 python demo.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k                      then open http://127.0.0.1:7860
-python demo.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../shared/data
+python demo.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ~/datasets
 
 It listens on 127.0.0.1 and makes no outbound requests.
 """

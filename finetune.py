@@ -1,7 +1,7 @@
 """Tune a language model to recommend: to generate the next item (lcrec), or to answer whether a user will like one.
 
 python finetune.py --config config/lcrec-ml-100k-cpu.yaml --base_model ckpt/ml-100k/base --output_dir ckpt/try
-torchrun --nproc_per_node 8 finetune.py --base_model Qwen/Qwen3-0.6B --dataset Instruments --data_path ../LC-Rec-data \
+torchrun --nproc_per_node 8 finetune.py --base_model Qwen/Qwen3-0.6B --dataset Instruments --data_path ~/datasets \
     --output_dir ckpt/Instruments/lcrec --per_device_batch_size 8 --gradient_accumulation_steps 2 --bf16
 python finetune.py --config config/tallrec.yaml --base_model Qwen/Qwen3-0.6B --dataset ml-1m --output_dir ckpt/tallrec
 python finetune.py --config config/collm.yaml --init_from ckpt/tallrec --cf_model ckpt/ml-1m/mf --dataset ml-1m \

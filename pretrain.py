@@ -1,8 +1,8 @@
 """Train a collaborative model on ratings: MF, LightGCN, SASRec, DIN, hashed MF.
 
-python pretrain.py --model mf --dataset ml-1m --data_path ../shared/data
-python pretrain.py --model sasrec --dataset ml-1m --data_path ../shared/data --sweep
-python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
+python pretrain.py --model mf --dataset ml-1m --data_path ~/datasets
+python pretrain.py --model sasrec --dataset ml-1m --data_path ~/datasets --sweep
+python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ~/datasets
 """
 
 import reclingua.utils.logging  # noqa: F401
@@ -53,7 +53,7 @@ class Settings:
     seed: int = 42
 
 
-# Found on ml-1m; bench/README.md states what else was tried.
+# Found on ml-1m; docs/benchmarks/collaborative.md states what else was tried.
 DEFAULTS = {
     "mf": Settings(1e-3, 1e-4, 64),
     "lightgcn": Settings(1e-3, 1e-4, 64),

@@ -2,21 +2,22 @@
 # Train and test an LLM recommender, from raw ratings to results, in stages.
 #
 #   bash run.sh                                        MovieLens-100k, which comes with the packages
-#   bash run.sh Industrial --data_path ../shared/data  a dataset folder in LC-Rec's format
+#   bash run.sh Industrial --data_path ~/datasets      a dataset folder in LC-Rec's format
 #   bash run.sh ml-100k --base_model Qwen/Qwen3-0.6B   another base model: a folder or a hub name
 #   bash run.sh ml-100k --force                        run every stage again
-#   bash run.sh ml-1m --method collm --data_path ../shared/data
+#   bash run.sh ml-1m --method collm --data_path ~/datasets
 #                                                      Yes/No prediction: tallrec, collm, binllm, cora, softprompt or
 #                                                      personprompt; --cf_model mf (default), lightgcn, sasrec or din
 #
 # A stage is skipped if its output exists and neither its inputs nor its command changed. An interrupted run resumes at
 # the stage where it stopped, fine-tuning at its newest checkpoint. Headings show the number of the stage, the elapsed
 # time and, if known from an earlier run, the time left. --setup_only makes .venv and stops. --seed and --config
-# preset.yaml are those of finetune.py. Relative paths are relative to the folder of this script.
+# preset.yaml are those of finetune.py. Relative paths are relative to the folder of this script. The environment variable
+# PYTHON chooses the Python of .venv (3.11, 3.12 or 3.13), e.g. PYTHON=python3.13 bash run.sh.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' run.sh; }
 die() { echo "error: $*" >&2; exit 2; }
 
 # ---- Arguments ----
@@ -50,11 +51,16 @@ esac
 
 # ---- Environment: .venv, made once and again when the requirements change ----
 make_environment() {
-  local python checksum
+  local candidate python="" checksum
   checksum=$(cat requirements.txt requirements-assets.txt pyproject.toml | sha256sum)
   [[ -f .venv/requirements.sha256 && $(cat .venv/requirements.sha256) == "$checksum" ]] && return
-  python=$(command -v python3.11 || command -v python3 || true)
-  [[ -n $python ]] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "Python 3.11 or newer is needed"
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+      python=$candidate
+      break
+    fi
+  done
+  [[ -n $python ]] || die "${PYTHON:+$PYTHON: }Python 3.11, 3.12 or 3.13 is needed; see PYTHON in bash run.sh --help"
   echo "making .venv: this takes a few minutes, once"
   "$python" -m venv .venv || die "$python cannot make a virtual environment (on Debian: apt install python3-venv)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -144,7 +150,9 @@ tune() {
 }
 
 # ---- Preset: the dataset's own, else the method's; a smaller model or fewer rows without a GPU ----
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+# Importing torch takes seconds, so it is asked only where there is a device of NVIDIA, AMD or WSL.
+if [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg ]] &&
+  python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   DEVICE=gpu SUFFIX=""
 else
   DEVICE=cpu SUFFIX=-cpu

@@ -4,8 +4,8 @@ The results file, results/D/lcrec.json, gets a report beside it, results/D/lcrec
 
 python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen
 python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 20 --predictions_file out.jsonl
-python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ../shared/data
-python test.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ../shared/data --cold_text_only
+python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ~/datasets
+python test.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ~/datasets --cold_text_only
 """
 
 from reclingua.utils.logging import silence_third_party
@@ -80,7 +80,8 @@ def parse_args() -> argparse.Namespace:
         "--sample_num",
         type=int,
         default=-1,
-        help="measure only the first n users, or n ratings drawn at random; -1: all (default: %(default)s)",
+        help="measure only the first n users, or up to n ratings drawn at random (8 of a user at most); -1: all "
+        "(default: %(default)s)",
     )
     data.add_argument(
         "--test_batch_size", type=int, default=32, help="users or ratings per batch (default: %(default)s)"

@@ -1,7 +1,7 @@
 """Benchmark collaborative models: AUC and UAUC next to published ones, time of training and of the metric.
 
-python -m bench.collaborative --data_path ../shared/data
-python -m bench.collaborative --data_path ../shared/data --models mf hash --seeds 1 2 3 4 5
+python -m bench.collaborative --data_path ~/datasets
+python -m bench.collaborative --data_path ~/datasets --models mf hash --seeds 1 2 3 4 5
 
 MF is timed against a plain PyTorch loop: `nn.Embedding`, Adam, one shuffled tensor indexed batch by batch, valid AUC
 by scikit-learn after each epoch. Both train the same number of epochs in turns, then each to its best epoch on valid.

@@ -1,8 +1,8 @@
 """Benchmark constrained beam search next to `generate()` and to a search that reorders its cache; lists must agree.
 
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
-python -m bench.decode --data_path ../shared/data
-python -m bench.decode --data_path ../shared/data --device cuda --dtype bfloat16 --users 256 --peak_tflops 989 \
+python -m bench.decode --data_path ~/datasets
+python -m bench.decode --data_path ~/datasets --device cuda --dtype bfloat16 --users 256 --peak_tflops 989 \
     --generate_batches 4,8,16,32,64 --search_batches 16,32,64,128,256
 """
 

@@ -1,7 +1,7 @@
 """Benchmark semantic IDs: quality of each strategy, and the effect of Sinkhorn among colliding items.
 
-bash run.sh; bash run.sh Industrial --data_path ../shared/data       # or their stages up to `embed`
-python -m bench.index data/ml-100k ../shared/data/Industrial --seeds 42 1
+bash run.sh; bash run.sh Industrial --data_path ~/datasets       # or their stages up to `embed`
+python -m bench.index data/ml-100k ~/datasets/Industrial --seeds 42 1
 
 Embeddings are those of run.sh, data/<dataset>/<dataset>.emb-minilm-td.npy. Every index is made with the defaults of
 index.train and several seeds. Seconds exclude the start of Python.

@@ -1,7 +1,7 @@
 """Benchmark demo.py: seconds from a click to the answer in a browser; and the screenshots of the README.
 
 python -m bench.page --ckpt_path ckpt/ml-100k/lcrec --report results/ml-100k/lcrec/report.html --user 913
-python -m bench.page --ckpt_path ckpt/ml-1m/collm-din --data_path ../shared/data
+python -m bench.page --ckpt_path ckpt/ml-1m/collm-din --data_path ~/datasets
 
 Other flags are passed to demo.py. Needs requirements-dev.txt and chromium; --report writes to docs/images/.
 """

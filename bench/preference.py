@@ -1,9 +1,9 @@
 """Benchmark Yes/No methods: scoring next to naive scoring, a CoRA step next to a LoRA step, and AUC of each method.
 
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
-python -m bench.preference --data_path ../shared/data --parts scoring step
-python -m bench.preference --parts methods --tune_flags "--bf16" --test_flags "--bf16"     # a GPU, all of train
-python -m bench.preference --parts methods --test_flags "--sample_num 800" --tune_flags "--train_data_sample_num 800 \
+python -m bench.preference --data_path ~/datasets --parts scoring step
+python -m bench.preference --parts methods --tune_flags=--bf16 --test_flags=--bf16     # a GPU, all of train
+python -m bench.preference --parts methods --test_flags "--sample_num 700" --tune_flags "--train_data_sample_num 600 \
     --epochs 1 --per_device_batch_size 8 --max_his_len 5 --save_and_eval_strategy no --patience 0"      # a CPU: hours
 """
 

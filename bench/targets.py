@@ -1,7 +1,7 @@
 """Benchmark quality at equal wall time: one sample per prefix of a history (LC-Rec's) against whole histories.
 
-bash run.sh Industrial --data_path ../shared/data       # or its stages up to `index`
-python -m bench.targets --data_path ../shared/data --dataset Industrial --seconds 240 --seeds 1 2 3
+bash run.sh Industrial --data_path ~/datasets       # or its stages up to `index`
+python -m bench.targets --data_path ~/datasets --dataset Industrial --seconds 240 --seeds 1 2 3
 
 Both sides run at the same time, each on half of the cores, so that they share the load of the machine. A short run of
 each finds how many updates fit into the time. Learning rate, dropout and tokens per batch are those of the preset.

@@ -1,7 +1,7 @@
 """Benchmark what LC-Rec's other tasks add to seqrec, and the time to build the samples of a large dataset.
 
-bash run.sh Industrial --data_path ../shared/data       # or its stages up to `index`
-python -m data.intentions --dataset Industrial --data_path ../shared/data --users 300 \\
+bash run.sh Industrial --data_path ~/datasets       # or its stages up to `index`
+python -m data.intentions --dataset Industrial --data_path ~/datasets --users 30 \\
     --output data/Industrial/Industrial.user.json
 python -m bench.tasks --seeds 1 2 3
 python -m bench.tasks --parts build

@@ -1,8 +1,8 @@
 """Benchmark training next to LC-Rec's (random batches, padding to the longest, all logits, plain Trainer).
 
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
-python -m bench.train --data_path ../shared/data --ml_100k data     # data/ml-100k as run.sh makes it
-python -m bench.train --data_path ../shared/data --ml_100k data --bf16 --updates 60 --batch_size 32
+python -m bench.train --data_path ~/datasets --ml_100k data     # data/ml-100k as run.sh makes it
+python -m bench.train --data_path ~/datasets --ml_100k data --bf16 --updates 60 --batch_size 32
 """
 
 from reclingua.utils.logging import silence_third_party

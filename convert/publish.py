@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--push_to_hub", "--hub-repo-id", "--hub_repo_id", metavar="REPO_ID",
         help="upload the folder to this repository, with the token of `hf auth login` or HF_TOKEN "
-        "(default: no upload, no network access)",
+        "(default: no upload)",
     )  # fmt: skip
     group.add_argument(
         "--results_file", type=Path,

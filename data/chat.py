@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from hashlib import sha256
+from ipaddress import ip_address
 from typing import NamedTuple
 
 import httpx2
@@ -157,6 +158,9 @@ class _GumbelSampler(LogitsProcessor):
 class Endpoint:
     """Chat model behind `<url>/chat/completions`, the interface of vLLM, llama.cpp, Ollama and OpenAI.
 
+    `host` is the server, host:port, that gets every prompt; `is_unencrypted` is True if prompts and key leave this
+    machine over plain http.
+
     Args:
         key: sent as bearer token and never printed: asterisks replace it where the server repeats it.
         concurrency: number of concurrent requests.
@@ -189,6 +193,9 @@ class Endpoint:
         if not key.isascii() or not key.isprintable():
             raise InputError("the API key contains invalid characters; set the environment variable again")
         self.url, self.model, self.sampling = f"{url.rstrip('/')}/chat/completions", model, sampling
+        self.host = parsed.netloc.decode()
+        self.is_loopback = _is_loopback(parsed.host)
+        self.is_unencrypted = parsed.scheme == "http" and not self.is_loopback
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._key = key
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
@@ -221,6 +228,7 @@ class Endpoint:
                 headers=self.headers,
                 timeout=httpx2.Timeout(None, connect=10),
                 limits=httpx2.Limits(max_connections=self.concurrency),
+                trust_env=not self.is_loopback,  # what stays on this machine goes through no proxy
             )
         except (ImportError, ValueError) as error:  # an invalid proxy in the environment
             raise InputError(
@@ -305,6 +313,14 @@ class Endpoint:
     def _redact(self, text: object) -> str:
         # Keys shorter than 8 characters are placeholders such as "none", and occur in ordinary text.
         return str(text).replace(self._key, "***") if len(self._key) >= 8 else str(text)
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether a host is this machine: localhost, 127.0.0.0/8 or ::1."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _parse_retry_after(value: str) -> float:

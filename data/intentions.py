@@ -6,11 +6,13 @@ python -m data.intentions --dataset ml-100k --endpoint https://api.openai.com/v1
 
 The training intention describes the last training item; preferences are derived from the items before it, so that no
 prompt contains a held-out item of its section. Answers are written to a journal beside the output: after an
-interruption, the same command resumes.
+interruption, the same command resumes. With --endpoint the server gets histories and item texts of the users, without
+ids; see docs/user-texts.md.
 """
 
 import argparse
 import os
+import sys
 import time
 from collections import Counter
 from hashlib import sha256
@@ -179,6 +181,8 @@ def main() -> None:
     with ResponseCache(journal_path, made_with) as journal:
         if len(journal):
             print(f"{len(journal):,} answers from {journal_path}")
+        if isinstance(chat, Endpoint):
+            print_recipient(chat, plan, journal, args.attempts)
         ask_all(chat, requests, journal, args.attempts)
     texts, num_missing = collect(dataset, plan, journal.texts)
     reasons = format_counts(journal.reasons)
@@ -237,7 +241,10 @@ def parse_args() -> argparse.Namespace:
         "--attempts", type=int, default=3, help="answers per text until one is accepted (default: %(default)s)"
     )
     parser.add_argument("--batch_size", type=int, help="questions per batch, local model only (default: 16)")
-    parser.add_argument("--endpoint", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    parser.add_argument(
+        "--endpoint",
+        help="OpenAI-compatible server, such as http://localhost:8000/v1; it gets the users' histories and item texts",
+    )
     parser.add_argument("--api_key_env", help="environment variable with its key (default: OPENAI_API_KEY)")
     parser.add_argument("--concurrency", type=int, help="number of concurrent requests (default: 8)")
     parser.add_argument("--requests_per_minute", type=float, help="rate limit (default: none)")
@@ -280,6 +287,21 @@ def load_chat(args: argparse.Namespace, sampling: Sampling) -> LocalChat | Endpo
     options = {flag: getattr(args, flag) for flag in ("concurrency", "requests_per_minute", "timeout", "retries")}
     options = {flag: value for flag, value in options.items() if value is not None}
     return Endpoint(args.endpoint, args.model, sampling, key, **options)
+
+
+def print_recipient(endpoint: Endpoint, plan: Plan, journal: ResponseCache, attempts: int) -> None:
+    """Print which server gets the texts of how many users, and a warning if they leave this machine unencrypted.
+
+    Nothing is printed if the journal has all answers: no request is sent.
+    """
+    pending = {user for (_, user), requests in plan.items() if not all(journal.is_done(r, attempts) for r in requests)}
+    if not pending:
+        return
+    print(f"histories and item texts of {len(pending):,} users are sent to {endpoint.host}", flush=True)
+    if endpoint.is_unencrypted:
+        content = "histories and the API key travel" if endpoint.headers else "histories travel"
+        message = f"warning: {content} unencrypted over http to {endpoint.host}; prefer https"
+        print(message, file=sys.stderr, flush=True)
 
 
 def is_up_to_date(output: Path, run_file: Path, made_with: dict) -> bool:

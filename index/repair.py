@@ -1,6 +1,6 @@
 """Make the semantic IDs of a published index file unique, without the embeddings it was made from.
 
-python -m index.repair ../LC-Rec-data/Games/Games.index.json --output data/Games/Games.index.json
+python -m index.repair ~/datasets/Games/Games.index.json --output data/Games/Games.index.json
 
 Of the items that share a semantic ID the first keeps it. The others keep all codes but the last, which becomes the
 first free code of that level; a new code is added to the level only if none is free.

@@ -1,4 +1,4 @@
-"""The rooms of CONTRIBUTING.md: imports run down only, the top holds commands alone, files and functions are short."""
+"""The rooms of docs/architecture.md: imports run down only, commands at the top, short files and functions."""
 
 import ast
 import subprocess

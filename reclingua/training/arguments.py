@@ -91,7 +91,8 @@ class DataArguments:
     add_prefix: bool = argument(default=False, help="number the items of a history")
     max_eval_samples: int | None = argument(
         default=None,
-        help="users searched for, or rows drawn, at each evaluation; 0 = all; if omitted, 500 with lcrec, else all",
+        help="users searched for, or rows drawn (8 of a user at most), at each evaluation; 0 = all; "
+        "if omitted, 500 with lcrec, else all",
     )
 
 
@@ -132,7 +133,8 @@ class LoraArguments:
     lora: bool | None = field(
         default=None,
         metadata={
-            "help": "train LoRA weights; if omitted, with tallrec and binllm, and with --one_stage",
+            "help": "train LoRA weights; if omitted, with tallrec and binllm, and with --one_stage; "
+            "--lora False with these two: train all weights of the language model",
             "nargs": "?",
             "const": True,
         },

@@ -105,7 +105,7 @@ def check_shards(checkpoint: Path, args: transformers.TrainingArguments) -> None
         raise InputError(
             f"{checkpoint}: was made by {num_shards} processes, this run has {args.world_size}; resume it with as "
             "many (torchrun --nproc_per_node), or start from its weights: "
-            f"python -m convert.zero_to_fp32 {checkpoint}"
+            f"python -m convert.zero_to_fp32 {checkpoint} FOLDER"
         )
 
 

@@ -250,7 +250,7 @@ def test_hash_passes_gradients_through_signs_and_uses_more_of_them(dataset):
 
 
 def test_mf_reaches_the_published_figures_of_ml_1m(shared):
-    """CoLLM's table: .6482 / .6361, here within .02 of them with one seed (bench/README.md has three)."""
+    """CoLLM's table: .6482 / .6361, here within .02 with one seed (docs/benchmarks/collaborative.md has three)."""
     dataset = open_ratings(shared / "data", "ml-1m")
     settings = pretrain.DEFAULTS["mf"]
     model = pretrain.build("mf", dataset, settings)
