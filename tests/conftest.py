@@ -1,26 +1,45 @@
-"""What the tests share: a toy dataset, tiny random models of several architectures, the real data where it is."""
+"""What the tests share: a toy dataset, tiny random models of several architectures, the real data where it is.
 
+Libraries that take seconds are imported in the fixtures: the process that starts the workers does without.
+"""
+
+import gc
 import json
+import os
 import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.helpers.browser import browser, open_page  # noqa: F401
-from tests.helpers.models import ARCHITECTURES
 from tests.helpers.scripts import SPARSE, flags, run_main, tune
 from tests.helpers.toys import TITLE, write_preferences, write_toy
 
 SHARED = Path(__file__).parents[2] / "shared"
-LONGEST = ("test_run_sh", "cli/test_yes_no", "test_zero", "test_tasks", "test_beam_search", "test_collaborative")
-torch.set_num_threads(1)
+LONGEST = ("test_readme", "test_zero", "cli/test_yes_no", "demo/test_page", "test_tasks", "test_checkpoints")
+TRAINED = {"tuned", "studio", "smollm2", "preference_runs"}  # fixtures that train, or convert a large model
+ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "mistral", "gpt2", "gemma")  # of tests/helpers/models.py
 
 
+def pytest_collection_finish():
+    """Each worker computes in one thread, and does not search the libraries for garbage after each training."""
+    import torch
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The longest files first, or one process would be at them still when the others have nothing to do."""
+    """Mark the tests that open pages or need a trained model; run the longest files first, beside the others."""
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker("browser")
+        if TRAINED & {*item.fixturenames}:
+            item.add_marker("slow")
 
     def rank(item) -> int:
         name = str(item.path.with_suffix(""))
@@ -29,7 +48,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
-@pytest.fixture(params=[*ARCHITECTURES])
+@pytest.fixture(params=ARCHITECTURES)
 def architecture(request):
     return request.param
 
@@ -134,11 +153,16 @@ def ml_100k(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
-    """The folder of SmolLM2-135M-Instruct, from its package."""
+    """The folder of SmolLM2-135M-Instruct, from its package; all workers share one, which no test changes."""
+    from filelock import FileLock
+
     from convert import smollm2
 
-    folder = tmp_path_factory.mktemp("smollm2")
-    run_main(smollm2.main, "--output_dir", folder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").exists():
+            run_main(smollm2.main, "--output_dir", folder)
     return folder
 
 

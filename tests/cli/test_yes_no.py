@@ -13,17 +13,18 @@ from safetensors.torch import load_file
 import finetune
 import pretrain
 import test as test_script
+import test_ddp
 from convert.scratch import train_tokenizer
 from reclingua.models.collm import CoLLM
 from reclingua.models.registry import YES_NO_METHODS
 from reclingua.utils.metadata import CheckpointMetadata
-from tests.helpers.scripts import measure, predictions, run_main, second, torchrun, tune
+from tests.helpers.scripts import measure, predictions, run_main, run_processes, second, tune
 from tests.helpers.toys import write_preferences
 
 
 @pytest.mark.parametrize("method", ["collm", "binllm", "cora", "softprompt", "personprompt"])
 def test_every_method_trains_saves_and_is_measured(script, studio, tmp_path, method):
-    code, out, error = script(finetune.main, *second(studio, method, tmp_path / "out"))
+    code, out, error = script(finetune.main, *second(studio, method, tmp_path / "out", "--train_data_sample_num", 160))
     assert code == 0, error
     assert "the score is the logit of" in out and "valid auc" in out and "valid uauc" in out
     metadata = CheckpointMetadata.load(tmp_path / "out")
@@ -58,7 +59,7 @@ def test_the_model_learns_what_its_collaborative_model_knows(script, studio, tmp
     layers = ("--lora_target_modules", layers) if method == "cora" else ()
     code, _, error = script(finetune.main, *second(studio, method, tmp_path / "out", *more, *prompts, *layers))
     assert code == 0, error
-    with_it, _ = measure(script, studio, tmp_path / "out")
+    with_it, _ = measure(script, studio, tmp_path / "out", with_report=True)
     details = json.loads((studio / "results" / "details.json").read_text())
     said = torch.tensor(details["scores"]).sigmoid()  # not of raw logits, which are all far above 0
     assert said.mean().item() == pytest.approx(np.mean(details["labels"]), abs=0.15)
@@ -103,7 +104,7 @@ def test_ways_to_train(script, workshop, studio, tmp_path, method, more, trained
 
 @pytest.mark.parametrize("method", ["collm", "binllm", "cora"])
 def test_cold_pairs_can_be_asked_by_text_alone(script, studio, tmp_path, method):
-    steps = ("--max_steps", 30, "--save_strategy", "no", "--learning_rate", 0.01)
+    steps = ("--max_steps", 8, "--save_strategy", "no", "--learning_rate", 0.03)
     assert script(finetune.main, *second(studio, method, tmp_path / "out", *steps))[0] == 0
     plain, rows = predictions(script, studio, tmp_path / "out")
     text_only, cold_rows = predictions(script, studio, tmp_path / "out", "--cold_text_only")
@@ -119,7 +120,7 @@ def test_cold_pairs_can_be_asked_by_text_alone(script, studio, tmp_path, method)
 
 
 def test_predictions_repeat_the_results_for_every_prompt(script, studio):
-    results, rows = predictions(script, studio, studio / "tallrec", "--test_prompt_ids", "all")
+    results, rows = predictions(script, studio, studio / "tallrec", "--test_prompt_ids", "all", with_report=True)
     from reclingua.metrics.roc import auc
 
     assert results["test_prompt_ids"] == [0, 1, 2, 3] and len(rows) == 4 * 240
@@ -139,8 +140,8 @@ def test_predictions_repeat_the_results_for_every_prompt(script, studio):
 def test_two_processes_give_the_results_of_one(script, studio, tmp_path):
     one, rows = predictions(script, studio, studio / "tallrec")
     out = (tmp_path / "two.json", tmp_path / "two.jsonl")
-    done = torchrun(
-        2, "test_ddp.py", "--ckpt_path", studio / "tallrec", "--data_path", studio,
+    done = run_processes(
+        2, test_ddp.main, "--ckpt_path", studio / "tallrec", "--data_path", studio,
         "--results_file", out[0], "--predictions_file", out[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -153,7 +154,7 @@ def test_two_processes_train_as_one_that_accumulates(script, studio, tmp_path):
     same = ("--cf_model", studio / "din", "--train_cf_model", "--per_device_batch_size", 4, "--max_steps", 4)
     same += ("--train_sampling_strategy", "sequential", "--save_and_eval_strategy", "no")
     same += ("--optim", "sgd", "--learning_rate", 0.1)
-    two = torchrun(2, "finetune.py", *second(studio, "collm", tmp_path / "two", *same))
+    two = run_processes(2, finetune.main, *second(studio, "collm", tmp_path / "two", *same))
     assert two.returncode == 0, two.stderr
     flags = second(studio, "collm", tmp_path / "one", *same, "--gradient_accumulation_steps", 2)
     code, _, error = script(finetune.main, *flags)
@@ -164,15 +165,15 @@ def test_two_processes_train_as_one_that_accumulates(script, studio, tmp_path):
 
 
 def test_a_stopped_run_ends_as_if_it_had_not_been(script, studio, tmp_path):
-    more = ("--epochs", 2, "--save_steps", 10, "--save_and_eval_strategy", "steps", "--save_total_limit", 99)
-    more += ("--load_best_model_at_end", "False", "--resume_from_checkpoint", "auto", "--train_data_sample_num", 150)
+    more = ("--epochs", 2, "--save_steps", 5, "--save_and_eval_strategy", "steps", "--save_total_limit", 99)
+    more += ("--load_best_model_at_end", "False", "--resume_from_checkpoint", "auto", "--train_data_sample_num", 60)
     assert script(finetune.main, *second(studio, "cora", tmp_path / "whole", *more))[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for folder in (tmp_path / "cut").glob("checkpoint-*"):
-        if folder.name != "checkpoint-20":
+        if folder.name != "checkpoint-10":
             shutil.rmtree(folder)
     code, out, error = script(finetune.main, *second(studio, "cora", tmp_path / "cut", *more))
-    assert code == 0 and "checkpoint-20" in out, error
+    assert code == 0 and "checkpoint-10" in out, error
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 

@@ -101,7 +101,7 @@ def test_limits_that_cannot_be_kept(how, says):
 def test_lengths_are_those_of_the_samples(toy, targets, bos, how):
     _, instructions = build(toy, targets, bos, templates_per_sample={"seqrec": 2, "seqrec_history": 2}, **how)
     longest, seen = instructions.lengths(longest=True), np.zeros(len(instructions), dtype=int)
-    for epoch in range(60):
+    for epoch in range(40):
         instructions.set_epoch(epoch)
         written = [len(instructions[i]["input_ids"]) for i in range(len(instructions))]
         assert instructions.lengths().tolist() == written

@@ -9,6 +9,7 @@ import pytest
 
 import finetune
 import test as test_script
+from convert import make_delta, merge_delta, zero_to_fp32
 from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import FIELDS, PromptTemplate, read_prompts
@@ -18,7 +19,7 @@ from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError
 from tests.datasets.test_instructions import learned
 from tests.helpers.models import make_tokenizer
-from tests.helpers.scripts import flags, run, torchrun
+from tests.helpers.scripts import flags, run_main, torchrun
 
 ALL = ",".join(TASKS)
 
@@ -235,8 +236,6 @@ def test_what_is_not_there_is_refused(talking, edit):
 @pytest.fixture(scope="session")
 def tuned_on_all(workshop):
     """A model tuned on all six tasks for a moment."""
-    from tests.helpers.scripts import run_main
-
     dataset = open_interactions(workshop / "datasets", "toy", ["items"])
     say(dataset)
     mix = ("--tasks", ALL, "--train_prompt_sample_num", "1,2,1,1,1,1", "--train_data_sample_num", "0,0,0,50,0,0")
@@ -278,28 +277,26 @@ def test_lc_recs_own_commands(workshop, tuned_on_all, tmp_path):
         "--per_device_batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", 5e-5, "--epochs", 1,
         "--weight_decay", 0.01, "--save_and_eval_strategy", "epoch", "--deepspeed", "./config/ds_z3_bf16.json",
         "--bf16", "--only_train_response", "--tasks", ALL, "--train_prompt_sample_num", "1,1,1,1,1,1",
-        "--train_data_sample_num", "0,0,0,100000,0,0", "--index_file", ".index.json", "--use_cpu",
+        "--train_data_sample_num", "0,0,0,100000,0,0", "--index_file", ".index.json", "--use_cpu", "--max_steps", 6, "--max_eval_samples", 8,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[:4000]
     assert f"bash convert/convert.sh {state}" in trained.stdout
 
-    def give(*command):
-        done = run(*command)
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    give("bash", "convert/convert.sh", state)
-    model, delta, merged = state / "converted" / "final", tmp_path / "delta", tmp_path / "merged"
+    model, delta, merged = tmp_path / "final", tmp_path / "delta", tmp_path / "merged"
+    run_main(zero_to_fp32.main, state, model)  # what convert.sh does, see tests/training/test_zero.py
     base = ("--base-model-path", workshop / "base")
-    give("python", "-m", "convert.make_delta", *base, "--target-model-path", model, "--delta-path", delta)
-    merge = (*base, "--target-model-path", merged, "--delta-path", delta, "--low-cpu-mem")
-    give("python", "-m", "convert.merge_delta", *merge)
+    run_main(make_delta.main, *base, "--target-model-path", model, "--delta-path", delta)
+    run_main(merge_delta.main, *base, "--target-model-path", merged, "--delta-path", delta, "--low-cpu-mem")
     search = ("--sample_num", 9, "--test_batch_size", 1, "--num_beams", 20, "--test_prompt_ids", "all")
     found = []
-    for processes, script, ckpt in ((1, "test.py", model), (2, "test_ddp.py", merged)):
-        results = tmp_path / "results" / f"{script}.json"
+    for processes, ckpt in ((1, model), (2, merged)):
+        results = tmp_path / "results" / f"{processes}.json"
         asked = ("--ckpt_path", ckpt, *data, "--results_file", results, *search, "--index_file", ".index.json")
-        done = torchrun(processes, script, *asked)
-        assert done.returncode == 0, done.stderr[-2000:]
+        if processes == 1:
+            run_main(test_script.main, *asked)
+        else:
+            done = torchrun(processes, "test_ddp.py", *asked)
+            assert done.returncode == 0, done.stderr[-2000:]
         found.append(json.loads(results.read_text()))
     names = ("test_prompt_ids", "mean_results", "min_results", "max_results", "all_prompt_results")
     assert all(found[0][name] == found[1][name] for name in names)

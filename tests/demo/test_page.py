@@ -154,26 +154,23 @@ def test_quick_clicks_are_all_processed(page):
     page.wait_for_function("document.querySelectorAll('.chips button').length == 6")
 
 
-def test_timeout_is_shown(open_page, tuned, data):
-    with run_demo("--ckpt_path", tuned, "--data_path", data, "--timeout", 0.0001) as (address, _):
-        page = open_page(address)
-        page.locator(".items button").first.wait_for()
-        assert "no answer within 0.0001 seconds" in answer_after(page, lambda: load_user(page, 5))
-        page.close()  # before its server
+def end(process, page, number):
+    """End the server by a signal while a page is open."""
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
+    page.close()
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_the_server_while_a_page_is_open(browser, heeded, tuned, data, end):
-    with run_demo("--ckpt_path", tuned, "--data_path", data) as (address, process):
+def test_timeout_is_shown_and_sigint_ends_the_server(browser, heeded, tuned, data):
+    with run_demo("--ckpt_path", tuned, "--data_path", data, "--timeout", 0.0001) as (address, process):
         page = browser.new_page()
         page.goto(address)
         page.locator(".items button").first.wait_for()
-        process.send_signal(end)
-        assert process.wait(20) == 128 + end
-        page.close()
+        assert "no answer within 0.0001 seconds" in answer_after(page, lambda: load_user(page, 5))
+        end(process, page, signal.SIGINT)
 
 
-def test_environment_cannot_expose_the_server_or_files(tuned, data):
+def test_environment_cannot_expose_the_server_or_files_and_sigterm_ends_it(browser, heeded, tuned, data):
     settings = {
         "GRADIO_ALLOWED_PATHS": "/",
         "GRADIO_SERVER_NAME": "0.0.0.0",
@@ -181,8 +178,12 @@ def test_environment_cannot_expose_the_server_or_files(tuned, data):
         "GRADIO_DEBUG": "1",
     }
     proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "example.com"}
-    with run_demo("--ckpt_path", tuned, "--data_path", data, **settings, **proxies) as (address, _):
+    with run_demo("--ckpt_path", tuned, "--data_path", data, **settings, **proxies) as (address, process):
         check_private(address)
+        page = browser.new_page()
+        page.goto(address)
+        page.locator(".items button").first.wait_for()
+        end(process, page, signal.SIGTERM)
 
 
 def check_private(address):

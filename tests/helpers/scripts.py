@@ -1,10 +1,16 @@
 """Scripts run inside the test's process or as a user would run them."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from multiprocessing.connection import wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
 
 QUICK = ("--per_device_batch_size", 8, "--learning_rate", 1e-3, "--logging_steps", 50, "--use_cpu")
 
@@ -39,16 +45,18 @@ def flags(workshop, output, *more):
 def tune(root, method, output, *more):
     flags = [root / flag if flag in ("mf", "hash", "sasrec") else flag for flag in METHOD_FLAGS[method]]
     given = ("--dataset", "liked", "--data_path", root, "--output_dir", output, "--method", method)
-    return *given, *QUICK, "--epochs", 1, "--max_his_len", 4, "--per_device_eval_batch_size", 64, *flags, *more
+    short = ("--epochs", 1, "--max_his_len", 4, "--per_device_eval_batch_size", 64, "--max_eval_samples", 80)
+    return *given, *QUICK, *short, *flags, *more
 
 
-def measure(script, root, ckpt, *more):
+def measure(script, root, ckpt, *more, with_report=False):
+    """Run test.py; returns its results and what it printed. A report takes longer than a test of a tiny model."""
     import test as test_script
 
     results = root / "results.json"
-    code, out, error = script(
-        test_script.main, "--ckpt_path", ckpt, "--data_path", root, "--results_file", results, *more
-    )
+    flags = ("--ckpt_path", ckpt, "--data_path", root, "--results_file", results, *more)
+    with nullcontext() if with_report else mock.patch.object(test_script, "write_report"):
+        code, out, error = script(test_script.main, *flags)
     assert code == 0, error
     return json.loads(results.read_text()), out
 
@@ -57,13 +65,54 @@ def second(root, method, output, *more):
     return tune(root, method, output, "--init_from", root / "tallrec", *more)
 
 
-def predictions(script, root, ckpt, *more):
+def predictions(script, root, ckpt, *more, with_report=False):
     lines = root / "predictions.jsonl"
-    results, _ = measure(script, root, ckpt, "--predictions_file", lines, *more)
+    results, _ = measure(script, root, ckpt, "--predictions_file", lines, *more, with_report=with_report)
     return results, [json.loads(line) for line in lines.read_text().splitlines()]
 
 
 ROOT = Path(__file__).parents[2]
+
+
+def run_processes(count, main, *argv):
+    """Run a script's main in several processes with the environment of torchrun; returns what a process of it would.
+
+    They are forked: the libraries, whose import takes longer than most trainings, are loaded already. The real
+    torchrun starts in test_lc_recs_own_commands and tests/inference/test_recommender.py.
+    """
+    with socket.socket() as free, TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        free.close()
+        start = multiprocessing.get_context("fork").Process
+        ranks = [start(target=_run_rank, args=(rank, shared, folder, main, argv)) for rank in range(count)]
+        for process in ranks:
+            process.start()
+        while running := [process.sentinel for process in ranks if process.is_alive()]:
+            wait(running)
+            if any(process.exitcode for process in ranks):
+                for process in ranks:
+                    process.terminate()  # those that wait for the one that failed
+        code = next((process.exitcode for process in ranks if process.exitcode), 0)
+        printed = {
+            ending: "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{ending}")))
+            for ending in ("out", "err")
+        }
+        return subprocess.CompletedProcess(argv, code, printed["out"], printed["err"])
+
+
+def _run_rank(rank, shared, folder, main, argv):
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{rank}.{ending}", os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for state in (AcceleratorState, GradientState, PartialState):  # those of the trainings of the test's own process
+        state._reset_state()
+    sys.argv = ["script", *map(str, argv)]
+    main()
 
 
 def torchrun(processes, script, *argv):

@@ -3,10 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 TITLE = 'Toy <b>"bold"</b> & $x_1$ <script src="http://x"></script>'
 
 
@@ -24,6 +20,10 @@ def write_toy(root: Path, users: int = 12, items: int = 9) -> Path:
 
 def write_preferences(root: Path, users: int = 40, items: int = 30, name: str = "liked") -> Path:
     """A preference dataset root/`name`: users like the items of their own parity. The last users are cold."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)

@@ -1,27 +1,25 @@
-"""Run several trainings in the same processes, whose start takes longer than the trainings:
+"""Several trainings in the same processes, whose start takes longer than a training."""
 
-torchrun --nproc_per_node 2 tests/helpers/zero_runs.py runs.json    # [{"argv": [flag, value, ...], ...}, ...]
-
-{"argv": ..., "sigterm_at": step} ends a run by SIGTERM.
-"""
-
-import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 from torch import distributed
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 import finetune
 from reclingua.training.callbacks import SaveOnSigtermCallback
 
-finetune.leave_process_group = lambda trainer: None  # the next run needs the process group
-on_step_end = SaveOnSigtermCallback.on_step_end
+
+def train_all(runs):
+    """Train all {"argv": [flag, value, ...]} one after another; with "sigterm_at": step a SIGTERM ends the run."""
+    on_step_end, finetune.leave_process_group = SaveOnSigtermCallback.on_step_end, lambda trainer: None
+    for run in runs:
+        SaveOnSigtermCallback.on_step_end = sigterm_at(run["sigterm_at"]) if "sigterm_at" in run else on_step_end
+        sys.argv = ["finetune.py", *run["argv"]]
+        finetune.main()
 
 
-def sigterm_at(step):
+def sigterm_at(step, on_step_end=SaveOnSigtermCallback.on_step_end):
     """Return an `on_step_end` that sends SIGTERM to the last process alone when it has done that step."""
 
     def send_sigterm(self, args, state, control, **kwargs):
@@ -30,9 +28,3 @@ def sigterm_at(step):
         on_step_end(self, args, state, control, **kwargs)
 
     return send_sigterm
-
-
-for run in json.loads(Path(sys.argv[1]).read_text()):
-    SaveOnSigtermCallback.on_step_end = sigterm_at(run["sigterm_at"]) if "sigterm_at" in run else on_step_end
-    sys.argv = ["finetune.py", *run["argv"]]
-    finetune.main()

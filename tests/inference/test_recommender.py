@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 
+import test_ddp
 from reclingua import Recommender
 from reclingua.datasets.tasks import held_out_samples
 from reclingua.inference import recommender as module
 from reclingua.utils.errors import InputError
-from tests.helpers.scripts import ROOT, torchrun
+from tests.helpers.scripts import ROOT, run_processes, torchrun
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_many_processes_measure_what_one_does(script, workshop, tuned, tmp_path,
     (tmp_path / "results.json").unlink()
     details = (tmp_path / "results/details.json").read_text()
     shutil.rmtree(tmp_path / "results")
-    together = torchrun(processes, "test_ddp.py", *flags)
+    together = run_processes(processes, test_ddp.main, *flags)
     assert together.returncode == 0, together.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     del alone["seconds"], results["seconds"]
@@ -153,6 +154,4 @@ def test_a_failing_process_ends_the_run_with_its_message(workshop, tuned, tmp_pa
 
 
 def test_without_torchrun(refused):
-    import test_ddp
-
     assert "torchrun --nproc_per_node" in refused(test_ddp.main, "--ckpt_path", "any")

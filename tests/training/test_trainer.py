@@ -18,7 +18,7 @@ from reclingua.training.throughput import Throughput, format_throughput, trainin
 from reclingua.training.trainer import RecTrainer
 from tests.datasets.test_instructions import build
 from tests.helpers.models import OTHERS, make_model
-from tests.helpers.scripts import flags, torchrun
+from tests.helpers.scripts import flags, run_processes
 from tests.models.test_chunked_loss import with_logits_of_its_own
 
 WITHOUT_PACKING = {"bloom"}
@@ -123,7 +123,7 @@ def test_update_of_two_processes_equals_accumulation(script, workshop, tmp_path,
     """Two processes make the updates of one that accumulates two batches; the loss is weighted by targets in both."""
     same = ("--targets", "all", "--max_his_len", 4, "--train_sampling_strategy", "sequential", *batching)
     same += ("--max_steps", 6, "--save_and_eval_strategy", "no", "--optim", "sgd", "--learning_rate", 0.1)
-    two = torchrun(2, "finetune.py", *flags(workshop, tmp_path / "two", *same))
+    two = run_processes(2, finetune.main, *flags(workshop, tmp_path / "two", *same))
     assert two.returncode == 0, two.stderr
     code, _, error = script(
         finetune.main, *flags(workshop, tmp_path / "one", *same, "--gradient_accumulation_steps", 2)
