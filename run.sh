@@ -52,7 +52,7 @@ esac
 # ---- Environment: .venv, made once and again when the requirements change ----
 make_environment() {
   local candidate python="" checksum
-  checksum=$(cat requirements.txt requirements-assets.txt pyproject.toml | sha256sum)
+  checksum=$({ cat requirements.txt requirements-assets.txt; sed '/^\[tool.ruff\]/,$d' pyproject.toml; } | sha256sum)
   [[ -f .venv/requirements.sha256 && $(cat .venv/requirements.sha256) == "$checksum" ]] && return
   for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then

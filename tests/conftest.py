@@ -19,7 +19,7 @@ from tests.helpers.toys import TITLE, write_preferences, write_toy
 
 SHARED = Path(__file__).parents[2] / "shared"
 LONGEST = ("test_readme", "test_zero", "cli/test_yes_no", "demo/test_page", "test_tasks", "test_checkpoints")
-TRAINED = {"tuned", "studio", "smollm2", "preference_runs"}  # fixtures that train, or convert a large model
+TRAINED = {"tuned", "studio", "smollm2", "preference_runs", "tuned_on_all", "uninterrupted", "runs"}  # fixtures
 ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "mistral", "gpt2", "gemma")  # of tests/helpers/models.py
 
 

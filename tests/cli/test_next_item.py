@@ -59,6 +59,7 @@ def test_history_learns_the_ring(script, workshop, tuned):
     assert "Toy number" in out and "co-occurrence" in out
 
 
+@pytest.mark.slow
 def test_next_learns_the_ring(script, workshop, tmp_path):
     more = ("--epochs", 25, "--max_his_len", 3, "--prompt_file", one_template(tmp_path), *SPARSE)
     code, out, error = script(finetune.main, *flags(workshop, tmp_path / "out", *more))
@@ -106,6 +107,7 @@ def test_a_checkpoint_tells_how_it_was_made(tuned):
     assert not list(tuned.rglob("training_args.bin"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture, bos", [("gpt2", False), ("qwen3", True), ("mistral", True), ("llama", False)])
 def test_other_architectures_train_save_and_test(script, workshop, tmp_path, architecture, bos):
     base = save_base(tmp_path / "base", architecture, bos)
@@ -118,6 +120,7 @@ def test_other_architectures_train_save_and_test(script, workshop, tmp_path, arc
     assert results["users"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "batches",
     [

@@ -184,6 +184,7 @@ def test_a_base_in_another_dtype_or_with_a_stored_tied_head(script, tmp_path):
         assert_same_bits(read_tensors(tmp_path / f"merged-{name}"), read_tensors(tmp_path / "target"))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Base and delta of 200 MB in shards of 100 MB: merging needs less than 1.5 shards beyond the imports."""
     count = 25 * 10**6

@@ -21,6 +21,8 @@ from tests.helpers.scripts import flags, run_main
 from tests.helpers.toys import write_preferences
 from tests.methods.test_lora import LEARN, adapted
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--max_steps", 4, "--save_and_eval_strategy", "no")
 
 

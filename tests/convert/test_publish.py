@@ -83,6 +83,7 @@ def two(tmp_path):
     return base, target
 
 
+@pytest.mark.slow
 def test_a_delta_goes_to_the_hub(two, tmp_path):
     """A separate process finds the hub by HF_ENDPOINT."""
     base, target = two

@@ -365,6 +365,7 @@ def test_an_invalid_key_is_rejected_without_printing_it(refused, paths, monkeypa
 # ---- Killed and resumed ----
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_writes_the_same_file(script, paths, expected_output):
     with run_server(*[answer_from_prompt] * 20, "stalls") as server:
         command = [sys.executable, "-m", "data.intentions", *map(str, paths), *endpoint_flags(server)]

@@ -458,6 +458,7 @@ def test_flags_are_checked(refused, case):
     assert message in refused(prepare.main, *bad_flags)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(heeded, tmp_path):
     rows = [(f"user {n}", f"item {n % 7}", 5, WHEN + n) for n in range(200_000)]
     raw_flags = write_amazon2018(tmp_path / "raw", rows, {f"item {n}": f"Thing {n}" for n in range(7)})
@@ -503,6 +504,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("source", WRITERS)
@@ -517,6 +519,7 @@ def test_nearly_valid_files(source, data):
         check_run(flags(root, source, raw_flags), root)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.binary(max_size=60), st.data())
 @pytest.mark.parametrize("source", WRITERS)

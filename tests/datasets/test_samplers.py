@@ -95,6 +95,7 @@ def test_limits_that_cannot_be_kept(how, says):
         LengthGroupedBatchSampler([40, 7, 3], **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("targets", ["last", "all"])
 @pytest.mark.parametrize("how", [{}, {"add_prefix": True, "his_sep": " then "}])

@@ -269,6 +269,7 @@ def test_a_mix_has_as_many_samples_and_prompts_as_asked_for(tuned_on_all):
     assert run["log"][-1]["step"] == 2 * -(-samples // 8)
 
 
+@pytest.mark.slow
 def test_lc_recs_own_commands(workshop, tuned_on_all, tmp_path):
     """Those of its README: train with two processes, convert, make and merge a delta, test with one and with two."""
     data, state = ("--dataset", "toy", "--data_path", workshop / "datasets"), tmp_path / "ckpt"
@@ -277,7 +278,8 @@ def test_lc_recs_own_commands(workshop, tuned_on_all, tmp_path):
         "--per_device_batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", 5e-5, "--epochs", 1,
         "--weight_decay", 0.01, "--save_and_eval_strategy", "epoch", "--deepspeed", "./config/ds_z3_bf16.json",
         "--bf16", "--only_train_response", "--tasks", ALL, "--train_prompt_sample_num", "1,1,1,1,1,1",
-        "--train_data_sample_num", "0,0,0,100000,0,0", "--index_file", ".index.json", "--use_cpu", "--max_steps", 6, "--max_eval_samples", 8,
+        "--train_data_sample_num", "0,0,0,100000,0,0", "--index_file", ".index.json", "--use_cpu",
+        "--max_steps", 6, "--max_eval_samples", 8,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[:4000]
     assert f"bash convert/convert.sh {state}" in trained.stdout

@@ -34,13 +34,21 @@ def data(workshop, studio, tmp_path_factory):
     return root
 
 
+HOSTILE = {"GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True", "GRADIO_DEBUG": "1"}
+HOSTILE |= {"HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "example.com"}
+
+
 @pytest.fixture(scope="module")
 def address(browser, workshop, tuned, studio, data):
-    """Serve the page of a next-item and a Yes/No model; needs `browser` first, so that it is skipped without one."""
+    """Serve the page of a next-item and a Yes/No model, until SIGTERM; `browser` first: without it all is skipped."""
     steps = ("--max_steps", 10, "--save_strategy", "no", "--learning_rate", 0.01)
     run_main(finetune.main, *second(studio, "collm", studio / "collm", *steps))
-    with run_demo("--ckpt_path", tuned, studio / "collm", "--data_path", data, "--num_beams", 8) as (address, _):
+    with run_demo("--ckpt_path", tuned, studio / "collm", "--data_path", data, "--num_beams", 8, **HOSTILE) as served:
+        address, process = served
         yield address
+        page = browser.new_page()
+        page.goto(address)
+        end(process, page, signal.SIGTERM)
 
 
 @pytest.fixture
@@ -170,24 +178,8 @@ def test_timeout_is_shown_and_sigint_ends_the_server(browser, heeded, tuned, dat
         end(process, page, signal.SIGINT)
 
 
-def test_environment_cannot_expose_the_server_or_files_and_sigterm_ends_it(browser, heeded, tuned, data):
-    settings = {
-        "GRADIO_ALLOWED_PATHS": "/",
-        "GRADIO_SERVER_NAME": "0.0.0.0",
-        "GRADIO_SHARE": "True",
-        "GRADIO_DEBUG": "1",
-    }
-    proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "example.com"}
-    with run_demo("--ckpt_path", tuned, "--data_path", data, **settings, **proxies) as (address, process):
-        check_private(address)
-        page = browser.new_page()
-        page.goto(address)
-        page.locator(".items button").first.wait_for()
-        end(process, page, signal.SIGTERM)
-
-
-def check_private(address):
-    """Check that the server listens on 127.0.0.1 alone and serves no file of this machine."""
+def test_environment_cannot_expose_the_server_or_files(address):
+    """The server listens on 127.0.0.1 alone and serves no file of this machine."""
     port = int(address.rsplit(":", 1)[1])
     sockets = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line]
     assert [socket for socket in sockets if socket.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]

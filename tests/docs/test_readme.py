@@ -4,16 +4,16 @@ They are the end-to-end tests of both families, from raw ratings to results, rep
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.preloaded import run_with_preloaded_python
 from tests.helpers.scripts import ROOT
 
+pytestmark = pytest.mark.slow
 TINY = """
 targets: all
 per_device_batch_size: 8
@@ -33,6 +33,7 @@ bash() {
   esac
 }
 """
+FEW = {"index.train": ["--epochs", "30"], "pretrain.py": ["--epochs", "2"], "finetune.py": ["--max_steps", "20"]}
 
 
 def shell_blocks(page: Path) -> list[str]:
@@ -43,22 +44,21 @@ def shell_blocks(page: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def run_page(workshop, tmp_path_factory):
     """run_page(path): run the bash blocks of a page in one shell, in a copy of the repository; return its output."""
-    if not (ROOT / ".venv").is_dir():
+    if not (ROOT / ".venv/requirements.sha256").exists():
         pytest.skip("run.sh needs its .venv, which tests/run.sh makes")
     copy = tmp_path_factory.mktemp("clone") / "repository"
     ignored = shutil.ignore_patterns(".*", "ckpt", "results", "tests", "[0-9]*", "ml-100k", "shop", "site")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    (copy / ".venv").symlink_to(ROOT / ".venv")
     (copy / "tiny.yaml").write_text(TINY)
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TINY_MODEL": str(workshop / "base")}
+    (copy / ".venv").mkdir()
+    shutil.copy(ROOT / ".venv/requirements.sha256", copy / ".venv")
+    environment = {"CUDA_VISIBLE_DEVICES": "", "TINY_MODEL": str(workshop / "base")}
 
     def run(path: str) -> str:
         blocks = shell_blocks(ROOT / path)
         assert blocks, path
-        done = subprocess.run(
-            ["bash", "-c", SHORT + "\n".join(blocks)], cwd=copy, capture_output=True, text=True, timeout=580,
-            env=os.environ | environment,
-        )  # fmt: skip
+        command = ["bash", "-c", SHORT + "\n".join(blocks)]
+        done = run_with_preloaded_python(command, copy, FEW, **environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 

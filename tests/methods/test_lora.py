@@ -20,6 +20,8 @@ from reclingua.models.vocabulary import code_tokens, extend_vocabulary
 from tests.helpers.models import ARCHITECTURES, make_model, make_tokenizer
 from tests.helpers.scripts import flags, run_main
 
+pytestmark = pytest.mark.slow
+
 LEARN = ("--lora", "--lora_r", 32, "--lora_alpha", 64, "--learning_rate", 3e-3, "--epochs", 2)
 LEARN += ("--targets", "all", "--his_sep", "")
 

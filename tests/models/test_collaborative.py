@@ -77,6 +77,7 @@ def test_reloads_exactly(kind, dataset, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
+@pytest.mark.slow
 def test_learns(kind, dataset):
     settings = pretrain.Settings(1e-2, 1e-5, 16, batch_size=64, **QUICK)
     model = pretrain.build(kind, dataset, settings)
@@ -249,6 +250,7 @@ def test_hash_passes_gradients_through_signs_and_uses_more_of_them(dataset):
     assert torch.allclose(of_signs, of_smooth) and of_signs.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_mf_reaches_the_published_figures_of_ml_1m(shared):
     """CoLLM's table: .6482 / .6361, here within .02 with one seed (docs/benchmarks/collaborative.md has three)."""
     dataset = open_ratings(shared / "data", "ml-1m")

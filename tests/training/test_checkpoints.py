@@ -19,6 +19,8 @@ import finetune
 from reclingua.training.checkpoints import STAGING_DIR, newest_checkpoint, rotate_checkpoints
 from tests.helpers.scripts import ROOT, flags, run_main
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ("--targets", "all", "--max_his_len", 4, "--epochs", 6, "--logging_steps", 5)
 FLAGS += ("--save_and_eval_strategy", "steps", "--save_steps", 6, "--max_eval_samples", 8)
 FLAGS += ("--resume_from_checkpoint", "auto")

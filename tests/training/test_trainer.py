@@ -114,6 +114,7 @@ def test_supports_packing(name, toy):
         assert losses(model, samples, instructions.tokenizer, packing=True)[0] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "batching",
     [("--per_device_batch_size", 5), ("--max_tokens_per_batch", 300, "--packing")],

@@ -20,6 +20,8 @@ from tests.helpers.scripts import flags, run, run_main, run_processes
 from tests.helpers.toys import write_preferences
 from tests.helpers.zero_runs import train_all
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "config"
 STEPS = ("--targets", "all", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 6)
 STEPS += ("--per_device_batch_size", 4, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
