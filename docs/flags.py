@@ -44,10 +44,10 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     def stop(parser: argparse.ArgumentParser, *args, **kwargs):
         raise ParserBuilt(parser)
 
-    module, argv = importlib.import_module(command), [command]
+    module = importlib.import_module(command)
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),
-        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(sys, "argv", [command]),
     ):
         try:
             module.main()

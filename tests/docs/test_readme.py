@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.preloaded import run_with_preloaded_python
-from tests.helpers.scripts import ROOT
+from tests.helpers.scripts import ROOT, copy_repository
 
 pytestmark = pytest.mark.slow
 TINY = """
 targets: all
 per_device_batch_size: 8
 learning_rate: 1.0e-2
-max_steps: 20
 max_eval_samples: 20
 save_and_eval_strategy: steps
 save_steps: 10
@@ -46,12 +45,8 @@ def run_page(workshop, tmp_path_factory):
     """run_page(path): run the bash blocks of a page in one shell, in a copy of the repository; return its output."""
     if not (ROOT / ".venv/requirements.sha256").exists():
         pytest.skip("run.sh needs its .venv, which tests/run.sh makes")
-    copy = tmp_path_factory.mktemp("clone") / "repository"
-    ignored = shutil.ignore_patterns(".*", "ckpt", "results", "tests", "[0-9]*", "ml-100k", "shop", "site")
-    shutil.copytree(ROOT, copy, ignore=ignored)
+    copy = copy_repository(tmp_path_factory.mktemp("clone") / "repository")
     (copy / "tiny.yaml").write_text(TINY)
-    (copy / ".venv").mkdir()
-    shutil.copy(ROOT / ".venv/requirements.sha256", copy / ".venv")
     environment = {"CUDA_VISIBLE_DEVICES": "", "TINY_MODEL": str(workshop / "base")}
 
     def run(path: str) -> str:

@@ -13,6 +13,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from tests.helpers.scripts import redirect_output
+
 CLIENT = """#!{python} -S
 # Ask the process behind the socket to run this command; anything but a script or a module is for the real python.
 import json, os, socket, sys
@@ -32,7 +34,7 @@ def run_with_preloaded_python(command: list[str], folder: Path, short: dict[str,
     """Run a command in a folder whose .venv has this `python`; `short` holds further flags by command name."""
     address = str(folder / "python.socket")
     binaries = folder / ".venv" / "bin"
-    binaries.mkdir(parents=True, exist_ok=True)
+    binaries.mkdir(exist_ok=True)
     (binaries / "python").write_text(CLIENT.format(python=sys.executable, address=address))
     (binaries / "python").chmod(stat.S_IRWXU)
     (binaries / "activate").write_text(f"PATH={binaries}:$PATH\n")
@@ -74,9 +76,8 @@ def _run_forked(client: socket.socket, short: dict[str, list[str]]) -> int:
 
 
 def _run_command(argv, folder, environment, files, short) -> int:
-    for number, file in enumerate(files):
-        os.dup2(file, number)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    os.dup2(files[0], 0)
+    redirect_output(*files[1:])
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

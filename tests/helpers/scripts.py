@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -74,6 +75,22 @@ def predictions(script, root, ckpt, *more, with_report=False):
 ROOT = Path(__file__).parents[2]
 
 
+def copy_repository(folder):
+    """Copy the repository without what it made and its .venv, whose stamp alone goes along; returns the folder."""
+    made = ("ckpt", "results", "ml-100k", "shop", "site")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "tests", "docs", "[0-9]*", *made))
+    (folder / ".venv").mkdir()
+    shutil.copy(ROOT / ".venv/requirements.sha256", folder / ".venv")
+    return folder
+
+
+def redirect_output(out, err):
+    """Write what this process prints, its libraries included, to two file descriptors."""
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+
+
 def run_processes(count, main, *argv):
     """Run a script's main in several processes with the environment of torchrun; returns what a process of it would.
 
@@ -105,9 +122,7 @@ def run_processes(count, main, *argv):
 def _run_rank(rank, shared, folder, main, argv):
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    for number, ending in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}/{rank}.{ending}", os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    redirect_output(*(os.open(f"{folder}/{rank}.{ending}", os.O_WRONLY | os.O_CREAT) for ending in ("out", "err")))
     os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     for state in (AcceleratorState, GradientState, PartialState):  # those of the trainings of the test's own process
         state._reset_state()

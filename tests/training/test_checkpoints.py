@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import finetune
 from reclingua.training.checkpoints import STAGING_DIR, newest_checkpoint, rotate_checkpoints
-from tests.helpers.scripts import ROOT, flags, run_main
+from tests.helpers.scripts import ROOT, flags, redirect_output, run_main
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +40,7 @@ def start(workshop, tmp_path):
 
     def train(before):
         with open(tmp_path / "printed.txt", "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+            redirect_output(file.fileno(), file.fileno())
         before()
         run_main(finetune.main, *flags(workshop, tmp_path / "out", *FLAGS))
 
