@@ -124,13 +124,14 @@ def test_train_and_generate(toy, tmp_path, script):
     assert all(a.startswith("<a_") and b.startswith("<b_") for a, b in index.values())
 
 
-def test_the_seed_determines_the_rqvae_for_any_number_of_threads(tmp_path, script):
+def test_the_seed_determines_the_rqvae(tmp_path, script):
+    """Of several threads, whose sums have one order; another number of threads can differ in the last digits."""
     path, weights = tmp_path / "items.npy", set()
     np.save(path, np.random.default_rng(0).normal(size=(1200, 64)).astype(np.float32))
     num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
     try:
-        for run, threads in enumerate((4, 4, 4, 1)):
-            torch.set_num_threads(threads)
+        for run in range(4):
             size = ("--codebook_sizes", 64, 64, "--epochs", 5, "--output_dir", tmp_path / str(run))
             assert script(train.main, "--embeddings", path, *size)[0] == 0
             weights.add((tmp_path / str(run) / "model.safetensors").read_bytes())

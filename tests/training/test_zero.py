@@ -16,7 +16,8 @@ import test as test_script
 from convert import zero_to_fp32
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.training.zero import check_deepspeed
-from tests.helpers.scripts import flags, run, run_main, run_processes
+from tests.helpers.preloaded import run_with_preloaded_python
+from tests.helpers.scripts import copy_repository, flags, run_main, run_processes
 from tests.helpers.toys import write_preferences
 from tests.helpers.zero_runs import train_all
 
@@ -152,26 +153,19 @@ def convert(script, state, output, *more):
     return output
 
 
-def test_convert_sharded_state(script, runs, tmp_path):
-    assert_close(convert(script, runs / "z3", tmp_path / "z3"), runs / "z3-gathered", tolerance=0)
-    assert_close(convert(script, runs / "z2" / "checkpoint-6", tmp_path / "z2"), runs / "z2", tolerance=0)
-    model, tokenizer = load_model(tmp_path / "z3"), load_tokenizer(tmp_path / "z3")
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert "<a_0>" in tokenizer.get_vocab()
-    convert(script, runs / "z3-bf16", tmp_path / "half", "--dtype", "bfloat16")
-    assert {weight.dtype for weight in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-
-
 def test_convert_sh(runs, tmp_path):
     shutil.copytree(runs / "z3", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-[24]"))
-    command = ("bash", "convert/convert.sh", tmp_path / "run")
-    assert run(*command).stdout.count("-> ") == 2
+    copy = copy_repository(tmp_path / "repository")
+
+    def convert_all(folder):
+        return run_with_preloaded_python(["bash", "convert/convert.sh", str(folder)], copy, {})
+
+    assert convert_all(tmp_path / "run").stdout.count("-> ") == 2
     assert sorted(path.name for path in (tmp_path / "run" / "converted").iterdir()) == ["checkpoint-6", "final"]
     for name in ("checkpoint-6", "final"):
         assert_close(tmp_path / "run" / "converted" / name, runs / "z3-gathered", tolerance=0)
-    assert run(*command).stdout.count("skipped") == 2
-    assert run("bash", "convert/convert.sh", runs / "ddp").returncode == 2
+    assert convert_all(tmp_path / "run").stdout.count("skipped") == 2
+    assert convert_all(runs / "ddp").returncode == 2
 
 
 def test_bad_states(refused, workshop, runs, tmp_path):
