@@ -71,13 +71,19 @@ def to_numpy(part: Dataset, name: str) -> np.ndarray:
     return part.with_format("arrow")[:][name].to_numpy()
 
 
+def history_items(part: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the liked items of all rows, one row after another, int64 [all], and where they begin, [rows + 1]."""
+    lists = part.with_format("arrow")[:]["his"].combine_chunks()
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return lists.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
 def liked_history(part: Dataset, length: int) -> np.ndarray:
     """Return the last `length` items of each history, int64 [rows, length], oldest first, 0 in front of fewer."""
-    lists = part.with_format("arrow")[:]["his"].combine_chunks()
-    items, ends = lists.values.to_numpy(), lists.offsets.to_numpy()[1:]
-    positions = ends[:, None] + np.arange(-length, 0)
-    exists = positions >= lists.offsets.to_numpy()[:-1, None]
-    return np.where(exists, items[np.where(exists, positions, 0)] if len(items) else 0, 0).astype(np.int64)
+    items, offsets = history_items(part)
+    positions = offsets[1:, None] + np.arange(-length, 0)
+    exists = positions >= offsets[:-1, None]
+    return np.where(exists, items[np.where(exists, positions, 0)] if len(items) else 0, 0)
 
 
 def sample_ratings(part: Dataset, count: int) -> Dataset:

@@ -1,11 +1,13 @@
-"""Yes/No dataset: ratings as questions in token ids, "will this user like this item?".
+"""Yes/No dataset: trees of ratings as questions in token ids, "will this user like this item?".
 
 A prompt is assembled from pieces that are encoded one by one: the text of a prompt template, titles, codes. A title
-thus never merges with a special token or a soft token next to it.
+thus never merges with a special token or a soft token next to it, and the trunk of a tree and one of its branches
+are together the very tokens of a row's prompt.
 """
 
 import os
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from string import Formatter
 from typing import NamedTuple
@@ -17,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from reclingua.datasets.collators import encode_prompt, pad, sanitizer
 from reclingua.datasets.prompts import PromptTemplate
-from reclingua.datasets.ratings import liked_history, to_numpy
+from reclingua.datasets.ratings import history_items, liked_history, to_numpy
+from reclingua.datasets.trees import Histories, group_rows, window_starts
 from reclingua.utils.errors import InputError
 
 USER, ITEM, LIKED = 0, 1, 2  # owners of soft tokens: user, item, first liked item; LIKED + n is liked item n
@@ -38,6 +41,23 @@ class Piece(NamedTuple):
     ids: list[int]
     field: str | None
     gap: str
+
+
+class TreeTemplate(NamedTuple):
+    """Prompt template cut where the rows of a tree begin to differ.
+
+    Args:
+        trunk: pieces that all rows share, the last of them {history} unless a field of the row comes before it.
+        branch: the pieces after them.
+    """
+
+    trunk: list[Piece]
+    branch: list[Piece]
+
+    @property
+    def shares_history(self) -> bool:
+        """Whether the liked titles are in the trunk."""
+        return bool(self.trunk) and self.trunk[-1].field == "history"
 
 
 def yes_no_token_ids(tokenizer: PreTrainedTokenizerBase, ending: str) -> tuple[list[int], Answer]:
@@ -71,24 +91,28 @@ def format_code(bits: torch.Tensor, code_format: str) -> str:
 
 
 class YesNoDataset(torch.utils.data.Dataset):
-    """Torch dataset of questions about rated items.
+    """Torch dataset of trees of rated items, see `reclingua.datasets.trees`.
 
-    A sample has input_ids; soft (number of the soft token at each position: 0 none, else 1 + owner * soft_tokens +
-    number among the owner's, see USER, ITEM, LIKED); shared (number of tokens before the first that depends on the
-    item); user, item; liked (items whose titles the prompt shows, padded with 0 on the left); read (liked items for
-    the collaborative model); with_ids (whether user and item can be used); label.
+    A sample is a tree. Of each token: input_ids; position_ids; branch (0 in the trunk, else 1 + number of the row in
+    the tree); visible (number of tokens of the trunk that a token of a branch sees); soft (number of the soft token: 0
+    none, else 1 + owner * soft_tokens + number among the owner's, see USER, ITEM, LIKED). Of each row: last (place of
+    the last token of its prompt); users, items; liked (items whose titles the prompt shows, padded with 0 on the
+    left); read (liked items for the collaborative model); with_ids (whether user and item can be used); labels. And
+    trunk, the number of tokens of the trunk.
 
     Args:
         part: rows of a `RatingsDataset`.
         titles: item id -> title.
-        templates: prompt templates; one is drawn for each row and epoch, or, without `draw`, the first is used.
-        max_his_len: largest number of liked items whose titles are shown, the last ones.
+        templates: prompt templates; one is drawn for each tree and epoch, or, without `draw`, the first is used.
+        max_his_len: liked items in the window whose titles are shown.
         limit: largest number of tokens of a prompt. A longer one loses the oldest items of its history;
-            `num_truncated` counts these after `lengths`.
+            `num_truncated` counts these.
         soft_tokens: number of soft tokens for each id.
         read_length: number of liked items that the collaborative model reads.
         codes: texts of users and items by id, for prompt templates with codes.
         cold_template: prompt template without ids, for rows whose user or item is not in train.
+        history_window: how the window moves, see `window_starts`.
+        rows_per_tree: largest number of rows of a tree; 1 for a model without tree attention.
 
     Raises:
         InputError: prompt templates after which Yes is not the same token; a question that is too long even without
@@ -110,62 +134,74 @@ class YesNoDataset(torch.utils.data.Dataset):
         cold_template: PromptTemplate | None = None,
         draw: bool = False,
         seed: int = 0,
+        history_window: str = "sliding",
+        rows_per_tree: int = 1,
     ):
         self.titles, self.tokenizer, self.codes = titles, tokenizer, codes
-        self.max_his_len, self.his_sep, self.limit, self.soft_tokens = max_his_len, his_sep, limit, soft_tokens
-        self.draw, self.seed, self.epoch, self.num_truncated = draw, seed, 0, 0
+        self.his_sep, self.limit, self.soft_tokens = his_sep, limit, soft_tokens
+        self.draw, self.seed, self.epoch = draw, seed, 0
         self._sanitize = sanitizer(tokenizer)
         self._encode = lru_cache(2**18)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
         all_templates = [*templates, cold_template] if cold_template else templates
-        pieces, answers = zip(*(self._split(template.prompt) for template in all_templates), strict=True)
+        split, answers = zip(*(self._split(template.prompt) for template in all_templates), strict=True)
         if len(set(answers)) > 1:
             other = next(number for number, answer in enumerate(answers) if answer != answers[0])
             raise InputError(
                 f"after prompt template {other} Yes is another token than after prompt template 0: end them alike"
             )
-        self.pieces, self.cold_pieces = pieces[: len(templates)], pieces[-1] if cold_template else None
+        self.templates: tuple[TreeTemplate, ...] = split[: len(templates)]
+        self.cold_templates: tuple[TreeTemplate, ...] = split[len(templates) :]
         self.answer: Answer = answers[0]
-        self.users, self.items, self.labels, self.warm = (
+        self.users, self.items, self.labels, warm = (
             to_numpy(part, name).astype(np.int64) for name in ("uid", "iid", "label", "not_cold")
         )
-        self.shown = liked_history(part, max_his_len)
+        self.is_cold = (warm == 0) & (cold_template is not None)
+        self.histories = Histories(*history_items(part))
+        lengths = np.diff(self.histories.offsets)
+        starts = window_starts(lengths, max_his_len, history_window)
+        self.starts = self._fitting_starts(starts)
+        self.num_truncated = int((self.starts > starts).sum())
+        self.shown = liked_history(part, int((lengths - self.starts).max(initial=0)))
         self.read = liked_history(part, read_length) if read_length else None
+        self.trees, self.num_breaks = group_rows(self.users, self.is_cold, self.histories, self.starts, rows_per_tree)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.users)
+        return len(self.trees)
 
-    def __getitem__(self, i: int) -> dict:
-        if i >= len(self):
-            raise IndexError(i)
-        pieces = None if self.warm[i] else self.cold_pieces
+    def __getitem__(self, number: int) -> dict:
+        if number >= len(self):
+            raise IndexError(number)
+        rows = self.trees[number]
         return {
-            **self._write(i, pieces if pieces is not None else self.pieces[self._draw_template(i)]),
-            "user": self.users[i],
-            "item": self.items[i],
-            "liked": self.shown[i],
-            "with_ids": pieces is None,
-            "label": self.labels[i],
-        } | ({} if self.read is None else {"read": self.read[i]})
+            **self.write_tree(rows, self._draw_template(number)),
+            "users": self.users[rows],
+            "items": self.items[rows],
+            "liked": self.shown[rows],
+            "with_ids": ~self.is_cold[rows],
+            "labels": self.labels[rows],
+        } | ({} if self.read is None else {"read": self.read[rows]})
 
     def lengths(self, longest: bool = False) -> np.ndarray:
-        """Return the tokens of each question, int64 [rows], in this epoch, or in the epoch where it is `longest`."""
-        if not longest:
-            return np.array([len(self[i]["input_ids"]) for i in range(len(self))], dtype=np.int64)
-        self.num_truncated, lengths = 0, []
-        for i in range(len(self)):
-            prompts = [self._write(i, pieces) for pieces in self.pieces]
-            lengths.append(max(len(prompt["input_ids"]) for prompt in prompts))
-            self.num_truncated += any(prompt["truncated"] for prompt in prompts)
+        """Return the tokens of each tree, int64 [trees], in this epoch, or in the epoch where it is `longest`."""
+        lengths = []
+        for number, rows in enumerate(self.trees):
+            templates = self._templates_of(rows[0]) if longest else [self._draw_template(number)]
+            lengths.append(max(len(self.write_tree(rows, template)["input_ids"]) for template in templates))
         return np.array(lengths, dtype=np.int64)
 
-    def _draw_template(self, i: int) -> int:
-        return random.Random(f"{self.seed} {self.epoch} {i}").randrange(len(self.pieces)) if self.draw else 0
+    def _templates_of(self, row: int) -> Sequence[TreeTemplate]:
+        return self.cold_templates if self.is_cold[row] else self.templates
 
-    def _split(self, prompt: str) -> tuple[list[Piece], Answer]:
-        """Return the pieces of a prompt template, and its answers."""
+    def _draw_template(self, number: int) -> TreeTemplate:
+        """Return the template of a tree in this epoch."""
+        templates = self._templates_of(self.trees[number][0])
+        return random.Random(f"{self.seed} {self.epoch} {number}").choice(templates) if self.draw else templates[0]
+
+    def _split(self, prompt: str) -> tuple[TreeTemplate, Answer]:
+        """Return a prompt template in pieces, and its answers."""
         parts = [(words, field) for words, field, *_ in Formatter().parse(prompt)]
         ending = parts.pop()[0] if parts[-1][1] is None else ""
         pieces: list[Piece] = []
@@ -177,73 +213,153 @@ class YesNoDataset(torch.utils.data.Dataset):
             ids = self._encode(words) if pieces else encode_prompt(self.tokenizer, words)
             pieces.append(Piece(ids, field, gap))
         ids, answer = yes_no_token_ids(self.tokenizer, ending)
-        return [*pieces, Piece(ids, None, "")], answer
+        pieces.append(Piece(ids, None, ""))
+        # A user's code is a text that all rows of the user share; soft tokens belong to a row.
+        differing = {"history", "title", "item", "history_ids"} | (set() if self.codes else {"user"})
+        cut = next(place for place, piece in enumerate(pieces) if piece.field in differing)
+        cut += pieces[cut].field == "history"
+        return TreeTemplate(pieces[:cut], pieces[cut:]), answer
 
-    def _write(self, i: int, pieces: list[Piece]) -> dict:
-        """Return the prompt of row i, its history as long as the limit allows."""
-        shown = np.flatnonzero(self.shown[i])
-        for start in range(len(shown) + 1):
-            prompt = self._fill(i, pieces, shown[start:].tolist())
-            if len(prompt["input_ids"]) <= self.limit:
-                return prompt | {"truncated": start > 0}
-        user, item = int(self.users[i]), int(self.items[i])
+    # ---- Histories that fit ----
+
+    def _fitting_starts(self, starts: np.ndarray) -> np.ndarray:
+        """Return `starts`, later ones where a prompt would exceed the limit with one of its templates.
+
+        An upper bound of the tokens finds the rows that could; only their prompts are written.
+        """
+        items, offsets = self.histories
+        sizes = {item: len(self._encode(self.his_sep + self._quote(item))) for item in np.unique(items).tolist()}
+        tokens = np.cumsum([0, *(sizes[item] for item in items.tolist())])
+        asked = {item: len(self._encode(" " + self._title(item))) for item in np.unique(self.items).tolist()}
+        words = max(
+            sum(len(piece.ids) for piece in [*template.trunk, *template.branch])
+            for template in (*self.templates, *self.cold_templates)
+        )
+        bound = tokens[offsets[1:]] - tokens[offsets[:-1] + starts] + [asked[item] for item in self.items.tolist()]
+        # Two codes, NO_HISTORY, soft tokens of user, item and history, spaces that become tokens.
+        bound = bound + words + 128 + self.soft_tokens * (2 + np.diff(offsets) - starts)
+        starts = starts.copy()
+        for row in np.flatnonzero(bound > self.limit).tolist():
+            starts[row] = self._fitting_start(row, int(starts[row]))
+        return starts
+
+    def _fitting_start(self, row: int, start: int) -> int:
+        tokens = 0
+        for first in range(start, len(self.histories.shown(row, 0)) + 1):
+            shown = self.histories.shown(row, first)
+            tokens = max(
+                len(self._fill(row, [*template.trunk, *template.branch], shown, 0)[0])
+                for template in self._templates_of(row)
+            )
+            if tokens <= self.limit:
+                return first
+        user, item = int(self.users[row]), int(self.items[row])
         raise InputError(
-            f"the question about user {user} and item {item} has {len(prompt['input_ids'])} tokens without any "
-            f"history, the model reads {self.limit}: shorten the title {self.titles[item][:40]!r} or the prompts"
+            f"the question about user {user} and item {item} has {tokens} tokens without any history, the model reads "
+            f"{self.limit}: shorten the title {self.titles[item][:40]!r} or the prompts"
         )
 
-    def _fill(self, i: int, pieces: list[Piece], places: list[int]) -> dict:
-        """Return the prompt of row i with the liked items at `places` of `shown`."""
+    # ---- Tokens ----
+
+    def write_tree(self, rows: np.ndarray, template: TreeTemplate) -> dict:
+        """Return the tokens of a tree of `rows`, the last of which has the longest history."""
+        ids, ends = self._write_trunk(rows[-1], template)
+        trunk, soft = len(ids), [0] * len(ids)
+        positions, branch, visible, last = [*range(trunk)], [0] * trunk, [0] * trunk, []
+        for number, row in enumerate(rows.tolist(), start=1):
+            shown = self.histories.shown(row, self.starts[row])
+            pieces, end = template.branch, ends[0]
+            if template.shares_history and len(shown):
+                end = ends[len(shown)]
+            elif template.shares_history:
+                pieces = [Piece([], "history", template.trunk[-1].gap), *pieces]
+            new, new_soft = self._fill(row, pieces, shown, self.shown.shape[1] - len(shown))
+            ids, soft = ids + new, soft + new_soft
+            positions += range(end, end + len(new))
+            branch += [number] * len(new)
+            visible += [end] * len(new)
+            last.append(len(ids) - 1)
+        tokens = {"input_ids": ids, "position_ids": positions, "branch": branch, "visible": visible, "soft": soft}
+        return tokens | {"trunk": trunk, "last": last}
+
+    def _write_trunk(self, row: int, template: TreeTemplate) -> tuple[list[int], list[int]]:
+        """Return the tokens of a trunk, and how many of them a row sees that has 0, 1, 2, ... of the liked items."""
+        if not template.shares_history:
+            ids, _ = self._fill(row, template.trunk, self.histories.items[:0], 0)
+            return ids, [len(ids)]
+        ids, _ = self._fill(row, template.trunk[:-1], self.histories.items[:0], 0)
+        words, _, gap = template.trunk[-1]
+        ids = ids + words
+        ends = [len(ids)]
+        for tokens in self._history_tokens(self.histories.shown(row, self.starts[row]), gap):
+            ids = ids + tokens
+            ends.append(len(ids))
+        return ids, ends
+
+    def _fill(self, row: int, pieces: list[Piece], shown: np.ndarray, place: int) -> tuple[list[int], list[int]]:
+        """Return the tokens of some pieces of a row's prompt, and the numbers of their soft tokens.
+
+        Args:
+            shown: int64 [items], the liked items that the prompt shows.
+            place: of the first of them in `liked`.
+        """
         ids: list[int] = []
         soft: list[int] = []
-        shared = None
         for words, field, gap in pieces:
             ids += words
-            if shared is None and (field in ("title", "item", "history_ids") or field == "user" and not self.codes):
-                shared = len(ids)
             if field == "history":
-                quoted = [f'"{self._title(self.shown[i, place])}"' for place in places] or [NO_HISTORY]
-                for before, title in zip([gap] + [self.his_sep] * len(quoted), quoted, strict=False):
-                    ids += self._encode(before + title)
+                for tokens in self._history_tokens(shown, gap):
+                    ids += tokens
             elif field == "title":
-                ids += self._encode(gap + self._title(self.items[i]))
+                ids += self._encode(gap + self._title(self.items[row]))
             elif field in ("user", "item") and self.codes:
-                owner, number = (USER, self.users[i]) if field == "user" else (ITEM, self.items[i])
+                owner, number = (USER, self.users[row]) if field == "user" else (ITEM, self.items[row])
                 ids += self._encode(gap + self.codes[owner][int(number)])
             elif field is not None:
                 soft += [0] * (len(ids) - len(soft))
-                owners = {"user": [USER], "item": [ITEM]}.get(field) or [LIKED + place for place in places]
+                liked = range(LIKED + place, LIKED + place + len(shown))
+                owners = {"user": [USER], "item": [ITEM]}.get(field) or [*liked]
                 soft += [1 + owner * self.soft_tokens + token for owner in owners for token in range(self.soft_tokens)]
                 ids = ids + [self.tokenizer.pad_token_id] * (len(soft) - len(ids))
-        return {"input_ids": ids, "soft": soft + [0] * (len(ids) - len(soft)), "shared": shared or 0}
+        return ids, soft + [0] * (len(ids) - len(soft))
+
+    def _history_tokens(self, shown: np.ndarray, gap: str) -> list[list[int]]:
+        """Return the tokens of each liked item with the separator before it; those of NO_HISTORY without any."""
+        quoted = [self._quote(item) for item in shown.tolist()] or [NO_HISTORY]
+        return [self._encode((self.his_sep if place else gap) + text) for place, text in enumerate(quoted)]
+
+    def _quote(self, item: int) -> str:
+        return f'"{self._title(item)}"'
 
     def _title(self, item: int) -> str:
         return self._sanitize(self.titles[int(item)])
 
 
 class YesNoCollator:
-    """Collator of Yes/No samples: a batch padded on the right, the arguments of `YesNoModel.forward`.
+    """Collator of trees: a batch padded on the right, the arguments of `YesNoModel.forward`.
 
-    int64 input_ids, soft [batch, length]; last [batch], the last position of each prompt; shared [batch], number of
-    first tokens that do not depend on the item; users, items [batch]; liked [batch, max_his_len]; histories
-    [batch, read_length]; bool with_ids [batch]; float32 labels [batch]; int64 lengths [batch], tokens of each prompt.
+    int64 input_ids, position_ids, branch (-1 on padding), visible, soft, row (number in the batch of the row that a
+    token of a branch belongs to) [trees, length]; trunk [trees]; tree (number of a row's tree), last, users, items
+    [rows]; liked [rows, most shown items]; histories [rows, read_length]; bool with_ids [rows]; float32 labels [rows];
+    int64 lengths [trees], tokens of each tree.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        batch = {
-            "input_ids": pad([sample["input_ids"] for sample in samples], self.tokenizer.pad_token_id),
-            "soft": pad([sample["soft"] for sample in samples], 0),
-            "last": lengths - 1,
-            "shared": torch.tensor([sample["shared"] for sample in samples]),
-            "with_ids": torch.tensor([sample["with_ids"] for sample in samples]),
-            "labels": torch.tensor([float(sample["label"]) for sample in samples]),
-            "lengths": lengths,
+        sizes = torch.tensor([len(sample["last"]) for sample in samples])
+        padding = {"input_ids": self.tokenizer.pad_token_id, "branch": -1, "position_ids": 0, "visible": 0, "soft": 0}
+        batch = {name: pad([sample[name] for sample in samples], value) for name, value in padding.items()}
+        batch |= {
+            "row": ((sizes.cumsum(0) - sizes)[:, None] + batch["branch"] - 1).clamp(min=0),
+            "trunk": torch.tensor([sample["trunk"] for sample in samples]),
+            "tree": torch.arange(len(samples)).repeat_interleave(sizes),
+            "last": torch.tensor([place for sample in samples for place in sample["last"]]),
+            "lengths": torch.tensor([len(sample["input_ids"]) for sample in samples]),
         }
-        for name, key in (("users", "user"), ("items", "item"), ("liked", "liked"), ("histories", "read")):
+        for name, key in (("histories", "read"), *((key, key) for key in ("users", "items", "liked", "with_ids"))):
             if key in samples[0]:
-                batch[name] = torch.from_numpy(np.stack([sample[key] for sample in samples]))
+                batch[name] = torch.from_numpy(np.concatenate([sample[key] for sample in samples]))
+        batch["labels"] = torch.from_numpy(np.concatenate([sample["labels"] for sample in samples])).float()
         return batch

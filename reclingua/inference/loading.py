@@ -195,7 +195,7 @@ def build_yes_no_dataset(
     """Return rows of ratings written as `metadata` states.
 
     Args:
-        prompt_id: number of the prompt template; None: one is drawn for each row and epoch.
+        prompt_id: number of the prompt template; None: one is drawn for each tree and epoch.
         cold_text_only: rows whose user or item training did not know get the prompt of titles alone.
     """
     templates, codes = yes_no_templates(metadata), None
@@ -215,6 +215,8 @@ def build_yes_no_dataset(
         cold_template=PromptTemplate(**metadata.prompts["text"][0]) if cold_text_only else None,
         draw=prompt_id is None,
         seed=seed,
+        history_window=metadata.history_window or "sliding",
+        rows_per_tree=metadata.rows_per_tree if model.supports_trees else 1,
     )
 
 

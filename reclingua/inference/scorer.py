@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from reclingua.datasets.ratings import RatingsDataset, make_ratings, open_ratings
 from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
 from reclingua.inference import collaborative
-from reclingua.inference.batching import map_batches, split_batches
+from reclingua.inference.batching import map_batches
 from reclingua.inference.loading import build_yes_no_dataset, load_metadata, load_yes_no, yes_no_templates
 from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborative
 from reclingua.models.collaborative.base import CollaborativeModel
@@ -134,29 +134,33 @@ class Scorer:
         )
 
     def score_samples(self, samples: YesNoDataset, batch_size: int, show_progress: bool = False) -> np.ndarray:
-        """Return logits of Yes, float32 [rows]; prompts of a batch that begin alike are computed once up to there.
+        """Return logits of Yes, float32 [rows], in the order of the rows.
 
         Every process of a process group gets all logits.
 
+        Args:
+            batch_size: largest number of rows of a batch, unless a tree has more.
+
         Raises:
-            InputError: memory does not suffice for one row; a logit is not a finite number.
+            InputError: memory does not suffice for one tree; a logit is not a finite number.
         """
         model = self.model
         if not isinstance(model, YesNoModel):
             raise InputError(f"{self.name} reads no prompts: it is a collaborative model")
         collate = YesNoCollator(samples.tokenizer)
-        scores = torch.zeros(len(samples), device=model.device)
+        scores = torch.zeros(len(samples.users), device=model.device)
 
         @torch.no_grad()
-        def score_batch(rows: list[int]) -> torch.Tensor:
-            batch = collate([samples[row] for row in rows])
+        def score_batch(trees: list[int]) -> torch.Tensor:
+            batch = collate([samples[tree] for tree in trees])
             del batch["labels"], batch["lengths"]
             return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
 
-        batches = prefix_sorted_batches(samples, batch_size, model.supports_prefix_sharing)
-        advice = "take a smaller model, or shorter histories"
-        for rows, logits in map_batches(model, score_batch, batches, "row", advice, show_progress):
-            scores[rows] = logits
+        advice = "take a smaller model, shorter histories, or fewer --rows_per_tree"
+        for trees, logits in map_batches(
+            model, score_batch, tree_batches(samples, batch_size), "tree of rows", advice, show_progress
+        ):
+            scores[np.concatenate([samples.trees[tree] for tree in trees])] = logits
         if distributed.is_initialized():
             distributed.all_reduce(scores)
         if not scores.isfinite().all():
@@ -167,12 +171,21 @@ class Scorer:
         return scores.cpu().numpy()
 
 
-def prefix_sorted_batches(samples: YesNoDataset, batch_size: int, by_prefix: bool) -> list[list[int]]:
-    """Return the rows of each batch: neighbours in the tokens before the item (or in length), the longest first."""
-    keys = []
-    for row in range(len(samples)):
-        sample = samples[row]
-        ids, shared = sample["input_ids"], sample["shared"]
-        keys.append((shared, hash(tuple(ids[:shared])), len(ids)) if by_prefix else (len(ids),))
-    order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
-    return split_batches(order, batch_size)
+def tree_batches(samples: YesNoDataset, batch_size: int) -> list[list[int]]:
+    """Return the trees of each batch, neighbours in length, the longest first; at most `batch_size` rows or one tree.
+
+    Raises:
+        InputError: the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: should be 1 at least")
+    batches: list[list[int]] = []
+    rows = batch_size
+    for tree in np.argsort(-samples.lengths(), kind="stable").tolist():
+        size = len(samples.trees[tree])
+        if rows + size > batch_size:
+            batches.append([])
+            rows = 0
+        batches[-1].append(tree)
+        rows += size
+    return batches

@@ -36,7 +36,7 @@ from reclingua.utils.metadata import CheckpointMetadata
 LORA_METHODS = ("tallrec", "binllm")  # train LoRA weights and nothing else
 CF_METHODS = ("collm", "binllm", "cora")  # read a collaborative model of pretrain.py
 # Flags of YesNoArguments that a resumed training need not share, or whose value has a field of its own.
-OTHER_FLAGS = ("patience", "save_base_weights", "code_format")
+OTHER_FLAGS = ("patience", "save_base_weights", "code_format", "history_window", "rows_per_tree")
 OFFSET_SAMPLES = 32  # of train, whose mean logit before training becomes the offset in the loss
 NORMALIZATION_SAMPLES = 4096  # of train, whose collaborative vectors set the normalization
 LORA_DEFAULTS = (16, "q_proj,v_proj")  # alpha and target layers without flags
@@ -75,6 +75,8 @@ def check_flags(args: Arguments) -> None:
         raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
     if (yes_no.train_cf_model or yes_no.cf_model_from_scratch) and method not in ("collm", "cora"):
         raise InputError(f"--train_cf_model and --cf_model_from_scratch are for collm and cora, not for {method}")
+    if yes_no.rows_per_tree < 1:
+        raise InputError(f"--rows_per_tree {yes_no.rows_per_tree}: should be 1 at least")
     if yes_no.soft_tokens < 1:
         raise InputError(f"--soft_tokens {yes_no.soft_tokens}: should be 1 at least")
     if yes_no.patience < 0:
@@ -138,6 +140,10 @@ def build_model(args: Arguments, data: YesNoData, log: Log) -> TrainingSetup:
         + ", ".join(f"{size:,} of {part}" for part, size in sizes.items())
     )
     for part, samples in (("train", train), ("valid", valid)):
+        rows = len(samples.users)
+        log(f"  {part}: {rows:,} rows in {len(samples):,} trees, {lengths[part].sum() / rows:.1f} tokens a row")
+        if samples.num_breaks:
+            log(f"  {samples.num_breaks:,} histories do not continue the one before: their rows are in other trees")
         if samples.num_truncated:  # never at the question
             count, limit = samples.num_truncated, samples.limit
             log(f"  {count:,} prompts of {part} exceed {limit:,} tokens: the oldest titles are left out")
@@ -221,6 +227,8 @@ def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> 
         prompts={task: [asdict(template) for template in templates] for task, templates in data.prompts.items()},
         max_his_len=args.data.max_his_len,
         his_sep=args.data.his_sep,
+        history_window=args.yes_no.history_window,
+        rows_per_tree=args.yes_no.rows_per_tree,
         code_format=args.yes_no.code_format if args.method.method == "binllm" else None,
         ratings_sha256=data.dataset.sha256(),
         cf_sha256=config.cf_sha256,

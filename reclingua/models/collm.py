@@ -51,15 +51,16 @@ class CoLLM(YesNoModel):
         self,
         input_ids: torch.Tensor,
         soft: torch.Tensor,
+        row: torch.Tensor,
         users: torch.Tensor,
         items: torch.Tensor,
         liked: torch.Tensor,
         histories: torch.Tensor | None = None,
         **inputs,
     ) -> torch.Tensor:
-        """Return the embeddings of the prompt, with soft tokens where `soft` [batch, length] has their numbers.
+        """Return the embeddings of trees, with soft tokens where `soft` [trees, length] has their numbers.
 
-        The numbers are those of `reclingua.datasets.yes_no.YesNoDataset`.
+        The numbers are those of `reclingua.datasets.yes_no.YesNoDataset`; `row` [trees, length] tells whose they are.
         """
         if self.config.one_for_all:
             users, items, liked = users.clamp(max=1), items.clamp(max=1), liked.clamp(max=1)
@@ -71,9 +72,9 @@ class CoLLM(YesNoModel):
         if self.is_zero3 or int(soft.max()) > 2 * self.config.soft_tokens:
             liked = liked if liked.shape[1] else torch.zeros_like(items)[:, None]
             tokens.append(self._map("item", self.cf_model.item_vectors(liked)))
-        rows, columns = soft.nonzero(as_tuple=True)
-        values = torch.cat(tokens, 1)[rows, soft[rows, columns] - 1]
-        return embedded.index_put((rows, columns), values.to(embedded.dtype))
+        places = soft.nonzero(as_tuple=True)
+        values = torch.cat(tokens, 1)[row[places], soft[places] - 1]
+        return embedded.index_put(places, values.to(embedded.dtype))
 
     def _map(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """Map [batch, width] or [batch, items, width] to soft tokens [batch, soft_tokens (x items), hidden]."""

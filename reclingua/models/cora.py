@@ -44,7 +44,7 @@ class CoRA(YesNoModel):
 
     config_class = CoRAConfig
     cf_model: CollaborativeModel
-    supports_prefix_sharing = False  # hidden states of the same tokens differ between pairs of user and item
+    supports_trees = False  # type: ignore[assignment]  # the same tokens differ between pairs of user and item
 
     def build_projector(self) -> None:
         """Build the Q-Former, the linear layers from its output to A, and B of each target layer."""
@@ -131,17 +131,19 @@ class CoRA(YesNoModel):
     def forward(  # type: ignore[override]  # names the keys of the batch that it needs
         self,
         input_ids: torch.Tensor,
-        last: torch.Tensor,
         users: torch.Tensor,
         items: torch.Tensor,
         histories: torch.Tensor | None = None,
         with_ids: torch.Tensor | None = None,
         **rest,
     ) -> CollaborativeOutput:
-        """Return the logit of Yes (see `YesNoModel`) with the weights of `users` and `items`, int64 [batch]."""
+        """Return the logit of Yes (see `YesNoModel`) with the weights of `users` and `items`, int64 [rows].
+
+        A tree has one row, whose weights apply to all its tokens.
+        """
         self.a = self.pair_weights(users, items, histories, with_ids)
         try:
-            return super().forward(input_ids, last, **rest)
+            return super().forward(input_ids, **rest)
         finally:
             self.last_product = None
             if not self.language.is_activation_checkpointing:  # it computes layers again in the backward pass

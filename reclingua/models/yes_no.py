@@ -4,6 +4,7 @@ A saved folder contains the trained weights, a few MB, and points to the base mo
 collaborative codes as text in the prompt.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from reclingua.models.chunked_loss import patched_forward
 from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborative, weights_sha256
 from reclingua.models.collaborative.base import CollaborativeModel, CollaborativeOutput, Values
-from reclingua.models.language import MIN_SHARED_PREFIX, accepts_argument, attention_window, load_model
+from reclingua.models.language import load_model
 from reclingua.models.lora import add_lora
+from reclingua.models.tree_attention import attention_argument, supports_trees, tree_mask
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
@@ -72,7 +74,6 @@ class YesNoModel(PreTrainedModel):
     config_class = YesNoConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    supports_prefix_sharing = True  # whether equal prefixes of two prompts have equal hidden states
 
     def __init__(self, config: YesNoConfig, language: PreTrainedModel, cf_model: CollaborativeModel | None = None):
         super().__init__(config)
@@ -169,31 +170,38 @@ class YesNoModel(PreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        branch: torch.Tensor,
+        visible: torch.Tensor,
+        trunk: torch.Tensor,
+        tree: torch.Tensor,
         last: torch.Tensor,
-        shared: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **inputs,
     ) -> CollaborativeOutput:
-        """Return the logit of Yes after each prompt.
+        """Return the logit of Yes after each prompt; the prompts of a tree share its trunk.
 
         Args:
-            input_ids: int64 [batch, length], padded on the right, which no earlier position sees.
-            last: int64 [batch], the last position of each prompt.
-            shared: int64 [batch], number of first tokens of each prompt that do not depend on the item; they are
-                computed once for rows with the same prefix.
-            labels: float [batch], 1 liked, 0 not.
+            input_ids, position_ids: int64 [trees, length], padded on the right.
+            branch, visible: int64 [trees, length], see `reclingua.models.tree_attention.tree_mask`.
+            trunk: int64 [trees], number of tokens of each trunk.
+            tree, last: int64 [rows], the tree of each row and the place of the last token of its prompt in it.
+            labels: float [rows], 1 liked, 0 not.
             num_items_in_batch: divisor of the summed loss (default: the rows).
             inputs: further keys of a batch of `reclingua.datasets.yes_no.YesNoCollator`.
 
         Returns:
-            logits float32 [batch]; the loss, binary cross-entropy, if there are labels.
+            logits float32 [rows]; the loss, binary cross-entropy, if there are labels.
         """
         words = self.embed_inputs(input_ids, **inputs)
-        if shared is None or not shared.any() or not self._can_share_prefix():
-            logits = self._yes(words, last)
+        if len(tree) == len(input_ids):  # one row a tree: causal attention is all it takes, for any model
+            logits = self._yes(words, tree, last)
+        elif self._can_freeze_trunk() and int(trunk.max()) > 0:
+            logits = self._logits_behind_trunk(input_ids, words, position_ids, branch, visible, trunk, tree, last)
         else:
-            logits = self._logits_after_prefix(self._prefix_lengths(shared), input_ids, words, last)
+            mask = attention_argument(self.language, tree_mask(branch, visible))
+            logits = self._yes(words, tree, last, position_ids=position_ids, attention_mask=mask)
         loss = None
         if labels is not None:
             count = len(labels) if num_items_in_batch is None else num_items_in_batch
@@ -204,6 +212,11 @@ class YesNoModel(PreTrainedModel):
         """Return the logits within the loss; their sigmoid is the probability of Yes."""
         return logits - self.config.offset
 
+    @cached_property
+    def supports_trees(self) -> bool:
+        """Whether several rows can share a trunk, with the very logits of each row alone."""
+        return supports_trees(self.language)
+
     @property
     def is_zero3(self) -> bool:
         """Whether ZeRO-3 gathers weights in every forward pass.
@@ -212,74 +225,72 @@ class YesNoModel(PreTrainedModel):
         """
         return self.training and hasattr(next(self.parameters()), "ds_id")
 
-    def _can_share_prefix(self) -> bool:
-        """Return whether prefixes can be computed separately, which needs no gradients through them."""
-        needs_gradients = torch.is_grad_enabled() and self.tunes_language
-        if (
-            needs_gradients
-            or self.is_zero3
-            or not self.supports_prefix_sharing
-            or self.language.is_activation_checkpointing
-        ):
-            return False
-        return attention_window(self.language) > 0
+    def _can_freeze_trunk(self) -> bool:
+        """Return whether trunks are computed without gradients: only branches depend on what is trained."""
+        return (
+            torch.is_grad_enabled()
+            and not self.tunes_language
+            and not self.is_zero3
+            and not self.language.is_activation_checkpointing
+        )
 
-    def _prefix_lengths(self, shared: torch.Tensor) -> torch.Tensor:
-        """Return `shared`, or its minimum for all rows if the model derives positions from the length of the cache."""
-        has_window = attention_window(self.language) < float("inf")
-        counts_cache = has_window or not accepts_argument(self.language, "position_ids")
-        return shared.min().expand(len(shared)) if counts_cache else shared
-
-    def _logits_after_prefix(
-        self, shared: torch.Tensor, input_ids: torch.Tensor, words: torch.Tensor, last: torch.Tensor
+    def _logits_behind_trunk(
+        self,
+        input_ids: torch.Tensor,
+        words: torch.Tensor,
+        position_ids: torch.Tensor,
+        branch: torch.Tensor,
+        visible: torch.Tensor,
+        trunk: torch.Tensor,
+        tree: torch.Tensor,
+        last: torch.Tensor,
     ) -> torch.Tensor:
-        """Return what `_yes` does; each distinct prefix, `shared` tokens of a row, is computed once without gradients.
+        """Return what `_yes` does; the trunks become a cache without gradients, the branches are one query block.
 
-        prompts             prefix cache        rest (moved to the left)
-            a b c|x y           a b c               x y
-            a b c|z             a b c               z .
-            d e|x w v           d e .               x w v       . is masked
+        trees                 cache        queries (moved to the left)
+            t t t|a a|b         t t t        a a b
+            u u|a|b b           u u .        a b b       . is a token that no query sees
         """
-        longest, columns = int(shared.max()), torch.arange(input_ids.shape[1], device=input_ids.device)
-        prefixes = torch.where(columns < shared[:, None], input_ids, input_ids[0, 0])[:, :longest]
-        cache = self._prefix_cache(prefixes)
-        rest = shared[:, None] + torch.arange(int((last - shared).max()) + 1, device=last.device)
-        rows, positions = torch.arange(len(last), device=last.device)[:, None], rest.clamp(max=input_ids.shape[1] - 1)
-        attention = {}
-        if int(shared.min()) < longest:  # shorter prefixes are padded on the right
-            exists = columns[:longest] < shared[:, None]
-            attention = {"attention_mask": torch.cat([exists, torch.ones_like(rest, dtype=torch.bool)], 1).long()}
-            attention["position_ids"] = rest
-        return self._yes(words[rows, positions], last - shared, cache, **attention)
-
-    @torch.no_grad()
-    def _prefix_cache(self, ids: torch.Tensor) -> DynamicCache:
-        """Return keys and values of ids, int64 [batch, length]; equal rows and common prefixes are computed once."""
-        rows, row_of = torch.unique(ids, dim=0, return_inverse=True)
-        cache, done = DynamicCache(config=self.language.config), 0
-        common = int((rows == rows[:1]).all(0).cumprod(0).sum())
-        if (len(rows) - 1) * common >= MIN_SHARED_PREFIX:
-            self._yes(rows[:1, :common], row_of[:1] * 0, cache)
-            cache.batch_repeat_interleave(len(rows))
-            done = common
-        if done < ids.shape[1]:
-            self._yes(rows[:, done:], row_of.new_zeros(len(rows)), cache)
-        cache.batch_select_indices(row_of)
-        return cache
+        longest = int(trunk.max())
+        cache = DynamicCache(config=self.language.config)
+        with torch.no_grad():
+            first = torch.arange(len(input_ids), device=last.device)
+            self._yes(input_ids[:, :longest], first, torch.zeros_like(first), cache)
+        width = int((branch > 0).sum(1).max())
+        places = trunk[:, None] + torch.arange(width, device=last.device)
+        exists = places < input_ids.shape[1]
+        places = places.clamp(max=input_ids.shape[1] - 1)
+        rows = torch.arange(len(input_ids), device=last.device)[:, None]
+        branch = torch.where(exists, branch[rows, places], -1)
+        visible = visible[rows, places]
+        in_trunk = torch.arange(longest, device=last.device) < visible[:, :, None]
+        mask = torch.cat([in_trunk, tree_mask(branch, torch.zeros_like(visible))], 2)
+        return self._yes(
+            words[rows, places],
+            tree,
+            last - trunk[tree],
+            cache,
+            position_ids=position_ids[rows, places],
+            attention_mask=attention_argument(self.language, mask),
+        )
 
     def _yes(
-        self, words: torch.Tensor, last: torch.Tensor, cache: DynamicCache | None = None, **attention
+        self,
+        words: torch.Tensor,
+        tree: torch.Tensor,
+        last: torch.Tensor,
+        cache: DynamicCache | None = None,
+        **attention,
     ) -> torch.Tensor:
-        """Return the logits of Yes, float32 [batch], after position `last` of each row; no other logit is computed.
+        """Return the logits of Yes, float32 [rows], after place `last` of each row's `tree`; no other is computed.
 
         The argument `logits_to_keep` of transformers is no substitute: it leaves the logits in the dtype of the
         model, and bfloat16 rounds a logit of 10 to a multiple of 1/16, which makes many scores equal.
         """
         head: Any = self.language.get_output_embeddings()
-        rows = torch.arange(len(last), device=last.device)
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
-            logit = (hidden[rows, last].float() * head.weight[self.config.answer].float()).sum(-1)
+            logit = (hidden[tree, last].float() * head.weight[self.config.answer].float()).sum(-1)
             if getattr(head, "bias", None) is not None:
                 logit = logit + head.bias[self.config.answer].float()
             return logit[:, None, None]

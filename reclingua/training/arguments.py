@@ -13,6 +13,7 @@ from transformers.utils import is_liger_kernel_available
 
 from reclingua.datasets.samplers import ORDERS
 from reclingua.datasets.tasks import TARGETS, TASKS
+from reclingua.datasets.trees import HISTORY_WINDOWS
 from reclingua.datasets.yes_no import CODE_FORMATS
 from reclingua.models.language import DTYPES
 from reclingua.training.zero import check_deepspeed
@@ -168,6 +169,17 @@ class YesNoArguments:
     train_cf_model: bool = argument(default=False, help="train the collaborative model further (T1)")
     cf_model_from_scratch: bool = argument(default=False, help="train the collaborative model from new weights (T2)")
     one_stage: bool = argument(default=False, help="train new LoRA weights together with the method's own parts (T3)")
+    history_window: str = field(
+        default="anchored",
+        metadata={
+            "help": "liked titles of a prompt, n = --max_his_len: anchored, the last n to 2 n - 1, so that prompts of "
+            "one user begin alike; sliding, the last n, as in the papers",
+            "choices": HISTORY_WINDOWS,
+        },
+    )
+    rows_per_tree: int = argument(
+        default=16, help="most ratings of a user that are trained and scored in one pass over their common history"
+    )
     soft_tokens: int = argument(default=1, help="soft tokens for each user and item")
     code_format: str = field(
         default="bits", metadata={"help": "binllm's codes: 0110... or 172.16.254.3", "choices": CODE_FORMATS}

@@ -30,6 +30,8 @@ class CheckpointMetadata:
         prompts: task -> its prompt templates, each {"prompt": ..., "response": ...}.
         max_his_len, his_sep, add_prefix, max_text_len: how a history and texts are written into a prompt.
         targets, tasks: of lcrec: which items of a history are targets, and what was trained.
+        history_window: of Yes/No methods: how the window of liked items moves, see `datasets.trees.window_starts`.
+        rows_per_tree: of Yes/No methods: largest number of rows that share one pass, which changes no score.
         code_format: of binllm: how binary codes are written.
         index_sha256, histories_sha256, items_sha256, users_sha256, ratings_sha256: fingerprints of the data.
         cf_sha256: fingerprint of the collaborative model.
@@ -51,6 +53,8 @@ class CheckpointMetadata:
     max_text_len: int = 0
     targets: str | None = None
     tasks: list[str] = field(default_factory=list)
+    history_window: str | None = None
+    rows_per_tree: int = 1
     code_format: str | None = None
     index_sha256: str | None = None
     histories_sha256: str | None = None

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from convert.scratch import train_tokenizer
 from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, PromptTemplate, read_prompts
 from reclingua.datasets.ratings import liked_history, open_ratings
+from reclingua.datasets.trees import HISTORY_WINDOWS, Histories, group_rows, window_starts
 from reclingua.datasets.yes_no import LIKED, YesNoCollator, YesNoDataset, format_code, yes_no_token_ids
 from reclingua.utils.errors import InputError
 from tests.helpers.models import make_tokenizer
@@ -39,8 +40,8 @@ def test_a_prompt_reads_as_its_template(liked):
         history = ", ".join(f'"Thing {item}"' for item in shown[i] if item)
         text = template.prompt.format(history=history, title=f"Thing {questions.items[i]}")
         assert questions.tokenizer.decode(questions[i]["input_ids"]) == text + " "  # here a token of its own
-        beginning = questions.tokenizer.decode(questions[i]["input_ids"][: questions[i]["shared"]])
-        assert beginning == text[: text.index(f'Thing {questions.items[i]}" please')]
+        trunk = questions.tokenizer.decode(questions[i]["input_ids"][: questions[i]["trunk"]])
+        assert trunk == text[: text.index(".\nWill")]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -64,7 +65,7 @@ def test_soft_tokens_stand_at_their_fields_whatever_a_title_says(liked, bos, sof
 def test_a_history_as_soft_tokens(liked):
     questions = ask_about(liked, [PromptTemplate("{history}, as vectors {history_ids}. {user} and {title} {item}: ")])
     sample = questions[0]
-    there = np.flatnonzero(sample["liked"])
+    there = np.flatnonzero(sample["liked"][0])
     vectors = [number - 1 - LIKED for number in sample["soft"] if number > LIKED]
     assert vectors == there.tolist() and len(there) > 1
 
@@ -85,23 +86,24 @@ def test_lengths_are_those_of_the_samples(liked):
 def test_a_long_prompt_loses_its_oldest_titles_and_no_more(liked):
     template = PromptTemplate('Liked {history}. New: "{title}". Answer:')
     whole = ask_about(liked, [template])
-    longest = int(whole.lengths(longest=True).max())
+    longest = int(whole.lengths().max())
     cut = ask_about(liked, [template], limit=longest - 1)
-    lengths = cut.lengths(longest=True)
-    assert lengths.max() < longest and whole.num_truncated == 0 and 0 < cut.num_truncated < len(cut)
+    assert cut.lengths().max() < longest and whole.num_truncated == 0 and 0 < cut.num_truncated < len(cut)
     i = int(np.argmax(whole.lengths()))
     text, before = (q.tokenizer.decode(q[i]["input_ids"]) for q in (cut, whole))
-    oldest = f'"Thing {whole.shown[i][whole.shown[i] > 0][0]}", '
+    oldest = f'"Thing {whole.histories.shown(i, whole.starts[i])[0]}", '
     assert before == text.replace("Liked ", "Liked " + oldest)
     with pytest.raises(InputError, match="without any history, the model reads 5"):
-        ask_about(liked, [template], limit=5)[0]
+        ask_about(liked, [template], limit=5)
 
 
 def test_cold_rows_are_asked_by_words_alone(liked):
     cold = PromptTemplate('Only "{title}" after {history}. Answer:')
     questions = ask_about(liked, [SOFT], cold_template=cold)
-    kinds = {(bool(questions.warm[i]), questions[i]["with_ids"], any(questions[i]["soft"])) for i in range(240)}
-    assert kinds == {(True, True, True), (False, False, False)}
+    kinds = {
+        (bool(questions.is_cold[i]), bool(questions[i]["with_ids"]), any(questions[i]["soft"])) for i in range(240)
+    }
+    assert kinds == {(False, True, True), (True, False, False)}
 
 
 def test_codes_as_text(liked):
@@ -123,7 +125,48 @@ def test_a_batch_is_padded_on_the_right(liked):
         length = len(sample["input_ids"])
         assert batch["input_ids"][row, :length].tolist() == sample["input_ids"] and batch["last"][row] == length - 1
     assert batch["histories"].shape == (3, 6) and batch["liked"].shape == (3, 4)
-    assert batch["shared"].tolist() == [sample["shared"] for sample in samples]
+
+
+# ---- Trees ----
+
+
+def test_window_starts():
+    lengths = np.arange(40)
+    assert window_starts(lengths, 10, "sliding").tolist() == [0] * 10 + list(range(30))
+    assert window_starts(lengths, 10, "anchored").tolist() == [0] * 20 + [10] * 10 + [20] * 10
+
+
+@pytest.mark.parametrize("history_window", HISTORY_WINDOWS)
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_row_of_a_tree_has_the_tokens_of_its_prompt(liked, history_window, codes):
+    """Trunk up to where it sees and its branch, at the places of the prompt, whatever the length of the history."""
+    texts = ({i: f"1{i}" for i in range(99)}, {i: f"0{i}" for i in range(99)}) if codes else None
+    for template in (SOFT, PromptTemplate('For {user}, {item}: liked {history}, asked about "{title}". Answer:')):
+        settings = {"soft_tokens": 2, "codes": texts, "history_window": history_window}
+        alone = ask_about(liked, [template], **settings)
+        many = ask_about(liked, [template], rows_per_tree=5, **settings)
+        assert sorted(np.concatenate(many.trees)) == list(range(len(alone))) and len(many) < len(alone)
+        batch = YesNoCollator(many.tokenizer)([many[tree] for tree in range(len(many))])
+        for number, row in enumerate(np.concatenate(many.trees).tolist()):
+            tree = batch["tree"][number]
+            is_branch = (batch["row"][tree] == number) & (batch["branch"][tree] > 0)
+            end = int(batch["visible"][tree][is_branch][0])
+            places = torch.cat([torch.arange(end), is_branch.nonzero()[:, 0]])
+            assert batch["input_ids"][tree, places].tolist() == alone[row]["input_ids"]
+            assert batch["position_ids"][tree, places].tolist() == list(range(len(places)))
+            assert batch["soft"][tree, places].tolist() == alone[row]["soft"]
+            assert batch["last"][number] == places[-1] and batch["labels"][number] == alone.labels[row]
+
+
+def test_histories_that_are_no_prefixes_make_trees_of_their_own():
+    items, offsets = np.array([1, 2, 1, 2, 3, 1, 9, 5]), np.array([0, 2, 5, 7, 7, 8])
+    users, kinds = np.array([1, 1, 1, 1, 2]), np.zeros(5, int)
+    trees, num_breaks = group_rows(users, kinds, Histories(items, offsets), np.zeros(5, int), 16)
+    assert [tree.tolist() for tree in trees] == [[3, 0], [1], [2], [4]] or num_breaks
+    for tree in trees:
+        shown = [Histories(items, offsets).shown(row, 0).tolist() for row in tree]
+        assert all(after[: len(before)] == before for before, after in zip(shown, shown[1:], strict=False))
+    assert num_breaks >= 1 and sorted(np.concatenate(trees)) == [0, 1, 2, 3, 4]
 
 
 # ---- Which token says Yes ----

@@ -66,13 +66,14 @@ def scorer_of(model, tokenizer, dataset):
     return Scorer(model, dataset, CheckpointMetadata("tallrec", dataset.name, prompts={"text": []}), tokenizer)
 
 
-def questions_for(model, tokenizer, dataset, templates=None, num_rows=240):
+def questions_for(model, tokenizer, dataset, templates=None, num_rows=240, **trees):
+    """Rows of test, one a tree unless `trees` says otherwise."""
     length = model.cf_model.history_length if model.cf_model is not None else 0
     titles = {item: "Thing " + "very " * (item % 5) + str(item) for item in range(1, 31)}
     templates = templates or (SOFT if isinstance(model, CoLLM) else TEXT)
     own = {"soft_tokens": getattr(model.config, "soft_tokens", 1), "read_length": length}
     part = dataset.parts["test"].take(num_rows)
-    return YesNoDataset(part, titles, tokenizer, templates, 4, ", ", 10**6, **own)
+    return YesNoDataset(part, titles, tokenizer, templates, 4, ", ", 10**6, **own, **trees)
 
 
 def batch_of(questions, rows):

@@ -2,13 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from reclingua.datasets.prompts import PromptTemplate
 from reclingua.datasets.ratings import open_ratings
-from reclingua.inference.scorer import prefix_sorted_batches
+from reclingua.datasets.trees import HISTORY_WINDOWS
+from reclingua.inference.scorer import tree_batches
 from reclingua.models.collm import CoLLM
 from reclingua.models.cora import CoRA
 from reclingua.models.lora import linear_layers
@@ -35,10 +37,8 @@ def test_neither_padding_nor_neighbours_change_a_logit(liked, kind, cf_model):
     model, tokenizer = make_yes_no_model(kind, cf_model=cf_model)
     questions = questions_for(model, tokenizer, liked, num_rows=40)
     rows = [0, 1, 2, 20, 21, 30, 39]
-    alone = torch.cat([logits_of(model, questions, [i], shared=None) for i in rows])
+    alone = torch.cat([logits_of(model, questions, [i]) for i in rows])
     assert alone.std() > 3e-3
-    found = logits_of(model, questions, rows, shared=None)
-    torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)
     for order in (rows, rows[::-1]):
         expected = alone if order is rows else alone.flip(0)
         torch.testing.assert_close(logits_of(model, questions, order), expected, rtol=0, atol=1e-4)
@@ -58,18 +58,88 @@ def test_the_logit_is_the_language_models_own(liked, name):
         assert abs(found - full) < 1e-4
 
 
-def test_rows_that_begin_alike_share_a_batch(liked):
+# ---- Trees ----
+
+
+def without_dropout(model):
+    """Trees share the noise of their trunk, so equality of gradients needs none."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if model.cf_model is not None:
+        model.cf_model.config.dropout = 0.0
+    return model.train()
+
+
+@pytest.mark.parametrize("history_window", HISTORY_WINDOWS)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt2", "gemma"])
+@pytest.mark.parametrize(
+    "kind, cf_model, trained",
+    [
+        (YesNoModel, "mf", ["lora"]),
+        (CoLLM, "mf", ["projector", "lora"]),
+        (CoLLM, "mf", ["projector"]),  # its trunks are computed without gradients
+        (CoLLM, "sasrec", ["projector", "cf_model"]),
+        (CoLLM, "din", ["projector"]),
+    ],
+)
+def test_trees_have_the_logits_and_gradients_of_single_rows(liked, history_window, name, kind, cf_model, trained):
+    model, tokenizer = make_yes_no_model(kind, name, cf_model, trained, offset=1.0)
+    without_dropout(model)
+    logits, gradients, sizes = [], [], []
+    for rows_per_tree in (16, 1):
+        questions = questions_for(model, tokenizer, liked, history_window=history_window, rows_per_tree=rows_per_tree)
+        model.zero_grad()
+        output = model(**batch_of(questions, range(len(questions))))
+        output.loss.backward()
+        order = np.argsort(np.concatenate(questions.trees))
+        logits.append(output.logits.detach()[order])
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+        sizes.append(questions.lengths().sum())
+    assert sizes[0] < sizes[1] * {"anchored": 0.5, "sliding": 0.75}[history_window]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(gradient.abs().max() for gradient in gradients[1].values())
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=float(1e-5 * largest))
+
+
+def test_a_row_sees_nothing_later_than_itself(liked):
+    """Other titles, items and users of later rows of its tree change no logit."""
+    model, tokenizer = make_yes_no_model(CoLLM)
+    questions = questions_for(model, tokenizer, liked, history_window="anchored", rows_per_tree=16)
+    tree = int(np.argmax([len(set(np.diff(questions.histories.offsets)[rows])) for rows in questions.trees]))
+    rows, before = questions.trees[tree], logits_of(model, questions, [tree])
+    lengths = np.diff(questions.histories.offsets)[rows]
+    middle = lengths[len(rows) // 2]
+    later = lengths > middle
+    assert 1 < later.sum() < len(rows) - 1
+    last = rows[-1]
+    start = questions.histories.offsets[last]
+    questions.histories.items[start + middle : start + lengths[-1]] = 7
+    questions.items[rows[later]], questions.users[rows[later]] = 9, 11
+    after = logits_of(model, questions, [tree])
+    torch.testing.assert_close(after[~later], before[~later], rtol=0, atol=1e-6)
+    assert (after[later] - before[later]).abs().min() > 1e-5
+
+
+def test_trees_are_for_models_that_honour_their_mask():
+    supported = {
+        name: make_yes_no_model(YesNoModel, name, lora=name != "gpt-neo")[0].supports_trees for name in OTHERS
+    }
+    assert supported == dict.fromkeys(OTHERS, False)
+    assert not make_yes_no_model(CoRA)[0].supports_trees
+
+
+def test_batches_of_trees_have_as_many_rows_as_allowed(liked):
     model, tokenizer = make_yes_no_model(YesNoModel)
-    questions = questions_for(model, tokenizer, liked)
-    batches = prefix_sorted_batches(questions, 10, by_prefix=True)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(questions)))
-    beginnings = [{tuple(questions[i]["input_ids"][: questions[i]["shared"]]) for i in batch} for batch in batches]
-    distinct = {tuple(q["input_ids"][: q["shared"]]) for q in (questions[i] for i in range(len(questions)))}
-    assert sum(map(len, beginnings)) <= len(distinct) + len(batches)
-    read = []
-    model.language.get_input_embeddings().register_forward_hook(lambda m, args, out: read.append(args[0].numel()))
-    scorer_of(model, tokenizer, liked).score_samples(questions, 10)
-    assert sum(read) < 0.7 * questions.lengths().sum()
+    questions = questions_for(model, tokenizer, liked, history_window="anchored", rows_per_tree=8)
+    batches = tree_batches(questions, 10)
+    assert sorted(tree for batch in batches for tree in batch) == list(range(len(questions)))
+    rows = [sum(len(questions.trees[tree]) for tree in batch) for batch in batches]
+    assert max(rows) <= 10 and len(batches) < len(questions)
+    with pytest.raises(InputError, match="batch_size 0: should be 1 at least"):
+        tree_batches(questions, 0)
 
 
 # ---- What is trained ----
@@ -111,20 +181,6 @@ def test_what_is_frozen_stays_bit_for_bit(liked, kind, trained, checkpointing):
         assert not model.language.training or "lora" in trained
 
 
-@pytest.mark.parametrize("kind", [CoLLM, CoRA])
-def test_a_shared_beginning_changes_no_gradient(liked, kind):
-    model, tokenizer = make_yes_no_model(kind)
-    questions = questions_for(model, tokenizer, liked)
-    rows = [0, 1, 2, 50, 51, 100]
-    gradients = []
-    for shared in (None, batch_of(questions, rows)["shared"]):
-        model.zero_grad()
-        model(**(batch_of(questions, rows) | {"shared": shared})).loss.backward()
-        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
-
-
 def test_loss_is_binary_cross_entropy_on_that_logit(liked):
     model, tokenizer = make_yes_no_model(YesNoModel, offset=2.0)
     questions = questions_for(model, tokenizer, liked)
@@ -163,9 +219,7 @@ def test_cora_begins_as_the_base_model(liked):
     text = YesNoModel(YesNoConfig(answer=37, trained=[], saved=[]), copy.deepcopy(model.language)).eval()
     for layer in linear_layers(text.language, model.config.targets).values():
         layer._forward_hooks.clear()
-    torch.testing.assert_close(
-        logits_of(model, questions, rows, shared=None), logits_of(text, questions, rows, shared=None), rtol=0, atol=0
-    )
+    torch.testing.assert_close(logits_of(model, questions, rows), logits_of(text, questions, rows), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("architecture, targets", [
