@@ -1,7 +1,7 @@
-"""Benchmark Yes/No methods: scoring next to naive scoring, a CoRA step next to a LoRA step, and AUC of each method.
+"""Benchmark Yes/No methods: trees next to one row a pass, a CoRA step next to a LoRA step, and AUC of each method.
 
 python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct
-python -m bench.preference --data_path ~/datasets --parts scoring step
+python -m bench.preference --data_path ~/datasets --parts scoring training step
 python -m bench.preference --parts methods --tune_flags=--bf16 --test_flags=--bf16     # a GPU, all of train
 python -m bench.preference --parts methods --test_flags "--sample_num 700" --tune_flags "--train_data_sample_num 600 \
     --epochs 1 --per_device_batch_size 8 --max_his_len 5 --save_and_eval_strategy no --patience 0"      # a CPU: hours
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,11 @@ from bench.common import earlier_figures, synchronise, write_results
 from reclingua import Scorer
 from reclingua.datasets.collators import pad
 from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, read_prompts
-from reclingua.datasets.ratings import RatingsDataset, open_ratings
+from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
+from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
 from reclingua.models.collaborative.mf import MF, MFConfig
+from reclingua.models.collm import CoLLM, CoLLMConfig
 from reclingua.models.cora import CoRA, CoRAConfig
 from reclingua.models.language import load_model, load_tokenizer
 from reclingua.models.lora import add_lora
@@ -36,7 +39,7 @@ from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import read_json
 from reclingua.utils.metadata import CheckpointMetadata
 
-PARTS = ("scoring", "step", "methods")
+PARTS = ("scoring", "training", "step", "methods")
 HISTORY = 10  # titles, as in the papers
 RANK, TARGETS = 16, ["q_proj", "k_proj", "v_proj", "o_proj"]  # of CoRA with MF
 # Name -> method, collaborative model, published AUC / UAUC on this split with models of 7 billion parameters.
@@ -58,8 +61,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--data_path", default="../shared/data", help="folder of ml-1m (default: %(default)s)")
     parser.add_argument("--base_model", default="ckpt/base/SmolLM2-135M-Instruct", help="(default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=256, help="rows of test that are scored (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=256, help="rows that are scored or trained (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="rows of a batch (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens of a training batch (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="training steps of a timing (default: %(default)s)")
     methods = parser.add_argument_group("methods")
@@ -83,6 +87,8 @@ def main() -> None:
     figures = earlier_figures("preference", device)
     if "scoring" in args.parts:
         figures |= time_scoring(args, dataset, device)
+    if "training" in args.parts:
+        figures |= time_training(args, dataset, device)
     if "step" in args.parts:
         figures |= time_steps(args, dataset, device)
     if "methods" in args.parts:
@@ -90,29 +96,49 @@ def main() -> None:
     print(f"\n{write_results('preference', device, figures)}")
 
 
-def build_samples(rows: Dataset, dataset: RatingsDataset, tokenizer) -> YesNoDataset:
+def build_samples(rows: Dataset, dataset: RatingsDataset, tokenizer, task: str = "text", **trees) -> YesNoDataset:
+    """Return rows as prompts, one a tree with the last HISTORY titles unless `trees` says otherwise."""
     titles = {int(item): about["title"] for item, about in dataset.items.items()}
-    templates = read_prompts(YES_NO_PROMPT_FILE, {"text": YES_NO_FIELDS["text"]})["text"]
-    return YesNoDataset(rows, titles, tokenizer, templates[:1], HISTORY, ", ", 8192)
+    templates = read_prompts(YES_NO_PROMPT_FILE, {task: YES_NO_FIELDS[task]})[task]
+    return YesNoDataset(rows, titles, tokenizer, templates[:1], HISTORY, ", ", 8192, **trees)
 
 
-# ---- Scoring: shared prefixes and one logit per row, next to padded batches with all logits ----
+# ---- Trees: many rows of a user in one pass, next to one row a pass ----
+
+LAYOUTS = {
+    "one row a pass, last 10 titles": {},
+    "one row a pass, anchored window": {"history_window": "anchored"},
+    "trees, last 10 titles": {"rows_per_tree": 16},
+    "trees, anchored window": {"history_window": "anchored", "rows_per_tree": 16},
+}
+
+
+def users_of(part: Dataset, count: int) -> Dataset:
+    """Return all rows of random users, about `count` rows: single rows would have nothing to share."""
+    users = to_numpy(part, "uid")
+    order = np.random.default_rng(0).permutation(np.unique(users))
+    sizes = np.cumsum([np.sum(users == user) for user in order])
+    chosen = order[: int(np.searchsorted(sizes, count)) + 1]
+    return part.select(np.flatnonzero(np.isin(users, chosen)))
 
 
 def time_scoring(args: argparse.Namespace, dataset: RatingsDataset, device: torch.device) -> dict:
+    """Time the scoring of the same rows in each layout, and in padded batches with all logits."""
     tokenizer = load_tokenizer(args.base_model)
-    samples = build_samples(dataset.parts["test"].take(args.rows), dataset, tokenizer)
+    part = users_of(dataset.parts["test"], args.rows)
+    samples = {name: build_samples(part, dataset, tokenizer, **trees) for name, trees in LAYOUTS.items()}
+    first, anchored, _, ours = LAYOUTS
     language = load_model(args.base_model).requires_grad_(False)
     add_lora(language, 8, 16, 0.05, ["q_proj", "v_proj"])
-    yes = samples.answer.yes
+    yes = samples[first].answer.yes
     model = YesNoModel(YesNoConfig(answer=yes, trained=[], saved=[]), language).eval().to(device)
     scorer = Scorer(model, dataset, CheckpointMetadata("tallrec", dataset.name, prompts={"text": []}), tokenizer)
 
     @torch.no_grad()
-    def naive(samples: YesNoDataset) -> np.ndarray:
-        scores = []
-        for start in range(0, len(samples), args.batch_size):
-            ids = [samples[i]["input_ids"] for i in range(start, min(start + args.batch_size, len(samples)))]
+    def naive() -> np.ndarray:
+        rows, scores = samples[first], []
+        for start in range(0, len(rows), args.batch_size):
+            ids = [rows[i]["input_ids"] for i in range(start, min(start + args.batch_size, len(rows)))]
             batch = {
                 "input_ids": pad(ids, tokenizer.pad_token_id, left=True).to(device),
                 "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True).to(device),
@@ -120,38 +146,85 @@ def time_scoring(args: argparse.Namespace, dataset: RatingsDataset, device: torc
             scores.append(language(**batch, use_cache=False).logits[:, -1, yes].float().cpu())
         return torch.cat(scores).numpy()
 
-    sides = {
-        "padded to the longest, all logits": naive,
-        "ours": lambda samples: scorer.score_samples(samples, args.batch_size),
-    }
-    for score in sides.values():
-        score(build_samples(dataset.parts["test"].take(8), dataset, tokenizer))  # warm-up: threads start
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    scores = {}
-    for _ in range(args.repeats):
-        for side, score in sides.items():
-            seconds[side].append(
-                time_call(lambda score=score, side=side: scores.update({side: score(samples)}), device)
-            )
+    sides = {"padded, all logits, last 10 titles": naive}
+    sides |= {name: lambda rows=rows: scorer.score_samples(rows, args.batch_size) for name, rows in samples.items()}
+    scorer.score_samples(build_samples(part.take(8), dataset, tokenizer), 8)  # warm-up: threads start
+    scores: dict[str, np.ndarray] = {}
+    seconds = time_sides({side: lambda s=side: scores.update({s: sides[s]()}) for side in sides}, args, device)
     medians = {side: statistics.median(times) for side, times in seconds.items()}
-    first, ours = sides
-    print(f"\nscoring {args.rows} rows, {samples.lengths().mean():.0f} tokens each, batches of {args.batch_size}")
+    tokens = {name: float(rows.lengths().sum() / len(part)) for name, rows in samples.items()}
+    print(f"\nscoring {len(part)} rows, batches of {args.batch_size}")
     for side, median in medians.items():
-        difference = np.abs(scores[side] - scores[first]).max()
-        print(
-            f"{side:<36}{args.rows / median:>8.2f} rows/s{medians[first] / median:>8.2f} x   "
-            f"difference {difference:.0e}"
-        )
-    return {
-        "ratio_vs_naive": medians[first] / medians[ours],
-        "scoring": {
-            "rows": args.rows,
-            "batch_size": args.batch_size,
-            "tokens": float(samples.lengths().mean()),
-            "seconds": seconds,
-            "largest_difference": float(np.abs(scores[ours] - scores[first]).max()),
-        },
+        size = f"{tokens[side]:>8.1f} tokens a row" if side in tokens else ""
+        print(f"{side:<36}{len(part) / median:>8.2f} rows/s{medians[first] / median:>8.2f} x{size}")
+    differences = {
+        "naive": float(np.abs(scores["padded, all logits, last 10 titles"] - scores[first]).max()),
+        "sliding": float(np.abs(scores["trees, last 10 titles"] - scores[first]).max()),
+        "anchored": float(np.abs(scores[ours] - scores[anchored]).max()),
     }
+    print("largest differences: " + ", ".join(f"{name} {value:.0e}" for name, value in differences.items()))
+    return {
+        "scoring_ratio": medians[first] / medians[ours],
+        "ratio_vs_naive": medians["padded, all logits, last 10 titles"] / medians[ours],
+        "scoring": {"rows": len(part), "tokens": tokens, "seconds": seconds, "largest_differences": differences},
+    }
+
+
+def time_training(args: argparse.Namespace, dataset: RatingsDataset, device: torch.device) -> dict:
+    """Time a pass over the same rows, first stage (LoRA) and CoLLM's second stage, in one-row and tree layout."""
+    tokenizer = load_tokenizer(args.base_model)
+    part = users_of(dataset.parts["train"], args.rows)
+    figures: dict[str, dict] = {}
+    for stage, task in (("LoRA", "text"), ("CoLLM, second stage", "soft")):
+        language = load_model(args.base_model).requires_grad_(False)
+        add_lora(language, 8, 16, 0.0, ["q_proj", "v_proj"])
+        if stage == "LoRA":
+            model = YesNoModel(YesNoConfig(trained=["lora"], saved=[]), language)
+        else:
+            cf_model = MF(MFConfig(num_users=dataset.num_users, num_items=dataset.num_items)).eval()
+            config = CoLLMConfig(trained=["projector"], saved=[], cf_config=cf_model.config.to_dict())
+            model = CoLLM(config, language, cf_model)
+        model.train().to(device)
+        optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4)
+        batches = {
+            name: build_batches(build_samples(part, dataset, tokenizer, task, **LAYOUTS[name]), args.tokens, device)
+            for name in ("one row a pass, last 10 titles", "trees, anchored window")
+        }
+
+        def train(side: str, batches=batches, model=model, optimizer=optimizer) -> None:
+            for batch in batches[side]:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        for side in batches:
+            model(**batches[side][0]).loss.backward()  # warm-up
+        seconds = time_sides({side: lambda s=side: train(s) for side in batches}, args, device)
+        rows, trees = (statistics.median(times) for times in seconds.values())
+        speeds = f"{len(part) / rows:.2f} rows/s one row a pass, {len(part) / trees:.2f} as trees"
+        print(f"{stage}: {speeds}, {rows / trees:.2f} x")
+        figures[stage] = {"ratio": rows / trees, "rows": len(part), "seconds": seconds}
+    return {"training": figures}
+
+
+def build_batches(samples: YesNoDataset, tokens: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Return batches of samples of similar length, at most `tokens` tokens with padding."""
+    sampler = LengthGroupedBatchSampler(samples.lengths(), max_tokens=max(tokens, int(samples.lengths().max())))
+    collate, batches = YesNoCollator(samples.tokenizer), []
+    for numbers in sampler:
+        batch = collate([samples[number] for number in numbers])
+        del batch["lengths"]
+        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+    return batches
+
+
+def time_sides(sides: dict[str, Callable], args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of each side, taken in turns."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(args.repeats):
+        for side, work in sides.items():
+            seconds[side].append(time_call(work, device))
+    return seconds
 
 
 # ---- Training: a step of CoRA next to one of LoRA ----
