@@ -37,10 +37,11 @@ FIELDS = {
     "itemsearch": Fields([{"preference", *INTENTION_FIELDS}], [{"target"}], optional={"history", "titles"}),
     "preferenceobtain": Fields([{"history", "titles"}], [{"preference"}]),
 }
+RATES = frozenset({"item_rate", "user_rate"})
 YES_NO_FIELDS = {
-    "text": Fields([{"history"}, {"title"}]),
-    "soft": Fields([{"history"}, {"title"}, {"user"}, {"item"}], optional={"history_ids"}),
-    "codes": Fields([{"history"}, {"title"}, {"user"}, {"item"}]),
+    "text": Fields([{"history"}, {"title"}], optional=RATES),
+    "soft": Fields([{"history"}, {"title"}, {"user"}, {"item"}], optional=RATES | {"history_ids"}),
+    "codes": Fields([{"history"}, {"title"}, {"user"}, {"item"}], optional=RATES),
 }
 
 

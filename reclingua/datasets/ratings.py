@@ -158,7 +158,8 @@ def make_ratings(
         numbers.append((int(user or 0), int(item), [int(liked) for liked in history]))
     uid, iid = (np.array([number[column] for number in numbers], dtype=np.int64) for column in (0, 1))
     zeros = np.zeros(len(numbers), dtype=np.int64)
-    columns = {"uid": uid, "iid": iid, "label": zeros, "timestamp": zeros, "his": [number[2] for number in numbers]}
+    now = zeros + np.iinfo(np.int64).max  # after everything that was rated
+    columns = {"uid": uid, "iid": iid, "label": zeros, "timestamp": now, "his": [number[2] for number in numbers]}
     if is_warm is None:
         train = dataset.parts["train"]
         is_warm = np.isin(uid, np.unique(to_numpy(train, "uid"))) & np.isin(iid, np.unique(to_numpy(train, "iid")))

@@ -7,7 +7,7 @@ are together the very tokens of a row's prompt.
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from string import Formatter
 from typing import NamedTuple
@@ -110,6 +110,7 @@ class YesNoDataset(torch.utils.data.Dataset):
         soft_tokens: number of soft tokens for each id.
         read_length: number of liked items that the collaborative model reads.
         codes: texts of users and items by id, for prompt templates with codes.
+        row_texts: texts of other fields of the templates, by field, one of each row.
         cold_template: prompt template without ids, for rows whose user or item is not in train.
         history_window: how the window moves, see `window_starts`.
         rows_per_tree: largest number of rows of a tree; 1 for a model without tree attention.
@@ -131,13 +132,14 @@ class YesNoDataset(torch.utils.data.Dataset):
         soft_tokens: int = 1,
         read_length: int = 0,
         codes: tuple[dict[int, str], dict[int, str]] | None = None,
+        row_texts: Mapping[str, Sequence[str]] | None = None,
         cold_template: PromptTemplate | None = None,
         draw: bool = False,
         seed: int = 0,
         history_window: str = "sliding",
         rows_per_tree: int = 1,
     ):
-        self.titles, self.tokenizer, self.codes = titles, tokenizer, codes
+        self.titles, self.tokenizer, self.codes, self.row_texts = titles, tokenizer, codes, row_texts or {}
         self.his_sep, self.limit, self.soft_tokens = his_sep, limit, soft_tokens
         self.draw, self.seed, self.epoch = draw, seed, 0
         self._sanitize = sanitizer(tokenizer)
@@ -215,8 +217,8 @@ class YesNoDataset(torch.utils.data.Dataset):
         ids, answer = yes_no_token_ids(self.tokenizer, ending)
         pieces.append(Piece(ids, None, ""))
         # A user's code is a text that all rows of the user share; soft tokens belong to a row.
-        differing = {"history", "title", "item", "history_ids"} | (set() if self.codes else {"user"})
-        cut = next(place for place, piece in enumerate(pieces) if piece.field in differing)
+        shared = {"user"} if self.codes else set()
+        cut = next(place for place, piece in enumerate(pieces) if piece.field not in shared)
         cut += pieces[cut].field == "history"
         return TreeTemplate(pieces[:cut], pieces[cut:]), answer
 
@@ -236,7 +238,7 @@ class YesNoDataset(torch.utils.data.Dataset):
             for template in (*self.templates, *self.cold_templates)
         )
         bound = tokens[offsets[1:]] - tokens[offsets[:-1] + starts] + [asked[item] for item in self.items.tolist()]
-        # Two codes, NO_HISTORY, soft tokens of user, item and history, spaces that become tokens.
+        # Two codes or rates, NO_HISTORY, soft tokens of user, item and history, spaces that become tokens.
         bound = bound + words + 128 + self.soft_tokens * (2 + np.diff(offsets) - starts)
         starts = starts.copy()
         for row in np.flatnonzero(bound > self.limit).tolist():
@@ -315,6 +317,8 @@ class YesNoDataset(torch.utils.data.Dataset):
             elif field in ("user", "item") and self.codes:
                 owner, number = (USER, self.users[row]) if field == "user" else (ITEM, self.items[row])
                 ids += self._encode(gap + self.codes[owner][int(number)])
+            elif field in self.row_texts:
+                ids += self._encode(gap + self.row_texts[field][row])
             elif field is not None:
                 soft += [0] * (len(ids) - len(soft))
                 liked = range(LIKED + place, LIKED + place + len(shown))

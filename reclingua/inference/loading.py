@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import InteractionDataset, open_interactions
 from reclingua.datasets.prompts import PromptTemplate
+from reclingua.datasets.rates import rate_texts
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
 from reclingua.datasets.tasks import TEXT_TASKS
 from reclingua.datasets.yes_no import YesNoDataset, format_code
@@ -199,6 +200,10 @@ def build_yes_no_dataset(
         cold_text_only: rows whose user or item training did not know get the prompt of titles alone.
     """
     templates, codes = yes_no_templates(metadata), None
+    cold_template = PromptTemplate(**metadata.prompts["text"][0]) if cold_text_only else None
+    fields = {
+        field for template in (*templates, *([cold_template] if cold_template else ())) for field in template.fields
+    }
     if metadata.method == "binllm" and isinstance(model.cf_model, HashedMF):
         codes = _code_texts(rows, model.cf_model, metadata.code_format or "bits")
     return YesNoDataset(
@@ -212,7 +217,8 @@ def build_yes_no_dataset(
         soft_tokens=getattr(model.config, "soft_tokens", 1),
         read_length=model.cf_model.history_length if model.cf_model is not None else 0,
         codes=codes,
-        cold_template=PromptTemplate(**metadata.prompts["text"][0]) if cold_text_only else None,
+        row_texts=rate_texts(dataset.parts["train"], rows, fields),
+        cold_template=cold_template,
         draw=prompt_id is None,
         seed=seed,
         history_window=metadata.history_window or "sliding",

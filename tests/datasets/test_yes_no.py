@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from convert.scratch import train_tokenizer
 from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, PromptTemplate, read_prompts
+from reclingua.datasets.rates import rate_texts, rates_before
 from reclingua.datasets.ratings import liked_history, open_ratings
 from reclingua.datasets.trees import HISTORY_WINDOWS, Histories, group_rows, window_starts
 from reclingua.datasets.yes_no import LIKED, YesNoCollator, YesNoDataset, format_code, yes_no_token_ids
@@ -167,6 +169,38 @@ def test_histories_that_are_no_prefixes_make_trees_of_their_own():
         shown = [Histories(items, offsets).shown(row, 0).tolist() for row in tree]
         assert all(after[: len(before)] == before for before, after in zip(shown, shown[1:], strict=False))
     assert num_breaks >= 1 and sorted(np.concatenate(trees)) == [0, 1, 2, 3, 4]
+
+
+# ---- Like-rates as text ----
+
+
+def test_rates_count_what_was_rated_before(liked):
+    """Against a slow count; neither the row itself nor anything at its time or later is in it."""
+    train = liked.parts["train"].select(range(300))
+    frame = train.to_pandas()
+    for column in ("iid", "uid"):
+        likes, ratings = rates_before(train, train, column)
+        for row in range(0, 300, 7):
+            earlier = frame[(frame[column] == frame[column][row]) & (frame["timestamp"] < frame["timestamp"][row])]
+            assert (likes[row], ratings[row]) == (earlier["label"].sum(), len(earlier))
+        flipped = frame.assign(label=1 - frame["label"])  # of all rows: no row's own rate is the same for both labels
+        other, _ = rates_before(Dataset.from_pandas(flipped), train, column)
+        assert (likes + other == ratings).all()
+    likes, ratings = rates_before(liked.parts["train"], liked.parts["test"], "iid")
+    counts = liked.parts["train"].to_pandas().groupby("iid")["label"].agg(["sum", "count"])
+    for row, item in enumerate(liked.parts["test"]["iid"][:50]):
+        assert (likes[row], ratings[row]) == (tuple(counts.loc[item]) if item in counts.index else (0, 0))
+
+
+def test_rates_stand_in_the_prompt(liked):
+    texts = rate_texts(liked.parts["train"], liked.parts["test"], {"item_rate", "user_rate", "title"})
+    template = PromptTemplate('Liked {history}. "{title}" by {item_rate}, user {user_rate}: ')
+    questions = ask_about(liked, [template], row_texts=texts)
+    text = questions.tokenizer.decode(questions[5]["input_ids"])
+    assert text.endswith(f"by {texts['item_rate'][5]}, user {texts['user_rate'][5]}: ")
+    assert " of " in texts["item_rate"][5] and texts.keys() == {"item_rate", "user_rate"}
+    prompts = read_prompts(YES_NO_PROMPT_FILE.with_name("yes_no_rates.yaml"), YES_NO_FIELDS)
+    assert all({"item_rate", "user_rate"} < template.fields for task in prompts.values() for template in task)
 
 
 # ---- Which token says Yes ----
