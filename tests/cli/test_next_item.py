@@ -114,6 +114,7 @@ def test_other_architectures_train_save_and_test(script, workshop, tmp_path, arc
     code, _, error = script(
         finetune.main,
         *flags(workshop, tmp_path / "out", "--base_model", base, "--max_steps", 6, "--save_strategy", "no"),
+        *("--embedding_dropout", 0.1),
     )
     assert code == 0, error
     results, _ = measure(script, workshop, tmp_path / "out", "--sample_num", 4)
@@ -168,6 +169,12 @@ def test_bad_input_of_finetune(workshop, tmp_path, refused):
     assert "no such preset" in refuse("--config", tmp_path / "no.yaml")
     assert "cannot be written" in refuse("--output_dir", "/proc/self/out")
     assert "--max_his_len 0" in refuse("--max_his_len", 0)
+    assert "--embedding_dropout 1.0: should be from 0" in refuse("--embedding_dropout", 1)
+    assert "should be hit@10, ndcg@10 or loss" in refuse("--metric_for_best_model", "auc")
+    assert "--seed from 0 to below" in refuse("--seed", -1)
+    assert "--max_eval_samples should be 0 at least" in refuse("--max_eval_samples", -1)
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "should hold 'flag: value' lines" in refuse("--config", tmp_path / "list.yaml")
     small = ("--dataset", "toy", "--data_path", workshop / "datasets", "--output_dir", tmp_path / "small")
     run_main(scratch.main, *small, "--vocab_size", 320, "--max_length", 16)
     assert "reads at most 16 tokens, a sample has" in refuse("--base_model", tmp_path / "small")
@@ -186,6 +193,7 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
     assert "no such file" in refused(test_script.main, "--ckpt_path", tmp_path)
     assert "no such dataset folder" in refuse("--dataset", "nothing")
     assert "needs lists at least that long" in refuse("--num_beams", 5)
+    assert "--test_batch_size 0: should be 1 at least" in refuse("--test_batch_size", 0)
     assert "should be hit@k" in refuse("--metrics", "auc")
     assert "of 0, 1, 2, 3" in refuse("--test_prompt_ids", "0,4")
     other = tmp_path / "other.json"
