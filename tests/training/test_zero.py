@@ -153,6 +153,17 @@ def convert(script, state, output, *more):
     return output
 
 
+def test_convert_sharded_state(script, runs, tmp_path):
+    assert_close(convert(script, runs / "z3", tmp_path / "z3"), runs / "z3-gathered", tolerance=0)
+    assert_close(convert(script, runs / "z2" / "checkpoint-6", tmp_path / "z2"), runs / "z2", tolerance=0)
+    model, tokenizer = load_model(tmp_path / "z3"), load_tokenizer(tmp_path / "z3")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert "<a_0>" in tokenizer.get_vocab()
+    convert(script, runs / "z3-bf16", tmp_path / "half", "--dtype", "bfloat16")
+    assert {weight.dtype for weight in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_convert_sh(runs, tmp_path):
     shutil.copytree(runs / "z3", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-[24]"))
     copy = copy_repository(tmp_path / "repository")
