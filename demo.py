@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from reclingua import Recommender, Scorer
 from reclingua.inference.loading import load_metadata
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.text import unique_names
 
 HOST = "127.0.0.1"
@@ -35,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     )
     model.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
     model.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
+    model.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one a model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
@@ -53,6 +55,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     silence_third_party()
+    trust_remote_code(args.trust_remote_code)
     if args.num_beams < 1:
         raise InputError(f"--num_beams {args.num_beams}: should be 1 at least")
     if not 0 < args.timeout <= 86_400:

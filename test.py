@@ -38,6 +38,7 @@ from reclingua.reporting.details import next_item_details, training_curves, yes_
 from reclingua.reporting.single_run import write_report
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_file, write_json
+from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.metadata import CheckpointMetadata, run_metadata
 
 
@@ -57,6 +58,7 @@ def parse_args() -> argparse.Namespace:
         "--lora", action="store_true", help="ignored; detected from the checkpoint (LC-Rec compatibility)"
     )
     model.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
+    model.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
@@ -118,6 +120,7 @@ def main() -> None:
     """Measure; with the other processes where `test_ddp.py` has made a process group."""
     args = parse_args()
     silence_third_party()
+    trust_remote_code(args.trust_remote_code)
     if args.sample_num != -1 and args.sample_num < 1:
         raise InputError(f"--sample_num {args.sample_num}: should be 1 at least, or -1 for all")
     if args.test_batch_size < 1:

@@ -18,6 +18,7 @@ from sklearn.decomposition import TruncatedSVD
 from reclingua.datasets.interactions import InteractionDataset, open_interactions
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import atomic_write
+from reclingua.utils.hub import hub_options
 
 
 def packaged_encoder() -> str:
@@ -40,7 +41,7 @@ def embed_text(texts: list[str], plm: str, batch_size: int = 64) -> np.ndarray:
     disable_progress_bar()  # for loading weights; encoding shows its own on a terminal
 
     try:
-        encoder = SentenceTransformer(plm)
+        encoder = SentenceTransformer(plm, **hub_options(plm))
     except (OSError, ValueError) as error:
         raise InputError(f"--plm {plm}: no sentence encoder could be loaded ({error})") from None
     return encoder.encode(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import read_json
+from reclingua.utils.files import check_complete, read_json
 
 TEXT_KEYS = ("title", "description")
 
@@ -93,6 +93,7 @@ def open_interactions(
     folder = Path(data_path) / name
     if not folder.is_dir():
         raise InputError(f"{folder}: no such dataset folder; make it with python -m data.prepare, or see --data_path")
+    check_complete(folder)
     inter_path, item_path = folder / f"{name}.inter.json", folder / f"{name}.item.json"
     histories = _read_histories(inter_path)
     items = _read_items(item_path, "items" in needs) if "items" in needs or item_path.exists() else {}
