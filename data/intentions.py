@@ -27,7 +27,7 @@ from reclingua.datasets.interactions import InteractionDataset, open_interaction
 from reclingua.datasets.prompts import PROMPTS, Fields, PromptTemplate, read_prompts
 from reclingua.datasets.user_texts import PARTS, Intention, UserTexts, intention_context, write_user_texts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_file, read_json, write_json
+from reclingua.utils.files import check_outputs, output_file, read_json, write_json
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.metadata import run_metadata
 
@@ -162,8 +162,10 @@ def main() -> None:
     prompts = read_prompts(args.prompt_file, FIELDS)
     users = list(dataset.histories)[: args.users]
     output = args.output or dataset.folder / f"{dataset.name}.user.json"
-    output_file(output)
     run_file, journal_path = output.with_suffix(".run.json"), output.with_suffix(".journal.jsonl")
+    outputs = {"--output": output, "the file of the run": run_file, "the journal": journal_path}
+    check_outputs(outputs, {"--prompt_file": args.prompt_file, **dataset.files})
+    output_file(output)
     made_with = {
         "histories": dataset.sha256("histories"),
         "items": dataset.sha256("items"),

@@ -17,7 +17,7 @@ from sklearn.decomposition import TruncatedSVD
 
 from reclingua.datasets.interactions import InteractionDataset, open_interactions
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import atomic_write
+from reclingua.utils.files import atomic_write, check_outputs
 from reclingua.utils.hub import hub_options
 
 
@@ -102,6 +102,7 @@ def main() -> None:
 
     dataset = open_interactions(args.data_path, args.dataset, needs=["items"])
     output = args.output or dataset.folder / f"{dataset.name}.emb-{Path(args.plm).name}-td.npy"
+    check_outputs({"--output": output}, dataset.files)
     with atomic_write(output) as temporary:
         texts = [dataset.text(item) for item in dataset.item_ids]
         embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)

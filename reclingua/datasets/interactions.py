@@ -45,6 +45,12 @@ class InteractionDataset:
         return sorted(ids, key=int) if all(item.isdecimal() for item in ids) else list(ids)
 
     @property
+    def files(self) -> dict[str, Path]:
+        """The files of interactions and texts by a name for messages; no command may write its output there."""
+        names = (f"{self.name}.inter.json", f"{self.name}.item.json")
+        return {f"{name} of the dataset": self.folder / name for name in names}
+
+    @property
     def too_short(self) -> list[str]:
         """Users with fewer than three interactions."""
         return [user for user, history in self.histories.items() if len(history) < 3]
