@@ -128,9 +128,9 @@ def _replace_files(folder: Path, staging_dir: Path, names: list[str]) -> None:
     """Rename all files to their names in `folder`; after an exception those renamed so far are restored."""
     marker, replaced = folder / REPLACING, []
     was_complete = not marker.exists()
-    marker.write_text("\n".join(names), encoding="utf-8")
-    sync(marker)
     try:
+        marker.touch()
+        sync(folder)
         for name in names:
             if (folder / name).exists():
                 _link_or_copy(folder / name, staging_dir / "before" / name)
@@ -145,7 +145,7 @@ def _replace_files(folder: Path, staging_dir: Path, names: list[str]) -> None:
             else:
                 (folder / name).unlink(missing_ok=True)
         if was_complete:
-            marker.unlink()
+            marker.unlink(missing_ok=True)
         raise
     marker.unlink()
 
