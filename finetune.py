@@ -30,7 +30,7 @@ from reclingua.training.throughput import format_throughput
 from reclingua.training.trainer import RecTrainer
 from reclingua.training.zero import check_zero3_support, saves_sharded_state, without_zero3_init
 from reclingua.utils.errors import InputError, cli_main, mask_flags
-from reclingua.utils.files import check_outputs, locked_folder, output_folder, write_json
+from reclingua.utils.files import check_outputs, locked_folder, write_json
 from reclingua.utils.hub import trust_remote_code
 from reclingua.utils.metadata import run_metadata
 
@@ -44,7 +44,7 @@ def main() -> None:
     silence_third_party()
     trust_remote_code(args.model.trust_remote_code)
     set_seed(args.training.seed)
-    output_dir = output_folder(Path(args.training.output_dir))
+    output_dir = Path(args.training.output_dir)
     with locked_folder(output_dir) if args.training.process_index == 0 else nullcontext():
         tune(args, started)
 

@@ -213,15 +213,18 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
 
 @contextmanager
 def locked_folder(folder: Path, patience: float = 10) -> Iterator[None]:
-    """Hold the lock of an output folder, so that two runs cannot write into it at once.
+    """Create an output folder and hold its lock, so that two runs cannot write into it at once.
+
+    A folder that did not exist before and is still empty at the end is deleted.
 
     Args:
         patience: seconds to wait for a run that is just ending.
 
     Raises:
-        InputError: another process holds the lock.
+        InputError: the folder cannot be written, or another process holds the lock.
     """
-    descriptor, started = os.open(folder, os.O_RDONLY), time.monotonic()
+    is_new = not folder.exists()
+    descriptor, started = os.open(output_folder(folder), os.O_RDONLY), time.monotonic()
     try:
         while True:
             try:
@@ -238,3 +241,5 @@ def locked_folder(folder: Path, patience: float = 10) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
