@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
                 time.sleep(10)  # all ranks fail alike: rank 0 prints first, then torchrun ends the others
             message = " ".join(str(error).split())
             for secret in filter(None, _secrets()):
-                message = message.replace(secret, MASK)
+                message = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, message)
             print(f"error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
