@@ -32,7 +32,7 @@ from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.sasrec import SASRecConfig
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_file, output_folder, write_json
+from reclingua.utils.files import check_outputs, output_file, output_folder, write_json
 from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata, run_metadata
 
 METRICS = ("auc", "uauc")
@@ -240,6 +240,9 @@ def main() -> None:
     dataset = open_ratings(args.data_path, args.dataset)
     output_dir = output_folder(args.output_dir or Path("ckpt") / dataset.name / args.model)
     results_file = args.results_file or Path("results") / dataset.name / f"{args.model}.json"
+    model_files = ("model.safetensors", "config.json", "run.json", METADATA_FILE)
+    written = {f"{name} of --output_dir": output_dir / name for name in model_files}
+    check_outputs({"--results_file": results_file, **written})
     output_file(results_file)
     sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in dataset.parts.items())
     print(f"{dataset.name}: {sizes} ratings; ids: users to {dataset.num_users - 1}, items to {dataset.num_items - 1}")

@@ -34,11 +34,12 @@ from reclingua.inference.predictions import write_rankings, write_scores
 from reclingua.metrics import parse_metrics, ranking_metrics
 from reclingua.models.registry import YES_NO_METHODS
 from reclingua.reporting.codebook import codebook_details
-from reclingua.reporting.details import next_item_details, training_curves, yes_no_details
+from reclingua.reporting.details import check_result_files, next_item_details, training_curves, yes_no_details
 from reclingua.reporting.single_run import write_report
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_file, write_json
-from reclingua.utils.metadata import CheckpointMetadata, run_metadata
+from reclingua.utils.files import write_json
+from reclingua.utils.hub import TRUST_HELP, trust_remote_code
+from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata, run_metadata
 
 
 def test_task(name: str) -> str:
@@ -57,6 +58,7 @@ def parse_args() -> argparse.Namespace:
         "--lora", action="store_true", help="ignored; detected from the checkpoint (LC-Rec compatibility)"
     )
     model.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
+    model.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
@@ -118,6 +120,7 @@ def main() -> None:
     """Measure; with the other processes where `test_ddp.py` has made a process group."""
     args = parse_args()
     silence_third_party()
+    trust_remote_code(args.trust_remote_code)
     if args.sample_num != -1 and args.sample_num < 1:
         raise InputError(f"--sample_num {args.sample_num}: should be 1 at least, or -1 for all")
     if args.test_batch_size < 1:
@@ -230,6 +233,12 @@ def log_users(
     repeated = sum(target in history for history, target in zip(histories, targets, strict=True))
     if args.exclude_seen and repeated:
         print(f"  {repeated:,} users had their target before: with --exclude_seen it counts as a miss")
+    num_left = np.array([len(dataset.item_ids) - len({*history}) for history in histories])
+    k = max(k for _, k in parse_metrics(args.metrics))
+    if args.exclude_seen and (empty := (num_left == 0).sum()):
+        print(f"  {empty:,} users had every item: no item is left to recommend, which counts as a miss")
+    if args.exclude_seen and (few := ((0 < num_left) & (num_left <= k)).sum()):
+        print(f"  {few:,} users have at most {k} items left: a list of {k} has their target, whatever the model")
 
 
 def items_of(ranked: list[ScoredItem]) -> list[str]:
@@ -363,8 +372,9 @@ def device_of(args: argparse.Namespace) -> str:
 def results_file_of(args: argparse.Namespace, dataset: str, method: str) -> Path:
     """Return where results go; InputError, before anything is measured, if an output file cannot be written."""
     results_file = args.results_file or Path("results") / dataset / f"{method}.json"
-    for file in filter(None, (results_file, args.predictions_file)):
-        output_file(file)
+    inputs = {f"{name} of --ckpt_path": args.ckpt_path / name for name in (METADATA_FILE, "config.json", "run.json")}
+    inputs |= {f"--{name}": Path(getattr(args, name)) for name in ("index_file", "user_file")}
+    check_result_files(results_file, args.predictions_file, inputs)
     return results_file
 
 

@@ -1,6 +1,5 @@
 """Model folders: atomic creation, and the files other than weights."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +10,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import output_folder
+from reclingua.utils.files import output_folder, sync, temporary_path
 from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
 
-# Suffixes of tokenizer, config and metadata. Pickles and subfolders are never copied.
-COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-SKIPPED_FILES = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # describe other folders
+# What goes along with the weights, and the metadata, without local paths. Anything else in a folder can be private.
+COPIED_FILES = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 PATHS = ("base_model", "cf_model", "init_from")  # metadata keys with paths or hub names
 
 
@@ -33,11 +36,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; choose another output folder")
     path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     output_folder(path.parent)
     try:
         temporary.mkdir()
         yield temporary
+        for file in temporary.rglob("*"):
+            sync(file)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
@@ -74,12 +79,15 @@ def copy_rest(source: Path, folder: Path) -> None:
     """Copy tokenizer, configs and metadata, without local paths in the metadata.
 
     Raises:
+        InputError: a file is a link, which could lead to any file of this machine.
         OSError: a file cannot be copied.
     """
-    for file in sorted(source.iterdir()):
-        is_skipped = file.name in SKIPPED_FILES or file.name.endswith(".index.json")
-        if file.suffix in COPIED_SUFFIXES and not is_skipped and file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    for name in (*COPIED_FILES, METADATA_FILE):
+        if (source / name).is_symlink():
+            raise InputError(f"{source / name}: is a link, which is not followed; make a folder of copies: cp -rL")
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     if (source / METADATA_FILE).exists():
         save_public_metadata(CheckpointMetadata.load(source), folder)
 

@@ -31,6 +31,7 @@ from reclingua.models.lora import load_lora
 from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.metadata import CheckpointMetadata
 
 # Values in the metadata of a merged model that replace those of the adapter.
@@ -49,8 +50,10 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=DTYPES, help="dtype of the merged model (default: %(default)s)"
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     add_flags(parser)
     args = one_line_errors(parser).parse_args()
+    trust_remote_code(args.trust_remote_code)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     adapter = model_folder(args.ckpt_path)

@@ -11,14 +11,15 @@ import reclingua.utils.logging  # noqa: F401
 import argparse
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from convert.folders import atomic_folder
 from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_folder
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -70,7 +71,7 @@ def main() -> None:
     templates = [template for task in prompts.values() for template in task]
     texts = [dataset.title(item) for item in dataset.item_ids] + [p.prompt.replace("{history}", "") for p in templates]
     tokenizer = train_tokenizer(texts, args.vocab_size, args.max_length)
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -86,10 +87,10 @@ def main() -> None:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    output_folder(args.output_dir)
     disable_progress_bar()
-    tokenizer.save_pretrained(args.output_dir)
-    model.save_pretrained(args.output_dir)
+    with atomic_folder(args.output_dir) as folder:
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens -> {args.output_dir}/")
 
 

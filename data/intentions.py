@@ -27,7 +27,8 @@ from reclingua.datasets.interactions import InteractionDataset, open_interaction
 from reclingua.datasets.prompts import PROMPTS, Fields, PromptTemplate, read_prompts
 from reclingua.datasets.user_texts import PARTS, Intention, UserTexts, intention_context, write_user_texts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_file, read_json, write_json
+from reclingua.utils.files import check_outputs, output_file, read_json, write_json
+from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.metadata import run_metadata
 
 LCREC_PROMPT_FILE = PROMPTS / "intentions.yaml"
@@ -153,6 +154,7 @@ def collect(dataset: InteractionDataset, plan: Plan, texts: dict[str, str]) -> t
 def main() -> None:
     args = parse_args()
     started = time.monotonic()
+    trust_remote_code(args.trust_remote_code)
     disable_progress_bar()  # for loading weights; asking shows its own
 
     # ---- Data, prompts, and the check whether the output exists already ----
@@ -160,8 +162,10 @@ def main() -> None:
     prompts = read_prompts(args.prompt_file, FIELDS)
     users = list(dataset.histories)[: args.users]
     output = args.output or dataset.folder / f"{dataset.name}.user.json"
-    output_file(output)
     run_file, journal_path = output.with_suffix(".run.json"), output.with_suffix(".journal.jsonl")
+    outputs = {"--output": output, "the file of the run": run_file, "the journal": journal_path}
+    check_outputs(outputs, {"--prompt_file": args.prompt_file, **dataset.files})
+    output_file(output)
     made_with = {
         "histories": dataset.sha256("histories"),
         "items": dataset.sha256("items"),
@@ -231,6 +235,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--model", help=f"chat model: folder, hub name, or its name at the endpoint (default: {LOCAL_MODEL})"
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.0,

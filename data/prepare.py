@@ -21,7 +21,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from data.raw_files import DISK_ERRORS
 from data.readers import SOURCES
 from reclingua.datasets.ratings import COLUMNS, PARTS
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import atomic_write, output_folder
+from reclingua.utils.files import atomic_files
 
 RATED_WITH_IDS = "rated JOIN users ON u = users.number JOIN items_kept ON i = items_kept.number"
 
@@ -131,9 +131,9 @@ def id_lines(con: DuckDBPyConnection, table: str) -> Iterator[str]:
 
 def write_files(folder: Path, content: dict[str, Iterable[str] | pa.RecordBatchReader]) -> None:
     """Write the files of a dataset atomically as a group: all of them are replaced at the end, or none."""
-    with ExitStack() as files:
+    with atomic_files(folder, content) as temporaries:
         for name, pieces in content.items():
-            temporary = files.enter_context(atomic_write(folder / name))
+            temporary = temporaries[name]
             if isinstance(pieces, pa.RecordBatchReader):
                 schema = pa.schema(COLUMNS.items())
                 with pq.ParquetWriter(temporary, schema) as writer:
@@ -187,7 +187,7 @@ def prepare_sequential(con: DuckDBPyConnection, args: argparse.Namespace, only_k
             f"{folder / f'{name}.item.json'}: exists, but no --items_path is given; give it or move the file"
         )
     content |= {f"{name}.user2id": id_lines(con, "users"), f"{name}.item2id": id_lines(con, "items_kept")}
-    write_files(output_folder(folder), content)
+    write_files(folder, content)
     print_summary(con, name, dropped)
     print(f"  written to {folder}/")
 
@@ -255,7 +255,7 @@ def prepare_preference(con: DuckDBPyConnection, args: argparse.Namespace, only_k
             raise InputError(f"{name}: {part}, {period}, has {has}; {span}; see --start, --months, --liked_above")
         lines.append(f"  {part:<5} {period}: {count:>9,} ratings, {liked:.1%} liked, {1 - warm:.1%} cold")
 
-    folder = output_folder(args.data_path / name)
+    folder = args.data_path / name
     columns = ", ".join(COLUMNS)
     content: dict[str, Iterable[str] | pa.RecordBatchReader] = {}
     for part in PARTS:

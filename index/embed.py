@@ -17,7 +17,8 @@ from sklearn.decomposition import TruncatedSVD
 
 from reclingua.datasets.interactions import InteractionDataset, open_interactions
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import atomic_write
+from reclingua.utils.files import atomic_write, check_outputs
+from reclingua.utils.hub import hub_options
 
 
 def packaged_encoder() -> str:
@@ -40,7 +41,7 @@ def embed_text(texts: list[str], plm: str, batch_size: int = 64) -> np.ndarray:
     disable_progress_bar()  # for loading weights; encoding shows its own on a terminal
 
     try:
-        encoder = SentenceTransformer(plm)
+        encoder = SentenceTransformer(plm, **hub_options(plm))
     except (OSError, ValueError) as error:
         raise InputError(f"--plm {plm}: no sentence encoder could be loaded ({error})") from None
     return encoder.encode(
@@ -101,6 +102,7 @@ def main() -> None:
 
     dataset = open_interactions(args.data_path, args.dataset, needs=["items"])
     output = args.output or dataset.folder / f"{dataset.name}.emb-{Path(args.plm).name}-td.npy"
+    check_outputs({"--output": output}, dataset.files)
     with atomic_write(output) as temporary:
         texts = [dataset.text(item) for item in dataset.item_ids]
         embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)

@@ -23,7 +23,7 @@ from index.rqvae import RQVAE
 from reclingua.datasets.interactions import InteractionDataset, open_interactions, read_embeddings
 from reclingua.metrics.index import perplexity
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import write_json
+from reclingua.utils.files import check_outputs, write_json
 
 
 def load_rqvae(args: argparse.Namespace, dataset: InteractionDataset) -> tuple[RQVAE, torch.Tensor]:
@@ -80,6 +80,8 @@ def main() -> None:
             raise InputError(f"--{flag} has no effect with --{'random' if args.random else 'rqvae'}; leave it out")
 
     dataset = open_interactions(args.data_path, args.dataset, needs=["items"])
+    output = args.output or dataset.folder / f"{dataset.name}.index.json"
+    check_outputs({"--output": output}, {"--embeddings": args.embeddings, **dataset.files})
     if args.random:
         sizes = args.codebook_sizes or default_sizes(len(dataset.item_ids))
         check_sizes(sizes, len(dataset.item_ids))
@@ -87,7 +89,6 @@ def main() -> None:
     else:
         model, embeddings = load_rqvae(args, dataset)
         sizes, codes = model.config.codebook_sizes, assign_codes(model, embeddings)
-    output = args.output or dataset.folder / f"{dataset.name}.index.json"
     write_json(output, dict(zip(dataset.item_ids, to_tokens(codes), strict=True)))
     for level, column in enumerate(codes.T):
         print(

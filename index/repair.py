@@ -8,12 +8,13 @@ first free code of that level; a new code is added to the level only if none is 
 
 import argparse
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 from reclingua.datasets.interactions import read_codes
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import write_json
+from reclingua.utils.files import check_outputs, write_json
 
 
 def deduplicate(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -25,14 +26,18 @@ def deduplicate(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
         last_codes[depth] = sorted(distinct, key=lambda code: (len(code), code))
     repaired: dict[str, list[str]] = {}
     assigned: set[str] = set()
+    # Position in the level before which all codes after a prefix are occupied: they never become free again.
+    positions: dict[tuple[str, ...], int] = defaultdict(int)
     for item, codes in index.items():
         if "".join(codes) in assigned:
             prefix, level = codes[:-1], last_codes[len(codes)]
-            code = next((code for code in level if "".join([*prefix, code]) not in occupied), None)
-            if code is None:
-                code = next_code(level[-1])
-                level.append(code)
-            codes = [*prefix, code]
+            position = positions[*prefix]
+            while position < len(level) and "".join([*prefix, level[position]]) in occupied:
+                position += 1
+            if position == len(level):
+                level.append(next_code(level[-1]))
+            positions[*prefix] = position + 1
+            codes = [*prefix, level[position]]
             occupied.add("".join(codes))
         assigned.add("".join(codes))
         repaired[item] = codes
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("index", type=Path, help="index file, D.index.json")
     parser.add_argument("--output", type=Path, required=True, help="repaired index file")
     args = one_line_errors(parser).parse_args()
+    check_outputs({"--output": args.output}, {"the index to repair": args.index})
     index = read_codes(args.index)
     repaired = deduplicate(index)
     write_json(args.output, repaired)

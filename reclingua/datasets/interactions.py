@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import read_json
+from reclingua.utils.files import check_complete, read_json
 
 TEXT_KEYS = ("title", "description")
 
@@ -43,6 +43,12 @@ class InteractionDataset:
         """All items, numeric ids in numeric order; row i of an embedding file belongs to item i of this list."""
         ids = self.items or self.index or {item for history in self.histories.values() for item in history}
         return sorted(ids, key=int) if all(item.isdecimal() for item in ids) else list(ids)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files of interactions and texts by a name for messages; no command may write its output there."""
+        names = (f"{self.name}.inter.json", f"{self.name}.item.json")
+        return {f"{name} of the dataset": self.folder / name for name in names}
 
     @property
     def too_short(self) -> list[str]:
@@ -93,6 +99,7 @@ def open_interactions(
     folder = Path(data_path) / name
     if not folder.is_dir():
         raise InputError(f"{folder}: no such dataset folder; make it with python -m data.prepare, or see --data_path")
+    check_complete(folder)
     inter_path, item_path = folder / f"{name}.inter.json", folder / f"{name}.item.json"
     histories = _read_histories(inter_path)
     items = _read_items(item_path, "items" in needs) if "items" in needs or item_path.exists() else {}

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import read_json
+from reclingua.utils.files import check_complete, read_json
 
 PARTS = ("train", "valid", "test")
 # Columns of a row. Ids start at 1; 0 is padding. his: the items that the user has liked so far, oldest first.
@@ -110,6 +110,7 @@ def open_ratings(data_path: str | Path, name: str) -> RatingsDataset:
             f"{folder}: no such dataset folder; make it with python -m data.prepare --task preference, "
             "or see --data_path"
         )
+    check_complete(folder)
     items = read_json(folder / "item.json", "item -> title and description")
     for item, record in items.items():
         if not item.isdecimal() or len(item) > 9 or item != str(int(item)) or item == "0":

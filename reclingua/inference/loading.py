@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import InteractionDataset, open_interactions
-from reclingua.datasets.prompts import PromptTemplate
+from reclingua.datasets.prompts import PromptTemplate, check_prompts
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
 from reclingua.datasets.tasks import TEXT_TASKS
 from reclingua.datasets.yes_no import YesNoDataset, format_code
 from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.hash import HashedMF
-from reclingua.models.language import base_fingerprint, load_model, load_tokenizer
+from reclingua.models.language import base_fingerprint, context_length, load_model, load_tokenizer
 from reclingua.models.lora import load_lora
 from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
@@ -40,6 +40,7 @@ def load_metadata(folder: str | Path) -> CheckpointMetadata:
         )
     if metadata.method not in ("lcrec", *YES_NO_METHODS, *COLLABORATIVE_MODELS):
         raise InputError(f"{folder / METADATA_FILE}: was made by {metadata.method!r}, which is no method")
+    check_prompts(folder / METADATA_FILE, metadata.prompts)
     return metadata
 
 
@@ -143,7 +144,7 @@ def load_language_model(
 
 def check_context_length(model: PreTrainedModel, tokens: int) -> None:
     """Raise InputError if a sample has more tokens than the model reads."""
-    limit = getattr(model.config, "max_position_embeddings", 0)
+    limit = context_length(model)
     if limit and tokens > limit:
         raise InputError(
             f"the model reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len or --max_text_len"
@@ -208,7 +209,7 @@ def build_yes_no_dataset(
         templates if prompt_id is None else [templates[prompt_id]],
         metadata.max_his_len,
         metadata.his_sep,
-        limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
+        limit=context_length(model.language) or 10**9,
         soft_tokens=getattr(model.config, "soft_tokens", 1),
         read_length=model.cf_model.history_length if model.cf_model is not None else 0,
         codes=codes,

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reclingua.utils.errors import InputError
+from reclingua.utils.hub import hub_options
 
 DTYPES = ("float32", "bfloat16", "float16")
 MIN_SHARED_PREFIX = 64  # tokens that an extra forward pass over a shared prefix has to save
@@ -26,9 +27,9 @@ MIN_SHARED_PREFIX = 64  # tokens that an extra forward pass over a shared prefix
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer in folder (or of hub name) `path`, with a pad token; InputError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub_options(path))
     except Exception as error:  # the library raises a dozen classes for a missing or invalid folder
-        raise InputError(f"{path}: no tokenizer could be loaded ({summarize_error(error)})") from None
+        raise loading_error(path, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no end token (eos_token); set one")
     if tokenizer.pad_token_id is None:
@@ -52,7 +53,7 @@ def load_model(
     """
     if (Path(path) / "adapter_config.json").exists():
         raise InputError(f"{path}: is an adapter, not a model to start from; name the base model it was tuned on")
-    options: dict[str, Any] = {}
+    options = hub_options(path)
     if load_in_4bit or load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=load_in_4bit,
@@ -66,12 +67,17 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except Exception as error:
-        raise InputError(f"{path}: no causal language model could be loaded ({summarize_error(error)})") from None
+        raise loading_error(path, "causal language model", error) from None
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # That kernel of bitsandbytes silently drops gradients.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # nn.Module allows any attribute
     return model
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return how many tokens the model reads; None where its config states no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def attention_window(model: PreTrainedModel) -> float:
@@ -97,6 +103,16 @@ def base_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(weight.shape)}".encode())
     digest.update(embedding.weight[:256].detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def loading_error(path: str | Path, kind: str, error: Exception) -> InputError:
+    """Return the InputError for what transformers raised when it loaded a tokenizer or a model (`kind`)."""
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"{path}: comes with Python code of its own, which is not run; read it, and add --trust_remote_code if "
+            "you trust it"
+        )
+    return InputError(f"{path}: no {kind} could be loaded ({summarize_error(error)})")
 
 
 def summarize_error(error: Exception) -> str:

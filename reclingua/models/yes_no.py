@@ -338,7 +338,8 @@ def open_language(config: YesNoConfig) -> PreTrainedModel:
     """Load the language model that `config` points to, or build the one it describes, with its LoRA weights."""
     dtype = getattr(torch, config.base_dtype)
     if config.base_config:
-        language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.base_config), dtype=dtype)
+        base = AutoConfig.for_model(**config.base_config)
+        language = AutoModelForCausalLM.from_config(base, dtype=dtype, trust_remote_code=False)
     else:
         language = load_model(config.base_model, dtype, config.load_in_4bit)
     language.requires_grad_(False)

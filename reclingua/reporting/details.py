@@ -16,9 +16,10 @@ from datasets import Dataset
 from reclingua.datasets.interactions import InteractionDataset
 from reclingua.datasets.ratings import to_numpy
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import read_json
+from reclingua.utils.files import check_outputs, output_file, read_json
 
 DETAILS_FILE = "details.json"
+PAGE_FILE = "report.html"
 BASELINES = ("popularity", "co-occurrence")
 # Columns of the details and their numpy kinds: one value for each user or rating; `ranks` has such a list per prompt.
 COLUMNS = {
@@ -61,6 +62,19 @@ def report_folder(results_file: Path) -> Path:
     if results_file.suffix:
         return results_file.with_suffix("")
     return results_file.with_name(f"{results_file.name}-report")
+
+
+def check_result_files(results_file: Path, predictions_file: Path | None, inputs: Mapping[str, Path | None]) -> None:
+    """Raise InputError, before a test begins, if a file that it will write is another one or cannot be written.
+
+    Args:
+        inputs: what the test reads, by flag.
+    """
+    outputs = {"--results_file": results_file, "--predictions_file": predictions_file}
+    for file in filter(None, outputs.values()):
+        output_file(file)
+    outputs |= {f"{name} of the report": report_folder(results_file) / name for name in (DETAILS_FILE, PAGE_FILE)}
+    check_outputs(outputs, inputs)
 
 
 def next_item_details(
@@ -109,21 +123,23 @@ def yes_no_details(dataset: str, method: str, part: Dataset, scores: np.ndarray)
 
 
 def training_curves(ckpt_path: Path) -> dict | None:
-    """Read the training curves of <ckpt>/run.json; None if the checkpoint has no such file.
+    """Read the training curves of <ckpt>/run.json; None if there is no such file, or a broken one, which is printed.
 
     Returns:
         {"over": "step" or "epoch", "loss": [[step, value], ...], "valid": {metric: [[step, value], ...]}}
-
-    Raises:
-        InputError: the file has no training log.
     """
     path = ckpt_path / "run.json"
     if not path.exists():
         return None
-    run = read_json(path, "the log of a training run")
+    try:
+        run = read_json(path, "the log of a training run")
+    except InputError as error:  # the file has no part in the test
+        print(f"the report has no training curves: {error}")
+        return None
     entries = run.get("log", run.get("curve"))
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"{path}: has no training log (a list of objects); remove the file or repair it")
+        print(f"the report has no training curves: {path}: has no training log, a list of objects")
+        return None
     over = "step" if any("step" in entry for entry in entries) else "epoch"
     loss: list[list[float]] = []
     valid: dict[str, list[list[float]]] = {}

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 import transformers
 
-from reclingua.utils.errors import InputError
+from reclingua.utils.errors import MASK, InputError, is_secret
 from reclingua.utils.files import read_json, write_json
 
 METADATA_FILE = "reclingua.json"  # in every checkpoint
@@ -88,13 +88,16 @@ class CheckpointMetadata:
 
 
 def run_metadata(flags: Mapping[str, object], started: float) -> dict:
-    """Return what a run writes beside its result: seconds, flags with their values, versions.
+    """Return what a run writes beside its result: seconds, flags with their values but for secrets, versions.
 
     Args:
         started: the `time.monotonic()` at which the run began.
     """
     return {
         "seconds": round(time.monotonic() - started, 1),
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()},
+        "arguments": {
+            key: MASK if value and is_secret(key) else str(value) if isinstance(value, Path) else value
+            for key, value in flags.items()
+        },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -168,6 +168,7 @@ def test_bad_input_of_finetune(workshop, tmp_path, refused):
     assert "no such prompt file" in refuse("--prompt_file", tmp_path / "no.yaml")
     assert "no such preset" in refuse("--config", tmp_path / "no.yaml")
     assert "cannot be written" in refuse("--output_dir", "/proc/self/out")
+    assert "is both --base_model and --output_dir" in refuse("--output_dir", workshop / "base")
     assert "--max_his_len 0" in refuse("--max_his_len", 0)
     assert "--embedding_dropout 1.0: should be from 0" in refuse("--embedding_dropout", 1)
     assert "should be hit@10, ndcg@10 or loss" in refuse("--metric_for_best_model", "auc")
@@ -201,6 +202,13 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
     other.write_text(json.dumps(index | {"0": index["1"], "1": index["0"]}))
     assert "tuned with other semantic IDs" in refuse("--index_file", other)
     assert "cannot be written" in refuse("--results_file", "/proc/self/r/r.json")
+    for flag, file in (
+        ("--predictions_file", tmp_path / "r.json"),
+        ("--predictions_file", tmp_path / "r/details.json"),
+        ("--results_file", tuned / METADATA_FILE),
+        ("--results_file", tuned / "config.json"),
+    ):
+        assert "name two files" in refuse(flag, file)
     assert not list(tmp_path.glob("r.json"))
 
 
@@ -225,6 +233,23 @@ def test_presets_supply_defaults_and_the_command_line_wins(tmp_path):
     preset.write_text("epoch: 7\n")
     with pytest.raises(InputError, match="'epoch' is not a flag"):
         parse(GROUPS, "", [f"--config={preset}"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("push_to_hub: true", "hub_model_id: somebody/x", "hub_token: hf_x", "report_to: wandb", "output_dir: x"),
+        *("resume_from_checkpoint: auto", "trackio_space_id: x", "trust_remote_code: true", "project: x"),
+    ],
+)
+def test_a_preset_does_not_state_where_anything_goes(tmp_path, line):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(line)
+    with pytest.raises(InputError, match="on the command line only; take it out of the preset"):
+        parse(GROUPS, "", ["--config", str(preset)])
+    preset.write_text(f"label_names: [a, '--{line.split(':')[0]}=x']")
+    with pytest.raises(InputError, match="would be read as a flag"):
+        parse(GROUPS, "", ["--config", str(preset)])
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,13 @@ from sklearn.metrics import roc_auc_score
 import report
 import test as test_script
 from reclingua.reporting import next_item, yes_no
-from reclingua.reporting.bootstrap import BootstrapMetrics, mean_metrics, paired_differences
+from reclingua.reporting.bootstrap import (
+    NUM_RESAMPLES,
+    BootstrapMetrics,
+    draw_counts,
+    mean_metrics,
+    paired_differences,
+)
 from reclingua.reporting.codebook import project_to_plane
 from reclingua.reporting.details import load_run, report_folder, training_curves
 from reclingua.utils.metadata import METADATA_FILE
@@ -61,6 +68,18 @@ def test_draws_depend_neither_on_the_number_of_metrics_nor_on_the_chunk_size():
     chunked = BootstrapMetrics(one.names, one.statistic, one.num_users, num_samples=2_000_000)  # two draws a chunk
     np.testing.assert_allclose(one.resample()[:, 0], three.resample()[:, 0])
     np.testing.assert_allclose(one.resample(), chunked.resample())
+
+
+def test_draws_are_made_once_for_all_metrics_of_a_page():
+    draw_counts.cache_clear()
+    values = np.random.default_rng(2).normal(size=(50, 3))
+    metrics = [mean_metrics(["a"], values[:, [column]]) for column in range(3)]
+    for metric in metrics:
+        metric.intervals()
+        paired_differences(metric, metrics[0])
+    assert draw_counts.cache_info().misses == 1
+    counts = draw_counts(50, NUM_RESAMPLES, 0)
+    assert (counts.sum(axis=1) == 50).all() and counts.dtype == np.uint8
 
 
 def test_auc_of_draws_equals_auc_of_repeated_ratings():
@@ -284,6 +303,8 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
     assert "given twice" in refuse(search_run, search_run)
     assert "compare runs of one kind" in refuse(search_run, preference_runs[0])
     assert "cannot be written" in refuse(search_run, "--output", "/proc/self/x/page.html")
+    for file in (search_run, details_file(search_run)):
+        assert "name two files" in refuse(search_run, "--output", file)
     fewer = searched("fewer", "--sample_num", 5)
     assert "its users differ" in refuse(search_run, fewer)
     other = copy_run(search_run, tmp_path, "other.json")
@@ -317,6 +338,19 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
     broken = json.loads(search_run.read_text()) | {"mean_results": {"hit@1": "many"}}
     other.write_text(json.dumps(broken))
     assert "is not a results file of test.py" in refuse(other)
+
+
+def test_broken_files_that_have_no_part_in_the_test_cost_their_picture(workshop, tuned, tmp_path, script):
+    shutil.copytree(workshop / "datasets/toy", tmp_path / "toy")
+    (tmp_path / "toy/toy.emb-other.npy").write_bytes(b"half of a file")
+    shutil.copytree(tuned, tmp_path / "tuned", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "tuned/run.json").write_text('{"log": [')
+    where = ("--ckpt_path", tmp_path / "tuned", "--data_path", tmp_path, "--results_file", tmp_path / "r.json")
+    code, out, error = script(test_script.main, *where, "--num_beams", 5, "--metrics", "hit@1", "--sample_num", 3)
+    assert code == 0, error
+    assert out.count("the map of items leaves out") == out.count("the report has no training curves") == 1
+    page = (tmp_path / "r/report.html").read_text()
+    assert "own embeddings of the codes" in page and "hit@1" in page
 
 
 def test_results_are_written_even_if_the_report_fails(workshop, tuned, tmp_path, refused):
