@@ -38,6 +38,26 @@ def test_opens_and_counts(liked):
     assert set(to_numpy(dataset.parts["test"], "label").tolist()) == {0, 1}
 
 
+def test_frames_of_collm_are_read_as_published(liked):
+    """Histories padded with zeros, extra columns, and no `not_cold`."""
+    expected = open_ratings(liked, "liked")
+    for part in ("train", "valid", "test"):
+        rewrite(liked, part, lambda rows: [{k: v for k, v in row.items() if k != "not_cold"} for row in rows])
+        rewrite(liked, part, lambda rows: [row | {"his": ([0] * 50 + row["his"])[-50:], "title": "x"} for row in rows])
+    dataset = open_ratings(liked, "liked")
+    for part, rows in expected.parts.items():
+        assert dataset.parts[part].data.table.equals(rows.data.table)
+
+
+def test_items_without_a_title_are_named_by_their_other_texts(liked):
+    items = json.loads((liked / "liked/item.json").read_text())
+    items |= {"1": {"title": "", "brand": "Acme"}, "2": {}}
+    (liked / "liked/item.json").write_text(json.dumps(items))
+    dataset = open_ratings(liked, "liked")
+    assert [dataset.items[item]["title"] for item in "12"] == ["Acme", "item 2"]
+    assert dataset.remarks == ("2 items without a title are named by their brand (1), id (1)",)
+
+
 def test_liked_history_is_padded_in_front(liked):
     dataset = open_ratings(liked, "liked")
     test = dataset.parts["test"]
@@ -128,7 +148,7 @@ def test_bad_files_are_named(liked):
     (liked / "liked/test.parquet").unlink()
     with pytest.raises(InputError, match="test.parquet: no such file"):
         open_ratings(liked, "liked")
-    for content, message in (({"x": {"title": "X"}}, "item 'x' should be a number"), ({"1": {}}, "with a title")):
+    for content, message in (({"x": {"title": "X"}}, "item 'x' should be a number"), ({"1": 7}, "with a title")):
         (liked / "liked/item.json").write_text(json.dumps(content))
         with pytest.raises(InputError, match=message):
             open_ratings(liked, "liked")
