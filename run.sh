@@ -82,6 +82,7 @@ PREPARE=""                             # set if the dataset is made here: MovieL
 [[ -n $DATA_PATH || $DATASET != ml-100k ]] || PREPARE=1
 # Code behind a tuned model and behind its results: a stage is run again when its code changed. reclingua/utils is in
 # neither, nor is reclingua/reporting, since `python -m report` makes a page again without a test.
+PREPARING=(data/{prepare,flags,readers,amazon,published,columns,values,ingestion,raw_files,cleaning,filtering}.py)
 TUNING=(finetune.py reclingua/{datasets,methods,models,training} reclingua/inference/loading.py)
 TESTING=(test.py reclingua/{baselines,decoding,inference,metrics})
 SECONDS=0
@@ -228,7 +229,7 @@ make_base_model() {
 run_next_item() {
   # ---- 1. Raw ratings -> histories and item texts ----
   if [[ -n $PREPARE ]]; then
-    run_stage prepare "$WORK/$DATASET.inter.json" data/{prepare,readers,raw_files,cleaning,filtering}.py -- \
+    run_stage prepare "$WORK/$DATASET.inter.json" "${PREPARING[@]}" -- \
       python -m data.prepare --source recbole --dataset "$DATASET"
   fi
   INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.json
@@ -275,7 +276,7 @@ run_yes_no() {
   [[ $METHOD != binllm ]] || kind=hash
   make_base_model
   if [[ -n $PREPARE ]]; then
-    run_stage prepare-preference "$WORK/train.parquet" data/{prepare,readers,raw_files,cleaning,filtering}.py -- \
+    run_stage prepare-preference "$WORK/train.parquet" "${PREPARING[@]}" -- \
       python -m data.prepare --task preference --source recbole --dataset "$DATASET" --months 6 1 1
   fi
   for part in train.parquet valid.parquet test.parquet item.json; do
