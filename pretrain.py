@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
-from reclingua.inference.collaborative import auc_metrics, model_inputs, print_table, score
+from reclingua.inference.collaborative import auc_metrics, format_metric, model_inputs, print_table, score
 from reclingua.metrics.roc import auc, uauc
 from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.base import CollaborativeModel
@@ -147,7 +147,7 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
             raise InputError(
                 f"{dataset.folder / 'valid.parquet'}: no user has both labels; use --metric_for_best_model auc"
             )
-        shown = {name: f"{line[name]:.4f}" for name in ("loss", *METRICS)}
+        shown = {name: format_metric(metrics[name]) for name in ("loss", *METRICS)}
         progress.set_postfix(shown)
         if progress.disable and curve[-1]["seconds"] - logged > LOG_SECONDS:
             logged = curve[-1]["seconds"]
@@ -246,6 +246,8 @@ def main() -> None:
     output_file(results_file)
     sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in dataset.parts.items())
     print(f"{dataset.name}: {sizes} ratings; ids: users to {dataset.num_users - 1}, items to {dataset.num_items - 1}")
+    for remark in dataset.remarks:
+        print(f"  {remark}")
 
     # ---- Train, with each of the settings ----
     runs, best = [], None
@@ -264,7 +266,8 @@ def main() -> None:
         if best is None or selected[args.metric_for_best_model] > best[0][args.metric_for_best_model]:
             best = selected, model, curve, settings
         print(
-            f"{label}: valid AUC {selected['auc']:.4f}, UAUC {selected['uauc']:.4f} in epoch {selected['epoch']} of "
+            f"{label}: valid AUC {format_metric(selected['auc'])}, UAUC {format_metric(selected['uauc'])} "
+            f"in epoch {selected['epoch']} of "
             f"{len(curve)} ({runs[-1]['seconds']:.0f} s)"
         )
     if best is None:
@@ -302,7 +305,7 @@ def print_sweep(runs: list[dict], metric_for_best_model: str) -> None:
     for run in sorted(runs, key=lambda run: -run[metric_for_best_model]):
         print(
             f"{run['learning_rate']:>8g}{run['weight_decay']:>8g}{run['embedding_size']:>7}"
-            f"{run['auc']:>9.4f}{run['uauc']:>9.4f}{run['epoch']:>7}{run['seconds']:>6.0f}"
+            f"{format_metric(run['auc']):>9}{format_metric(run['uauc']):>9}{run['epoch']:>7}{run['seconds']:>6.0f}"
         )
 
 

@@ -101,6 +101,8 @@ def main() -> None:
         raise InputError(f"--collab_weight {args.collab_weight}: should be between 0 and 1")
 
     dataset = open_interactions(args.data_path, args.dataset, needs=["items"])
+    for remark in dataset.remarks:
+        print(remark)
     output = args.output or dataset.folder / f"{dataset.name}.emb-{Path(args.plm).name}-td.npy"
     check_outputs({"--output": output}, dataset.files)
     with atomic_write(output) as temporary:

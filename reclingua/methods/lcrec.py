@@ -97,6 +97,8 @@ def build_data(args: Arguments, log: Log) -> NextItemData:
         log("  " + ", ".join(f"{task} {len(part):,}" for task, part in zip(tasks, parts, strict=True)))
     if dataset.too_short:
         log(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out of valid and test")
+    for remark in dataset.remarks:
+        log(f"  {remark}")
     metadata = checkpoint_metadata(args, dataset, texts, prompts, max_his_len)
     checkpoint = checkpoint_to_resume(args.training, metadata)
     return NextItemData(dataset, prompts, templates_per_sample, train, valid, metadata, checkpoint)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,11 +15,14 @@ import yaml
 
 from reclingua.utils.errors import InputError
 
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 
 def read_json(path: Path, what: str) -> dict:
     """Return the content of a JSON file, a non-empty object; `what` describes it in the InputError otherwise."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_reject_duplicates)
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        content = json.loads(text, object_pairs_hook=_reject_duplicates)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it should contain {what}") from None
     except _DuplicateKey as error:
@@ -33,6 +37,8 @@ def read_json(path: Path, what: str) -> dict:
         raise InputError(f"{path}: contains a {type(content).__name__}; it should contain {what}, as a JSON object")
     if not content:
         raise InputError(f"{path}: is empty; it should contain {what}")
+    if _ESCAPED_SURROGATE.search(text) and (key := _undecodable_key(content)) is not None:
+        raise InputError(f"{path}: the entry {key!r} contains half a character, an escape like \\ud83d; repair it")
     return content
 
 
@@ -53,9 +59,22 @@ class _DuplicateKey(Exception):
 def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKey(key[:80])
+            seen.add(key)
     return content
+
+
+def _undecodable_key(content: dict) -> str | None:
+    """Return the first key whose entry has a lone surrogate, which no file and no terminal can represent."""
+    for key, value in content.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return ascii(key)[1:-1][:80]
+    return None
 
 
 def write_json(path: Path, content: dict | list, indent: int | None = None) -> None:
