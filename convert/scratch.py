@@ -9,6 +9,7 @@ python -m convert.scratch --dataset ml-100k --output_dir ckpt/base/scratch-ml-10
 import reclingua.utils.logging  # noqa: F401
 
 import argparse
+import time
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +20,8 @@ from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_folder
+from reclingua.utils.metadata import run_metadata
+from reclingua.utils.provenance import check_replaceable, fingerprint, write_record
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -57,6 +60,7 @@ def main() -> None:
         "--attention_dropout", type=float, default=0.2, help="dropout of attention weights (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace a model of other titles or settings")
     args = one_line_errors(parser).parse_args()
     if args.vocab_size < 300:
         raise InputError(f"--vocab_size {args.vocab_size}: at least 300, for the 256 bytes and the special tokens")
@@ -65,10 +69,14 @@ def main() -> None:
     if args.hidden_size % (2 * args.heads):
         raise InputError(f"--hidden_size {args.hidden_size}: should be a multiple of 2 x --heads ({2 * args.heads})")
 
+    started = time.monotonic()
     dataset = open_interactions(args.data_path, args.dataset)
     prompts = read_prompts(LCREC_PROMPT_FILE, {task: FIELDS[task] for task in ("seqrec", "seqrec_history")})
     templates = [template for task in prompts.values() for template in task]
     texts = [dataset.title(item) for item in dataset.item_ids] + [p.prompt.replace("{history}", "") for p in templates]
+    settings = {flag: value for flag, value in vars(args).items() if flag not in ("data_path", "output_dir", "force")}
+    made_with = {"texts_sha256": fingerprint(texts), **settings}
+    check_replaceable(args.output_dir, made_with, args.force)
     tokenizer = train_tokenizer(texts, args.vocab_size, args.max_length)
     set_seed(args.seed)
     model = LlamaForCausalLM(
@@ -90,6 +98,7 @@ def main() -> None:
     disable_progress_bar()
     tokenizer.save_pretrained(args.output_dir)
     model.save_pretrained(args.output_dir)
+    write_record(args.output_dir, made_with, run_metadata(vars(args), started))
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens -> {args.output_dir}/")
 
 

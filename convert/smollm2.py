@@ -7,6 +7,7 @@ python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-4layers --layers 4
 import reclingua.utils.logging  # noqa: F401
 
 import argparse
+import time
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_folder
+from reclingua.utils.metadata import run_metadata
+from reclingua.utils.provenance import check_replaceable, write_record
 
 
 def packaged_gguf() -> Path:
@@ -36,9 +39,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
     parser.add_argument("--layers", type=int, help="number of layers to keep of 30, evenly spaced (default: all)")
+    parser.add_argument("--force", action="store_true", help="replace a model with another number of layers")
     args = one_line_errors(parser).parse_args()
     if args.layers is not None and not 1 <= args.layers <= 30:
         raise InputError(f"--layers {args.layers}: SmolLM2-135M has 30")
+    started, made_with = time.monotonic(), {"model": "SmolLM2-135M-Instruct", "layers": args.layers}
+    check_replaceable(args.output_dir, made_with, args.force)
     output_folder(args.output_dir)
     disable_progress_bar()
 
@@ -66,6 +72,7 @@ def main() -> None:
 
     tokenizer.save_pretrained(args.output_dir)
     model.save_pretrained(args.output_dir)
+    write_record(args.output_dir, made_with, run_metadata(vars(args), started))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
 
 

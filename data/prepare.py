@@ -42,6 +42,7 @@ from data.filtering import (
 )
 from data.raw_files import DISK_ERRORS
 from data.readers import SOURCES
+from reclingua.datasets.derived_files import print_stale_files
 from reclingua.datasets.ratings import COLUMNS, PARTS
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import atomic_write, output_folder
@@ -190,6 +191,7 @@ def prepare_sequential(con: DuckDBPyConnection, args: argparse.Namespace, only_k
     write_files(output_folder(folder), content)
     print_summary(con, name, dropped)
     print(f"  written to {folder}/")
+    print_stale_files(args.data_path, name)
 
 
 def history_texts(con: DuckDBPyConnection) -> Iterator[str]:

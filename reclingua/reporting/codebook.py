@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from reclingua.datasets.interactions import InteractionDataset, read_embeddings
+from reclingua.datasets.interactions import InteractionDataset, other_part, read_embeddings
 from reclingua.metrics.index import index_statistics
 
 MAX_GROUPS = 10  # largest first codes, each with a colour and a table row of titles
@@ -93,7 +93,7 @@ def _item_vectors(
     """Return (vectors [items, width], their source): an embedding file, or else mean code embeddings."""
     items = dataset.item_ids
     for file in sorted(folder.glob(f"{escape(dataset.name)}.emb-*.npy")):
-        if len(vectors := read_embeddings(file)) == len(items):
+        if not other_part(file, dataset) and len(vectors := read_embeddings(file)) == len(items):
             return vectors, file.name
     return _code_vectors(embed, [token_ids[item] for item in items]), "the model's own embeddings of the codes"
 
