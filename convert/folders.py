@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,11 +12,12 @@ from transformers import AutoConfig
 
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import output_folder
-from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
+from reclingua.utils.metadata import FILES, METADATA_FILE, CheckpointMetadata
 
 # Suffixes of tokenizer, config and metadata. Pickles and subfolders are never copied.
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 SKIPPED_FILES = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # describe other folders
+LOCAL_FILES = (FILES["training_histories"],)  # of this machine alone
 PATHS = ("base_model", "cf_model", "init_from")  # metadata keys with paths or hub names
 
 
@@ -77,7 +78,7 @@ def copy_rest(source: Path, folder: Path) -> None:
         OSError: a file cannot be copied.
     """
     for file in sorted(source.iterdir()):
-        is_skipped = file.name in SKIPPED_FILES or file.name.endswith(".index.json")
+        is_skipped = file.name in (*SKIPPED_FILES, *LOCAL_FILES) or file.name.endswith(".index.json")
         if file.suffix in COPIED_SUFFIXES and not is_skipped and file.is_file():
             shutil.copyfile(file, folder / file.name)
     if (source / METADATA_FILE).exists():
@@ -92,4 +93,5 @@ def save_public_metadata(metadata: CheckpointMetadata, folder: Path) -> None:
         return {key: public_name(path) for key, path in paths.items() if Path(path).is_absolute()}
 
     training = metadata.training | without_paths(metadata.training)
-    replace(metadata, training=training, **without_paths(asdict(metadata))).save(folder)
+    public = {"training": training, "training_histories": {}, **without_paths(vars(metadata))}
+    replace(metadata, **public).save(folder)
