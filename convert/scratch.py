@@ -9,7 +9,6 @@ python -m convert.scratch --dataset ml-100k --output_dir ckpt/base/scratch-ml-10
 import reclingua.utils.logging  # noqa: F401
 
 import argparse
-import time
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,7 +19,6 @@ from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_folder
-from reclingua.utils.metadata import run_metadata
 from reclingua.utils.provenance import check_replaceable, fingerprint, write_record
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -69,7 +67,6 @@ def main() -> None:
     if args.hidden_size % (2 * args.heads):
         raise InputError(f"--hidden_size {args.hidden_size}: should be a multiple of 2 x --heads ({2 * args.heads})")
 
-    started = time.monotonic()
     dataset = open_interactions(args.data_path, args.dataset)
     prompts = read_prompts(LCREC_PROMPT_FILE, {task: FIELDS[task] for task in ("seqrec", "seqrec_history")})
     templates = [template for task in prompts.values() for template in task]
@@ -98,7 +95,7 @@ def main() -> None:
     disable_progress_bar()
     tokenizer.save_pretrained(args.output_dir)
     model.save_pretrained(args.output_dir)
-    write_record(args.output_dir, made_with, run_metadata(vars(args), started))
+    write_record(args.output_dir, made_with, {})  # no duration: the same settings give the same files
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens -> {args.output_dir}/")
 
 

@@ -7,7 +7,6 @@ python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-4layers --layers 4
 import reclingua.utils.logging  # noqa: F401
 
 import argparse
-import time
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import output_folder
-from reclingua.utils.metadata import run_metadata
 from reclingua.utils.provenance import check_replaceable, write_record
 
 
@@ -43,7 +41,7 @@ def main() -> None:
     args = one_line_errors(parser).parse_args()
     if args.layers is not None and not 1 <= args.layers <= 30:
         raise InputError(f"--layers {args.layers}: SmolLM2-135M has 30")
-    started, made_with = time.monotonic(), {"model": "SmolLM2-135M-Instruct", "layers": args.layers}
+    made_with = {"model": "SmolLM2-135M-Instruct", "layers": args.layers}
     check_replaceable(args.output_dir, made_with, args.force)
     output_folder(args.output_dir)
     disable_progress_bar()
@@ -72,7 +70,7 @@ def main() -> None:
 
     tokenizer.save_pretrained(args.output_dir)
     model.save_pretrained(args.output_dir)
-    write_record(args.output_dir, made_with, run_metadata(vars(args), started))
+    write_record(args.output_dir, made_with, {})  # no duration: the same settings give the same files
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
 
 

@@ -33,38 +33,32 @@ def find_embeddings(args: argparse.Namespace, dataset: InteractionDataset) -> tu
     """Return the embeddings of --embeddings, else those that --rqvae was trained on, and the SHA-256 of the latter.
 
     An RQ-VAE without a record of its embeddings (None) gets D.emb-minilm-td.npy, and a line states it.
-
-    Raises:
-        InputError: the file was made from other items, or is not the one that the RQ-VAE was trained on.
     """
-    default = dataset.folder / f"{dataset.name}.emb-minilm-td.npy"
     if (record := read_record(args.rqvae)) is None:
-        path, expected = args.embeddings or default, None
+        path = args.embeddings or dataset.folder / f"{dataset.name}.emb-minilm-td.npy"
         print(f"{args.rqvae} does not state its embeddings: {path} cannot be checked against them")
-    else:
-        run = read_json(args.rqvae / "run.json", "the settings of an RQ-VAE")
-        path, expected = args.embeddings or Path(str(run.get("embeddings"))), str(record.get("embeddings_sha256"))
-        if not args.embeddings and not path.exists():
-            path = dataset.folder / path.name  # data moved as a whole
-    check_made_from(path, dataset, f"python -m index.embed --force with the flags in {record_path(path)}")
-    if expected is not None and path.exists() and file_sha256(path) != expected:
-        raise InputError(
-            f"{path}: is not the file that {args.rqvae} was trained on; give that one as --embeddings, or train "
-            f"again: python -m index.train --embeddings {path} --output_dir {args.rqvae} --force"
-        )
-    return path, expected
+        return path, None
+    run = read_json(args.rqvae / "run.json", "the settings of an RQ-VAE")
+    path = args.embeddings or Path(str(run.get("embeddings")))
+    if not args.embeddings and not path.exists():
+        path = dataset.folder / path.name  # the data have moved
+    return path, str(record.get("embeddings_sha256"))
 
 
 def load_rqvae(args: argparse.Namespace, dataset: InteractionDataset) -> tuple[RQVAE, torch.Tensor, dict]:
-    """Load the model of --rqvae and its item embeddings, float32 [items, dim]; InputError if they do not match.
+    """Load the model of --rqvae and its item embeddings, float32 [items, dim].
 
     Returns:
         (model, embeddings, what semantic IDs of them are made with).
+
+    Raises:
+        InputError: a file is missing; the embeddings are of other items, or not those that the model was trained on.
     """
     if not all((args.rqvae / name).exists() for name in ("config.json", "model.safetensors", "run.json")):
         raise InputError(f"{args.rqvae}: contains no RQ-VAE; train one with python -m index.train")
     path, expected = find_embeddings(args, dataset)
     embeddings = read_embeddings(path, rows=len(dataset.item_ids))
+    check_made_from(path, dataset, f"python -m index.embed --force with the flags in {record_path(path)}")
     disable_progress_bar()
     model = RQVAE.from_pretrained(args.rqvae).eval().requires_grad_(False)
     if embeddings.shape[1] != model.config.input_dim:
@@ -72,8 +66,13 @@ def load_rqvae(args: argparse.Namespace, dataset: InteractionDataset) -> tuple[R
             f"{args.rqvae}: expects embeddings of width {model.config.input_dim}, got width {embeddings.shape[1]}; "
             "see --embeddings"
         )
-    made_with = {"rqvae_sha256": file_sha256(args.rqvae / "model.safetensors")}
-    made_with["embeddings_sha256"] = expected or file_sha256(path)
+    sha256 = file_sha256(path)
+    if expected not in (None, sha256):
+        raise InputError(
+            f"{path}: is not the file that {args.rqvae} was trained on; give that one as --embeddings, or train "
+            f"again: python -m index.train --embeddings {path} --output_dir {args.rqvae} --force"
+        )
+    made_with = {"rqvae_sha256": file_sha256(args.rqvae / "model.safetensors"), "embeddings_sha256": sha256}
     return model, torch.from_numpy(embeddings), made_with
 
 
@@ -119,10 +118,8 @@ def main() -> None:
     output = args.output or dataset.folder / f"{dataset.name}.index.json"
     made_with: dict[str, object] = {"texts": dataset.sha256("texts")}
     if args.random:
-        sizes, seed = (
-            args.codebook_sizes or default_sizes(len(dataset.item_ids)),
-            42 if args.seed is None else args.seed,
-        )
+        sizes = args.codebook_sizes or default_sizes(len(dataset.item_ids))
+        seed = 42 if args.seed is None else args.seed
         check_sizes(sizes, len(dataset.item_ids))
         made_with |= {"random_codebook_sizes": sizes, "seed": seed}
         check_replaceable(output, made_with, args.force)

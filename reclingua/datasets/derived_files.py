@@ -17,8 +17,10 @@ COMMANDS = {
 def print_stale_files(data_path: Path, name: str) -> None:
     """Print which embeddings, indices and user texts of dataset `name` were made from other data, or may have been."""
     files = [path for path in sorted((data_path / name).glob(f"{escape(name)}.*")) if _command(path)]
-    dataset = open_interactions(data_path, name) if files else None
-    for path in files if dataset else ():
+    if not files:
+        return
+    dataset = open_interactions(data_path, name)
+    for path in files:
         if part := other_part(path, dataset):
             print(f"  stale: {path.name} was made from other {part}; renew it by {_command(path)}")
         elif read_record(path) is None:

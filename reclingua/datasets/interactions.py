@@ -5,6 +5,7 @@ LC-Rec calls the semantic ID of an item, a list of code tokens, its index.
 A dataset D is the folder <data_path>/D/ with D.inter.json, and D.item.json and D.index.json where they are needed.
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,23 @@ def open_interactions(
     if items and index and (extra := next((item for item in index if item not in items), None)) is not None:
         raise InputError(f"{index_path}: item {extra!r} is not in {item_path.name}; the files are of different data")
     return dataset
+
+
+def read_raw_ids(dataset: InteractionDataset) -> dict[str, str]:
+    """Return item -> its id in the raw data, from D.item2id of data.prepare or LC-Rec; empty without that file."""
+    path = dataset.folder / f"{dataset.name}.item2id"
+    if not path.exists():
+        return {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    escaped = {"t": "\t", "n": "\n", "r": "\r"}
+    pairs = [line.rpartition("\t") for line in lines if "\t" in line]
+    return {
+        number.strip(): re.sub(r"\\(.)", lambda match: escaped.get(match[1], match[1]), raw)
+        for raw, _, number in pairs
+    }
 
 
 def other_part(path: Path, dataset: InteractionDataset) -> str | None:

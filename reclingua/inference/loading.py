@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions
+from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions, read_raw_ids
 from reclingua.datasets.prompts import PromptTemplate
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
 from reclingua.datasets.tasks import TEXT_TASKS
@@ -77,6 +77,8 @@ def load_next_item_dataset(
     name = name or metadata.dataset
     if metadata.index and fingerprint(metadata.index) != metadata.index_sha256:
         raise InputError(f"{folder / FILES['index']}: was changed after training; restore it, or tune the model again")
+    if metadata.items and metadata.items.keys() != metadata.index.keys():
+        raise InputError(f"{folder / FILES['items']}: has other items than {FILES['index']} beside it; restore both")
     if data_path is None:
         if not metadata.index:
             raise InputError(f"{folder}: has no {FILES['index']}, so it needs its dataset; give data_path")
@@ -92,7 +94,7 @@ def load_next_item_dataset(
         path = dataset_file(dataset.folder, name, index_file)
         advice = "leave --index_file out to use its own" if metadata.index else "see --index_file"
         raise InputError(
-            f"{path}: are not the semantic IDs that {folder} was tuned with"
+            f"{folder}: was tuned with other semantic IDs than {path} has"
             f"{describe_difference(metadata.index, dataset.index)}; {advice}"
         )
     check_same_items(folder, metadata, dataset)
@@ -100,22 +102,27 @@ def load_next_item_dataset(
 
 
 def check_same_items(folder: Path, metadata: CheckpointMetadata, dataset: InteractionDataset) -> None:
-    """Raise InputError if the dataset has items that the model does not know, lacks some, or calls them otherwise."""
+    """Raise InputError if the dataset has items that the model does not know, lacks some, or gives ids to others.
+
+    Items are the same if their raw ids are; where one side has no raw ids, if their titles are.
+    """
     if not metadata.index:
         return
-    where = f"{dataset.folder}: "
     known = f"the items that {folder} was tuned on"
     advice = "the dataset has changed, or is another one; see --dataset and --data_path, or tune the model again"
     if unknown := next((item for item in dataset.item_ids if item not in metadata.index), None):
-        raise InputError(f"{where}item {unknown!r} is not among {known}; {advice}")
-    for item in metadata.index if dataset.items else ():
-        if item not in dataset.items:
-            raise InputError(f"{where}has no item {item!r}, one of {known}; {advice}")
-        if metadata.items and (title := metadata.items[item]["title"]) != dataset.title(item):
-            raise InputError(
-                f"{where}item {item!r} is {shorten(dataset.title(item), 60)!r}, but {shorten(title, 60)!r} among "
-                f"{known}; {advice}"
-            )
+        raise InputError(f"{dataset.folder}: item {unknown!r} is not among {known}; {advice}")
+    if missing := next((item for item in metadata.index if dataset.items and item not in dataset.items), None):
+        raise InputError(f"{dataset.folder}: has no item {missing!r}, one of {known}; {advice}")
+    raw_ids = read_raw_ids(dataset)
+    for item, texts in metadata.items.items():
+        if item in raw_ids and "raw_id" in texts:
+            theirs, ours = texts["raw_id"], raw_ids[item]
+        else:
+            theirs, ours = texts.get("title", ""), dataset.title(item) if dataset.items else ""
+        if theirs and ours and theirs != ours:
+            difference = f"is {shorten(ours, 60)!r}, but {shorten(theirs, 60)!r} among {known}"
+            raise InputError(f"{dataset.folder}: item {item!r} {difference}; {advice}")
 
 
 def describe_difference(known: Mapping[str, list[str]], index: Mapping[str, list[str]]) -> str:

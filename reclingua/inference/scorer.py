@@ -156,7 +156,8 @@ class Scorer:
             del batch["labels"], batch["lengths"]
             return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
 
-        batches, self.num_truncated = prefix_sorted_batches(samples, batch_size, model.supports_prefix_sharing)
+        batches = prefix_sorted_batches(samples, batch_size, model.supports_prefix_sharing)
+        self.num_truncated = samples.num_truncated
         advice = "take a smaller model, or shorter histories"
         for rows, logits in map_batches(model, score_batch, batches, "row", advice, show_progress):
             scores[rows] = logits
@@ -170,16 +171,17 @@ class Scorer:
         return scores.cpu().numpy()
 
 
-def prefix_sorted_batches(samples: YesNoDataset, batch_size: int, by_prefix: bool) -> tuple[list[list[int]], int]:
-    """Return the rows of each batch, and how many prompts were too long and lost their oldest titles.
+def prefix_sorted_batches(samples: YesNoDataset, batch_size: int, by_prefix: bool) -> list[list[int]]:
+    """Return the rows of each batch: neighbours in the tokens before the item (or in length), the longest first.
 
-    Neighbours in the tokens before the item (or in length) share a batch, the longest first.
+    The samples' `num_truncated` becomes the number of prompts that were too long and lost their oldest titles.
     """
-    keys, num_truncated = [], 0
+    keys = []
+    samples.num_truncated = 0
     for row in range(len(samples)):
         sample = samples[row]
         ids, shared = sample["input_ids"], sample["shared"]
         keys.append((shared, hash(tuple(ids[:shared])), len(ids)) if by_prefix else (len(ids),))
-        num_truncated += sample["truncated"]
+        samples.num_truncated += sample["truncated"]
     order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
-    return split_batches(order, batch_size), num_truncated
+    return split_batches(order, batch_size)

@@ -12,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from reclingua.datasets.collators import CausalLMCollator
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import InteractionDataset, open_interactions
+from reclingua.datasets.interactions import InteractionDataset, open_interactions, read_raw_ids
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, PromptTemplate, read_prompts
 from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_task, train_samples
 from reclingua.datasets.training_histories import training_fingerprints
@@ -237,6 +237,16 @@ def parse_per_task_counts(args: MethodArguments) -> tuple[dict[str, int], dict[s
     return counts[0], counts[1]
 
 
+def describe_items(dataset: InteractionDataset) -> dict[str, dict[str, str]]:
+    """Return item -> {"title": ..., "raw_id": ...}, without what the dataset does not know; {} if it knows neither."""
+    raw_ids = read_raw_ids(dataset)
+    items: dict[str, dict[str, str]] = {item: {} for item in dataset.index}
+    for item, known in items.items():
+        known |= {"title": dataset.title(item)} if dataset.items else {}
+        known |= {"raw_id": raw_ids[item]} if item in raw_ids else {}
+    return items if raw_ids or dataset.items else {}
+
+
 def checkpoint_metadata(
     args: Arguments,
     dataset: InteractionDataset,
@@ -266,6 +276,6 @@ def checkpoint_metadata(
         users_sha256=texts.sha256() if texts else None,
         training={"seed": args.training.seed} | {flag: getattr(args.method, flag) for flag in TRAINING_KEYS},
         index=dataset.index,
-        items={item: {"title": dataset.title(item)} for item in dataset.index} if dataset.items else {},
+        items=describe_items(dataset),
         training_histories=training_fingerprints(dataset),
     )

@@ -276,11 +276,11 @@ def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
 def load_first_stage(args: Arguments) -> tuple[YesNoConfig, PreTrainedModel]:
     """Return config and language model of --init_from, or those of the base model."""
     overrides: dict[str, Any] = {"load_in_4bit": args.model.load_in_4bit, "base_dtype": args.model.base_dtype}
-    base_model = absolute_name(args.model.base_model) if args.model.base_model else None
+    base_model = args.model.base_model and absolute_name(args.model.base_model)
     folder = args.yes_no.init_from
     if not folder:
         given = {key: value for key, value in overrides.items() if value is not None}
-        config = YesNoConfig(base_model=base_model, **given)
+        config = YesNoConfig(base_model=base_model or "", **given)
         language = open_language(config)
         config.base_sha256 = base_fingerprint(config.base_model)
         return config, language

@@ -142,7 +142,7 @@ def weight_files(path: str | Path) -> list[Path]:
                 )
     except Exception as error:
         raise InputError(f"{path}: its weights cannot be found ({summarize_error(error)})") from None
-    raise InputError(f"{path}: holds no weights of a language model; name the folder of a base model")
+    raise InputError(f"{path}: holds no weights of a language model; name a folder or hub name of one")
 
 
 def _sample_tensor(tensors: Any, name: str) -> bytes:

@@ -40,7 +40,8 @@ class CheckpointMetadata:
         training: further flags, which only a resumed training has to share.
         version: of the format; a checkpoint of an earlier one opens, with fewer checks.
         index: of lcrec: item -> its semantic ID, so that a test needs no other index file.
-        items: of lcrec: item -> {"title": ...}, where training had item texts: which items the ids mean.
+        items: of lcrec: item -> {"title": ..., "raw_id": ...}, what the data of training knew of them: which items the
+            ids stand for.
         training_histories: of lcrec: user -> [number of training items, fingerprint of them], by which a test on
             other histories finds out whether its targets were trained on.
     """
@@ -117,7 +118,7 @@ def _read_file(path: Path, key: str) -> dict:
     content = read_json(path, f"the {key} that a model was trained with")
     for name, value in content.items():
         if key == "items":
-            is_valid = isinstance(value, dict) and isinstance(value.get("title"), str)
+            is_valid = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
         else:
             kinds = [type(part) for part in value] if isinstance(value, list) else []
             is_valid = kinds == [int, str] if key == "training_histories" else kinds == [str] * max(1, len(kinds))

@@ -91,7 +91,7 @@ def test_other_semantic_ids_in_the_dataset_do_not_matter(asked, data, script, re
     assert script(generate.main, *random, "--force")[0] == 0
     assert asked()[1]["mean_results"] == before["mean_results"]
     code, _, _, error = asked("--index_file", ".index.json")
-    assert code == 2 and "are not the semantic IDs that" in error and "leave --index_file out" in error
+    assert code == 2 and "was tuned with other semantic IDs than" in error and "leave --index_file out" in error
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,19 @@ def test_items_are_those_of_training(asked, rewrite, change, message):
     rewrite("item", change)
     code, _, _, error = asked()
     assert code == (2 if message else 0) and (message or "") in error
+
+
+def test_raw_ids_tell_items_apart_where_both_sides_have_them(workshop, data, tuned, tmp_path, script, asked, rewrite):
+    raw = "".join(f"B00{item}\t{item}\n" for item in range(9))
+    (data / "toy/toy.item2id").write_text(raw)
+    few = ("--data_path", data, "--max_steps", 1, "--save_and_eval_strategy", "no")
+    assert script(finetune.main, *flags(workshop, tmp_path / "raw", *few))[0] == 0
+    items = json.loads((tmp_path / "raw" / FILES["items"]).read_text())
+    assert items["3"] == {"title": "Toy number 3", "raw_id": "B003"}
+    rewrite("item", lambda items: items | {"3": {"title": "Toy No. 3"}})  # a title was mended
+    assert asked(ckpt=tmp_path / "raw")[0] == 0 and asked()[0] == 2
+    (data / "toy/toy.item2id").write_text(raw.replace("B003", "B009"))
+    assert "item '3' is 'B009', but 'B003' among the items" in asked(ckpt=tmp_path / "raw")[3]
 
 
 def test_an_item_that_left(asked, rewrite):
