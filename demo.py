@@ -42,8 +42,8 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--dataset", help="name of the dataset (default: the one a model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
     data.add_argument(
-        "--index_file", default=".index.json",
-        help="semantic IDs: file suffix, or a path if it has a slash (default: %(default)s)",
+        "--index_file",
+        help="semantic IDs: file suffix, or a path if it has a slash (default: those in the checkpoint)",
     )  # fmt: skip
     page = parser.add_argument_group("page")
     page.add_argument("--num_beams", type=int, default=20, help="beam width (default: %(default)s)")

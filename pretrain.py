@@ -33,7 +33,14 @@ from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.sasrec import SASRecConfig
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import check_outputs, output_file, output_folder, write_json
-from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata, run_metadata
+from reclingua.utils.metadata import (
+    METADATA_FILE,
+    CheckpointMetadata,
+    default_results_file,
+    has_own_results,
+    run_metadata,
+)
+from reclingua.utils.provenance import check_replaceable, write_record
 
 METRICS = ("auc", "uauc")
 LOG_SECONDS = 20  # between two log lines where no terminal shows a progress bar
@@ -202,7 +209,8 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--seed", type=int, default=Settings.seed, help="random seed (default: %(default)s)")
     results = parser.add_argument_group("results")
     results.add_argument("--output_dir", type=Path, help="default: ckpt/<dataset>/<model>")
-    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<model>.json")
+    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<name of --output_dir>.json")
+    results.add_argument("--force", action="store_true", help="replace a model of other ratings or settings")
     args = one_line_errors(parser).parse_args()
     for name, least in (("batch_size", 1), ("epochs", 1), ("patience", 1), ("seed", 0)):
         value = getattr(args, name)
@@ -238,12 +246,17 @@ def main() -> None:
 
     # ---- Data ----
     dataset = open_ratings(args.data_path, args.dataset)
-    output_dir = output_folder(args.output_dir or Path("ckpt") / dataset.name / args.model)
-    results_file = args.results_file or Path("results") / dataset.name / f"{args.model}.json"
+    output_dir = args.output_dir = args.output_dir or Path("ckpt") / dataset.name / args.model
+    made_with = {"model": args.model, "ratings_sha256": dataset.sha256()}
+    made_with |= {"settings": [asdict(settings) for settings in settings_to_train]}
+    check_replaceable(output_folder(output_dir), made_with, args.force)
+    results_file = args.results_file or default_results_file(output_dir, dataset.name)
     model_files = ("model.safetensors", "config.json", "run.json", METADATA_FILE)
     written = {f"{name} of --output_dir": output_dir / name for name in model_files}
     check_outputs({"--results_file": results_file, **written})
     output_file(results_file)
+    if not args.results_file:
+        has_own_results(results_file, output_dir)
     sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in dataset.parts.items())
     print(f"{dataset.name}: {sizes} ratings; ids: users to {dataset.num_users - 1}, items to {dataset.num_items - 1}")
     for remark in dataset.remarks:
@@ -279,14 +292,14 @@ def main() -> None:
     # ---- Save the best, measure it once on test ----
     results = auc_metrics(dataset.parts["test"], score(model, model_inputs(dataset.parts["test"], model)))
     metadata = run_metadata(vars(args), started) | {"settings": asdict(settings)}
-    save(model.cpu(), output_dir, metadata | {"sweep": runs, "curve": curve})
+    save(model.cpu(), output_dir, made_with, metadata | {"sweep": runs, "curve": curve})
     write_json(results_file, {**results, **metadata}, indent=1)
     print_table({args.model: results})
     print(f"\nmodel in {output_dir}/, results in {results_file}")
 
 
-def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
-    """Write model, run.json and metadata, each atomically; a folder that holds the metadata is complete."""
+def save(model: CollaborativeModel, folder: Path, made_with: dict, run: dict) -> None:
+    """Write model, its record and metadata, each atomically; a folder that holds the metadata is complete."""
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             model.save_pretrained(temporary)
@@ -295,7 +308,7 @@ def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from None
-    write_json(folder / "run.json", run, indent=1)
+    write_record(folder, made_with, run)
     CheckpointMetadata(model.config.model_type, model.config.dataset).save(folder)
 
 

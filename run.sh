@@ -293,18 +293,18 @@ run_next_item() {
   EMBEDDINGS=$WORK/$DATASET.emb-minilm-td.npy INDEX=$WORK/$DATASET.index.json
   if [[ -n $PREPARE || -f $ITEM ]]; then
     run_stage embed "$EMBEDDINGS" "$INTER" "$ITEM" $(list_code index/embed.py) -- \
-      python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS"
+      python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS" --force
     run_stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" $(list_code index/train.py) -- \
       python -m index.train --embeddings "$EMBEDDINGS" --output_dir "$CKPT/rqvae" --seed "$SEED"
     run_stage index "$INDEX" "$CKPT/rqvae" "$EMBEDDINGS" $(list_code index/generate.py) -- \
       python -m index.generate --dataset "$DATASET" --data_path "$SOURCE" --rqvae "$CKPT/rqvae" \
-      --embeddings "$EMBEDDINGS" --output "$INDEX"
+      --embeddings "$EMBEDDINGS" --output "$INDEX" --force
   else
     OWN=$SOURCE/$DATASET/$DATASET.index.json
     echo "there are no item texts ($ITEM): using the semantic IDs of the dataset, $OWN"
     [[ -f $OWN ]] || die "$OWN: no such file; a dataset needs item texts or semantic IDs"
     INDEX=$WORK/$DATASET.unique.index.json
-    run_stage index "$INDEX" "$OWN" $(list_code index/repair.py) -- python -m index.repair "$OWN" --output "$INDEX"
+    run_stage index "$INDEX" "$OWN" $(list_code index/repair.py) -- python -m index.repair "$OWN" --output "$INDEX" --force
   fi
 
   # ---- 4. Base model ----

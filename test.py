@@ -29,7 +29,7 @@ from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples
 from reclingua.datasets.user_texts import read_user_texts
 from reclingua.decoding.beam_search import SCORE_OVER, ScoredItem
 from reclingua.inference.collaborative import auc_metrics, print_table
-from reclingua.inference.loading import load_metadata
+from reclingua.inference.loading import check_histories, check_ratings, load_metadata
 from reclingua.inference.predictions import write_rankings, write_scores
 from reclingua.metrics import parse_metrics, ranking_metrics
 from reclingua.models.registry import YES_NO_METHODS
@@ -39,7 +39,13 @@ from reclingua.reporting.single_run import write_report
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import write_json
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
-from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata, run_metadata
+from reclingua.utils.metadata import (
+    METADATA_FILE,
+    CheckpointMetadata,
+    default_results_file,
+    has_own_results,
+    run_metadata,
+)
 
 
 def test_task(name: str) -> str:
@@ -63,8 +69,8 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
     data.add_argument(
-        "--index_file", default=".index.json",
-        help="semantic IDs: file suffix, or a path if it has a slash (default: %(default)s)",
+        "--index_file",
+        help="semantic IDs: file suffix, or a path if it has a slash (default: those in the checkpoint)",
     )  # fmt: skip
     data.add_argument(
         "--user_file", default=".user.json",
@@ -88,6 +94,10 @@ def parse_args() -> argparse.Namespace:
     data.add_argument(
         "--test_batch_size", type=int, default=32, help="users or ratings per batch (default: %(default)s)"
     )
+    data.add_argument(
+        "--allow_other_histories", action="store_true",
+        help="measure although test targets can be interactions that the model was trained on",
+    )  # fmt: skip
     search = parser.add_argument_group("beam search (next-item models)")
     search.add_argument("--num_beams", type=int, default=20, help="beam width (default: %(default)s)")
     search.add_argument(
@@ -110,7 +120,7 @@ def parse_args() -> argparse.Namespace:
         default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10",
         help="hit@k and ndcg@k, separated by commas (default: %(default)s)",
     )
-    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
+    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<name of --ckpt_path>.json")
     results.add_argument("--predictions_file", type=Path, help="JSON lines: one for each user or rating, and prompt")
     return one_line_errors(parser).parse_args()
 
@@ -159,10 +169,11 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
 
     # ---- Users ----
     samples, dataset = test_samples(args, recommender, task), recommender.dataset
-    results_file = results_file_of(args, dataset.name, method)
+    results_file = results_file_of(args, dataset.name, "" if args.test_task == "SeqRec" else task)
     users = list(samples["user"])
     histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
-    log_users(args, dataset, histories, targets)
+    relation = check_histories(args.ckpt_path, recommender.metadata, dataset, users, args.allow_other_histories)
+    log_users(args, dataset, histories, targets, relation)
 
     # ---- Search, one prompt after another ----
     excluded = histories if args.exclude_seen else None
@@ -191,7 +202,8 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     baseline_metrics = {name: ranking_metrics(items, targets, metrics) for name, items in baseline_lists.items()}
 
     # ---- Results and report ----
-    write_next_item_results(args, results_file, by_prompt, baseline_metrics, len(users), started)
+    about = {"users": len(users), "histories": relation}
+    write_next_item_results(args, results_file, by_prompt, baseline_metrics, about, started)
     if args.predictions_file:
         write_rankings(args.predictions_file, dataset, users, targets, rankings)
     print_metrics(method, by_prompt, baseline_metrics)
@@ -199,7 +211,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     print(f"\nresults in {results_file}")
     popularity = baselines["popularity"].counts
     details = next_item_details(dataset, method, users, histories, targets, lists, baseline_lists, popularity)
-    folder = dataset_file(dataset.folder, dataset.name, args.index_file).parent
+    folder = dataset_file(dataset.folder, dataset.name, args.index_file or "").parent
     embeddings = recommender.model.get_input_embeddings()
     details["index"] = codebook_details(dataset, folder, embeddings, recommender.token_ids, popularity)
     details["curves"] = training_curves(args.ckpt_path)
@@ -222,12 +234,12 @@ def test_samples(args: argparse.Namespace, recommender: Recommender, task: str) 
 
 
 def log_users(
-    args: argparse.Namespace, dataset: InteractionDataset, histories: Sequence, targets: Sequence[str]
+    args: argparse.Namespace, dataset: InteractionDataset, histories: Sequence, targets: Sequence[str], relation: str
 ) -> None:
     """Print how many users are measured, and who is left out."""
     if not is_main_process():
         return
-    print(f"{dataset.name}: {len(targets):,} test users, {len(dataset.item_ids):,} items")
+    print(f"{dataset.name}: {len(targets):,} test users, {len(dataset.item_ids):,} items; histories {relation}")
     if dataset.too_short:
         print(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out")
     repeated = sum(target in history for history, target in zip(histories, targets, strict=True))
@@ -262,17 +274,17 @@ def write_next_item_results(
     results_file: Path,
     by_prompt: dict[int, dict[str, float]],
     baselines: dict[str, dict[str, float]],
-    users: int,
+    about: dict[str, object],
     started: float,
 ) -> None:
-    """Write the results file, with LC-Rec's keys."""
+    """Write the results file, with LC-Rec's keys; `about` has further ones."""
     content = {
         "test_task": args.test_task,
         "test_prompt_ids": list(by_prompt),
         **{f"{name}_results": metrics for name, metrics in summarize(by_prompt).items()},
         "all_prompt_results": list(by_prompt.values()),
         "baselines": baselines,
-        "users": users,
+        **about,
         "num_beams": args.num_beams,
         **run_metadata(vars(args), started),
     }
@@ -326,27 +338,31 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
         device=device_of(args),
     )
     dataset, name = scorer.dataset, scorer.name
-    results_file = results_file_of(args, dataset.name, name)
+    results_file = results_file_of(args, dataset.name)
     part = sample_ratings(dataset.parts["test"], max(0, args.sample_num))
+    relation = check_ratings(args.ckpt_path, metadata, dataset, part, args.allow_other_histories)
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, range(len(scorer.templates))) if is_yes_no else [None]
 
     # ---- Scores, one prompt after another ----
-    options = {"batch_size": args.test_batch_size, "show_progress": True}
+    options = {"batch_size": args.test_batch_size, "show_progress": True, "cold_text_only": args.cold_text_only}
+    scores, num_truncated = {}, []
     with torch.autocast(scorer.model.device.type, torch.bfloat16, enabled=args.bf16 and is_yes_no):
-        scores = {
-            prompt_id: scorer.score(part, prompt_id=prompt_id, cold_text_only=args.cold_text_only, **options)
-            for prompt_id in prompt_ids
-        }
+        for prompt_id in prompt_ids:
+            scores[prompt_id] = scorer.score(part, prompt_id=prompt_id, **options)
+            num_truncated.append(scorer.num_truncated)
     if not is_main_process():
         return
 
     # ---- Results and report ----
     metrics = {prompt_id: auc_metrics(part, values) for prompt_id, values in scores.items()}
     by_prompt = {"test_prompt_ids": prompt_ids, "all_prompt_results": list(metrics.values())} if is_yes_no else {}
-    content = {**metrics[prompt_ids[0]], **by_prompt, **run_metadata(vars(args), started)}
+    by_prompt |= {"num_truncated": num_truncated} if is_yes_no else {}
+    content = {**metrics[prompt_ids[0]], **by_prompt, "ratings": relation, **run_metadata(vars(args), started)}
     write_json(results_file, content, indent=1)
     if args.predictions_file:
         write_scores(args.predictions_file, part, scores)
+    if max(num_truncated):
+        print(f"{max(num_truncated):,} of {len(part):,} prompts are too long: their oldest titles are left out")
     print_table({f"{name}, prompt {key}" if len(metrics) > 1 else name: value for key, value in metrics.items()})
     print(f"\nresults in {results_file}")
     # In float64 log-odds keep the order of the scores, ties included.
@@ -369,12 +385,18 @@ def device_of(args: argparse.Namespace) -> str:
     return f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu"
 
 
-def results_file_of(args: argparse.Namespace, dataset: str, method: str) -> Path:
-    """Return where results go; InputError, before anything is measured, if an output file cannot be written."""
-    results_file = args.results_file or Path("results") / dataset / f"{method}.json"
+def results_file_of(args: argparse.Namespace, dataset: str, task: str = "") -> Path:
+    """Return where results go, before anything is measured.
+
+    Raises:
+        InputError: an output file cannot be written; the default one has results of another checkpoint.
+    """
+    results_file = args.results_file or default_results_file(args.ckpt_path, dataset, task)
     inputs = {f"{name} of --ckpt_path": args.ckpt_path / name for name in (METADATA_FILE, "config.json", "run.json")}
-    inputs |= {f"--{name}": Path(getattr(args, name)) for name in ("index_file", "user_file")}
+    inputs |= {f"--{name}": Path(getattr(args, name)) for name in ("index_file", "user_file") if getattr(args, name)}
     check_result_files(results_file, args.predictions_file, inputs)
+    if not args.results_file and has_own_results(results_file, args.ckpt_path) and is_main_process():
+        print(f"{results_file}: earlier results of this checkpoint will be replaced")
     return results_file
 
 

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from convert.folders import atomic_folder
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.provenance import check_replaceable, write_record
 
 
 def packaged_gguf() -> Path:
@@ -36,12 +37,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
     parser.add_argument("--layers", type=int, help="number of layers to keep of 30, evenly spaced (default: all)")
+    parser.add_argument("--force", action="store_true", help="replace a model with another number of layers")
     args = one_line_errors(parser).parse_args()
     if args.layers is not None and not 1 <= args.layers <= 30:
         raise InputError(f"--layers {args.layers}: SmolLM2-135M has 30")
+    made_with = {"model": "SmolLM2-135M-Instruct", "layers": args.layers}
+    check_replaceable(args.output_dir, made_with, args.force)
     disable_progress_bar()
-    with atomic_folder(args.output_dir) as folder:
+    with atomic_folder(args.output_dir, replaces=True) as folder:
         num_parameters = convert(packaged_gguf(), folder, args.layers)
+        write_record(folder, made_with, {})  # no duration: the same settings give the same files
     print(f"{num_parameters:,} parameters -> {args.output_dir}/")
 
 

@@ -27,9 +27,10 @@ from reclingua.datasets.interactions import InteractionDataset, open_interaction
 from reclingua.datasets.prompts import PROMPTS, Fields, PromptTemplate, read_prompts
 from reclingua.datasets.user_texts import PARTS, Intention, UserTexts, intention_context, write_user_texts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import check_outputs, output_file, read_json, write_json
+from reclingua.utils.files import atomic_write, check_outputs, output_file, read_json
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.metadata import run_metadata
+from reclingua.utils.provenance import record_path, write_record
 
 LCREC_PROMPT_FILE = PROMPTS / "intentions.yaml"
 LOCAL_MODEL = "ckpt/base/SmolLM2-135M-Instruct"
@@ -162,7 +163,7 @@ def main() -> None:
     prompts = read_prompts(args.prompt_file, FIELDS)
     users = list(dataset.histories)[: args.users]
     output = args.output or dataset.folder / f"{dataset.name}.user.json"
-    run_file, journal_path = output.with_suffix(".run.json"), output.with_suffix(".journal.jsonl")
+    run_file, journal_path = record_path(output), output.with_suffix(".journal.jsonl")
     outputs = {"--output": output, "the file of the run": run_file, "the journal": journal_path}
     check_outputs(outputs, {"--prompt_file": args.prompt_file, **dataset.files})
     output_file(output)
@@ -195,19 +196,16 @@ def main() -> None:
 
     # ---- Write ----
     counts = {"preferences": len(texts.preferences)} | {part: len(texts.intentions[part]) for part in PARTS}
-    write_json(
-        run_file,
-        {
-            "made_with": {**made_with, "users": len(users)},
-            "users_with": counts,
-            "users_without": dict(num_missing),
-            "answers": len(journal),
-            "answers_rejected": dict(journal.reasons.most_common()),
-            **run_metadata(vars(args), started),
-        },
-        indent=1,
-    )
-    write_user_texts(output, texts)
+    run = {
+        "users_with": counts,
+        "users_without": dict(num_missing),
+        "answers": len(journal),
+        "answers_rejected": dict(journal.reasons.most_common()),
+        **run_metadata(vars(args), started),
+    }
+    with atomic_write(output) as temporary:
+        write_user_texts(temporary, texts)
+        write_record(output, {**made_with, "users": len(users)}, run, written=temporary)
     journal_path.unlink()
 
     print(f"{len(journal):,} answers, {journal.reasons.total():,} of them rejected ({reasons})")

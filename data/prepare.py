@@ -46,6 +46,7 @@ from data.ingestion import Ingestion
 from data.published import PUBLISHED
 from data.raw_files import DISK_ERRORS
 from data.readers import SOURCES
+from reclingua.datasets.derived_files import print_stale_files
 from reclingua.datasets.item_texts import complete_titles, describe_untitled
 from reclingua.datasets.ratings import COLUMNS, PARTS
 from reclingua.utils.errors import InputError, cli_main
@@ -195,6 +196,7 @@ def prepare_sequential(ingestion: Ingestion) -> None:
     write_files(output_folder(folder), content)
     print_summary(ingestion, dropped)
     print(f"  written to {folder}/")
+    print_stale_files(args.data_path, name)
 
 
 def history_texts(con: DuckDBPyConnection) -> Iterator[str]:

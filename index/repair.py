@@ -8,13 +8,16 @@ first free code of that level; a new code is added to the level only if none is 
 
 import argparse
 import re
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 from reclingua.datasets.interactions import read_codes
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import check_outputs, write_json
+from reclingua.utils.files import atomic_write, check_outputs, write_json
+from reclingua.utils.metadata import run_metadata
+from reclingua.utils.provenance import check_replaceable, file_sha256, read_record, write_record
 
 
 def deduplicate(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -56,11 +59,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="index file, D.index.json")
     parser.add_argument("--output", type=Path, required=True, help="repaired index file")
+    parser.add_argument("--force", action="store_true", help="replace an index that was made from another one")
     args = one_line_errors(parser).parse_args()
+    started = time.monotonic()
     check_outputs({"--output": args.output}, {"the index to repair": args.index})
     index = read_codes(args.index)
+    made_with = {"index_sha256": file_sha256(args.index)}
+    if texts := (read_record(args.index) or {}).get("texts"):
+        made_with["texts"] = texts  # the items that the index was made for
+    check_replaceable(args.output, made_with, args.force)
     repaired = deduplicate(index)
-    write_json(args.output, repaired)
+    with atomic_write(args.output) as temporary:
+        write_json(temporary, repaired)
+        write_record(args.output, made_with, run_metadata(vars(args), started), written=temporary)
     num_changed = sum(repaired[item] != codes for item, codes in index.items())
     print(f"{num_changed:,} of {len(index):,} items have a new last code -> {args.output}")
 

@@ -5,8 +5,7 @@ LC-Rec calls the semantic ID of an item, a list of code tokens, its index.
 A dataset D is the folder <data_path>/D/ with D.inter.json, and D.item.json and D.index.json where they are needed.
 """
 
-import hashlib
-import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,16 @@ from reclingua.datasets.formats import conversion_hint
 from reclingua.datasets.item_texts import TEXT_KEYS, complete_titles, describe_untitled
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import check_complete, read_json
+from reclingua.utils.provenance import fingerprint, read_record
 
 MAX_ID = 1000  # characters of an id
+# Parts of a dataset whose fingerprints the record of a derived file can hold -> how messages call them.
+RECORDED_PARTS = {
+    "texts": "items",
+    "items": "items",
+    "histories": "histories",
+    "train_histories": "training histories",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,16 @@ class InteractionDataset:
         """Users with a valid and a test item."""
         return [user for user, history in self.histories.items() if len(history) >= 3]
 
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Each item with its text, in the order of the rows of an embedding file; empty without item texts."""
+        return [(item, self.text(item)) for item in self.item_ids] if self.items else []
+
+    @property
+    def train_histories(self) -> dict[str, list[str]]:
+        """User -> training items, oldest first."""
+        return {user: self.train_history(user) for user in self.histories}
+
     def train_history(self, user: str) -> list[str]:
         """Return the training items of a user, oldest first."""
         history = self.histories[user]
@@ -77,8 +94,8 @@ class InteractionDataset:
         return (history[:-2], history[-2]) if part == "valid" else (history[:-1], history[-1])
 
     def sha256(self, part: str) -> str:
-        """Return the fingerprint of `part`, "index" or "histories", that a checkpoint stores to refuse other data."""
-        return hashlib.sha256(json.dumps(getattr(self, part), sort_keys=True).encode()).hexdigest()
+        """Return the fingerprint of `part`, such as "index", which checkpoints and derived files store."""
+        return fingerprint(getattr(self, part))
 
     def title(self, item: str) -> str:
         """Return the item's title, or its id where the dataset has no item texts."""
@@ -123,6 +140,9 @@ def open_interactions(
         raise InputError(f"{item_path}: no item has a title, description, brand or categories; give them one")
     index_path = dataset_file(folder, name, index_file)
     index = _read_index(index_path) if "index" in needs else {}
+    dataset = InteractionDataset(name, folder, histories, items, index, untitled, num_empty)
+    if index:
+        check_made_from(index_path, dataset, "python -m index.generate --force")
 
     for known, path in ((items, item_path), (index, index_path)):
         if not known:
@@ -137,7 +157,42 @@ def open_interactions(
         )
     if items and index and (extra := next((item for item in index if item not in items), None)) is not None:
         raise InputError(f"{index_path}: item {extra!r} is not in {item_path.name}; the files are of different data")
-    return InteractionDataset(name, folder, histories, items, index, untitled, num_empty)
+    return dataset
+
+
+def read_raw_ids(dataset: InteractionDataset) -> dict[str, str]:
+    """Return item -> its id in the raw data, from D.item2id of data.prepare or LC-Rec; empty without that file."""
+    path = dataset.folder / f"{dataset.name}.item2id"
+    if not path.exists():
+        return {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    escaped = {"t": "\t", "n": "\n", "r": "\r"}
+    pairs = [line.rpartition("\t") for line in lines if "\t" in line]
+    return {
+        number.strip(): re.sub(r"\\(.)", lambda match: escaped.get(match[1], match[1]), raw)
+        for raw, _, number in pairs
+    }
+
+
+def other_part(path: Path, dataset: InteractionDataset) -> str | None:
+    """Return which part of `dataset` is another than the one that the file at `path` was made from.
+
+    None if all are the same, or if the file has no record (reclingua/utils/provenance.py).
+    """
+    for part, stored in (read_record(path) or {}).items():
+        is_read = part in RECORDED_PARTS and (dataset.items or part not in ("texts", "items"))
+        if is_read and dataset.sha256(part) != stored:
+            return RECORDED_PARTS[part]
+    return None
+
+
+def check_made_from(path: Path, dataset: InteractionDataset, command: str) -> None:
+    """Raise InputError if the file at `path` was made from another dataset; `command` renews it."""
+    if part := other_part(path, dataset):
+        raise InputError(f"{path}: was made from other {part} than {dataset.folder} has now; renew it by {command}")
 
 
 def dataset_file(folder: Path, name: str, file: str | Path) -> Path:

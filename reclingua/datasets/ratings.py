@@ -20,6 +20,7 @@ from reclingua.datasets.formats import conversion_hint
 from reclingua.datasets.item_texts import complete_titles, describe_untitled
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import check_complete, read_json
+from reclingua.utils.provenance import fingerprint
 
 PARTS = ("train", "valid", "test")
 # Columns of a row. Ids start at 1; 0 is padding. his: the items that the user has liked so far, oldest first.
@@ -68,6 +69,18 @@ class RatingsDataset:
         for name in ("uid", "iid", "label"):
             digest.update(to_numpy(self.parts["train"], name).astype(np.int64).tobytes())
         return digest.hexdigest()
+
+    def items_sha256(self) -> str:
+        """Return the fingerprint of the items and their titles."""
+        return fingerprint({item: str(texts.get("title")) for item, texts in self.items.items()})
+
+    def num_trained(self, part: Dataset) -> int:
+        """Return how many rows of a part are of a user and an item that train has together."""
+        pairs = [
+            to_numpy(rows, "uid").astype(np.int64) << 32 | to_numpy(rows, "iid")
+            for rows in (part, self.parts["train"])
+        ]
+        return int(np.isin(*pairs).sum())
 
 
 def to_numpy(part: Dataset, name: str) -> np.ndarray:

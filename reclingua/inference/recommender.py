@@ -72,10 +72,10 @@ class Recommender:
     def from_pretrained(
         cls,
         folder: str | Path,
-        data_path: str | Path = "data",
+        data_path: str | Path | None = "data",
         *,
         dataset: str | None = None,
-        index_file: str = ".index.json",
+        index_file: str | None = None,
         task: str = "seqrec",
         base_model: str | None = None,
         device: str | torch.device | None = None,
@@ -84,16 +84,17 @@ class Recommender:
 
         Args:
             folder: full weights or an adapter.
-            data_path: folder that holds <dataset>/.
+            data_path: folder that holds <dataset>/; None: the checkpoint alone, with its items and no histories.
             dataset: its name (default: that of training).
-            index_file: suffix of the file of semantic IDs, or a path to one if it has a slash.
+            index_file: suffix of the file of semantic IDs, or a path to one if it has a slash (default: the semantic
+                IDs in the checkpoint).
             task: what is asked, see the class.
             base_model: base model of an adapter checkpoint, overrides the stored path.
             device: default: the GPU if there is one.
 
         Raises:
-            InputError: a file is missing or broken; the dataset's semantic IDs are not those of training; the model
-                was not trained on `task`.
+            InputError: a file is missing or broken; items or semantic IDs are not those of training; the model was
+                not trained on `task`.
         """
         folder, metadata = Path(folder), load_metadata(folder)
         if metadata.method != "lcrec":

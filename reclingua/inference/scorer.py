@@ -36,6 +36,9 @@ class Scorer:
         dataset: the ratings and item texts that it was trained on.
         metadata: how prompts were made in training.
         tokenizer: of a Yes/No model.
+
+    Attributes:
+        num_truncated: prompts of the last `score` that were too long for the model, and lost their oldest titles.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.model, self.dataset, self.metadata, self.tokenizer = model, dataset, metadata, tokenizer
-        self.name, self.templates = metadata.method, []
+        self.name, self.templates, self.num_truncated = metadata.method, [], 0
         if isinstance(model, YesNoModel):
             self.name, self.templates = run_name(model, metadata.method), yes_no_templates(metadata)
 
@@ -154,6 +157,7 @@ class Scorer:
             return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
 
         batches = prefix_sorted_batches(samples, batch_size, model.supports_prefix_sharing)
+        self.num_truncated = samples.num_truncated
         advice = "take a smaller model, or shorter histories"
         for rows, logits in map_batches(model, score_batch, batches, "row", advice, show_progress):
             scores[rows] = logits
@@ -168,11 +172,16 @@ class Scorer:
 
 
 def prefix_sorted_batches(samples: YesNoDataset, batch_size: int, by_prefix: bool) -> list[list[int]]:
-    """Return the rows of each batch: neighbours in the tokens before the item (or in length), the longest first."""
+    """Return the rows of each batch: neighbours in the tokens before the item (or in length), the longest first.
+
+    The samples' `num_truncated` becomes the number of prompts that were too long and lost their oldest titles.
+    """
     keys = []
+    samples.num_truncated = 0
     for row in range(len(samples)):
         sample = samples[row]
         ids, shared = sample["input_ids"], sample["shared"]
         keys.append((shared, hash(tuple(ids[:shared])), len(ids)) if by_prefix else (len(ids),))
+        samples.num_truncated += sample["truncated"]
     order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
     return split_batches(order, batch_size)

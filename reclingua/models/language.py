@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,12 +17,33 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from reclingua.utils.errors import InputError
 from reclingua.utils.hub import hub_options
+from reclingua.utils.provenance import file_sha256
 
 DTYPES = ("float32", "bfloat16", "float16")
 MIN_SHARED_PREFIX = 64  # tokens that an extra forward pass over a shared prefix has to save
+
+
+def absolute_name(model: str | Path) -> str:
+    """Return the absolute path of a model folder, or the hub name as it is, for a checkpoint to store."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else str(model)
+
+
+def check_base_model(path: str | Path, stored: str | None, folder: str | Path) -> None:
+    """Raise InputError if the base model at `path` is not the one that `folder` was tuned on, by its fingerprint.
+
+    A checkpoint of an earlier version has no fingerprint (None) of this kind; a line states that nothing is checked.
+    """
+    if stored is None:
+        print(f"{folder} has no fingerprint of its base model: {path} cannot be checked")
+    elif base_fingerprint(path) != stored:
+        raise InputError(
+            f"{path}: is not the base model that {folder} was tuned on, its weights are others; see --base_model"
+        )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -52,7 +74,10 @@ def load_model(
         device: of weights in 4 or 8 bits (default: this process's GPU, if any); others stay on the CPU.
     """
     if (Path(path) / "adapter_config.json").exists():
-        raise InputError(f"{path}: is an adapter, not a model to start from; name the base model it was tuned on")
+        raise InputError(
+            f"{path}: is an adapter, not a model to start from; name the base model it was tuned on, or merge it into "
+            "that one by python -m convert.merge_lora"
+        )
     options = hub_options(path)
     if load_in_4bit or load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -95,14 +120,46 @@ def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
     return argument in inspect.signature(base.forward).parameters
 
 
-def base_fingerprint(model: PreTrainedModel) -> str:
-    """Return the fingerprint of a base model: names and shapes of its weights, and the first embeddings."""
-    embedding: Any = model.get_input_embeddings()
-    digest = sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-    digest.update(embedding.weight[:256].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def base_fingerprint(path: str | Path) -> str:
+    """Return the fingerprint of the weights of the model in folder (or of hub name) `path`.
+
+    It covers the name, the shape and a few values of every tensor, which files the weights are in does not matter.
+    Pickles are not opened: their bytes are hashed. InputError if there are no weights.
+    """
+    entries = []
+    for file in weight_files(path):
+        if file.suffix != ".safetensors":
+            entries.append(f"{file.name} {file_sha256(file)}".encode())
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            entries += [name.encode() + _sample_tensor(tensors, name) for name in tensors.keys()]
+    return sha256(b"".join(sorted(entries))).hexdigest()
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """Return the weight files that transformers loads of a model, downloaded if it is a hub name."""
+    is_local = "local_files_only" in hub_options(path)
+    try:
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+            file = cached_file(path, name, local_files_only=is_local, _raise_exceptions_for_missing_entries=False)
+            if file is not None:
+                is_index = name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
+                return (
+                    [Path(shard) for shard in get_checkpoint_shard_files(path, file)[0]] if is_index else [Path(file)]
+                )
+    except Exception as error:
+        raise InputError(f"{path}: its weights cannot be found ({summarize_error(error)})") from None
+    raise InputError(f"{path}: holds no weights of a language model; name a folder or hub name of one")
+
+
+def _sample_tensor(tensors: Any, name: str) -> bytes:
+    """Return the shape of a tensor, and 64 values of its first, middle and last row."""
+    part = tensors.get_slice(name)
+    shape = part.get_shape()
+    if not shape or 0 in shape:
+        return f"{shape}".encode() + (b"" if shape else tensors.get_tensor(name).float().numpy().tobytes())
+    rows = [part[row : row + 1].flatten()[:64].float() for row in (0, shape[0] // 2, shape[0] - 1)]
+    return f"{shape}".encode() + torch.cat(rows).numpy().tobytes()
 
 
 def loading_error(path: str | Path, kind: str, error: Exception) -> InputError:

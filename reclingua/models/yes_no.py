@@ -17,7 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from reclingua.models.chunked_loss import patched_forward
 from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborative, weights_sha256
 from reclingua.models.collaborative.base import CollaborativeModel, CollaborativeOutput, Values
-from reclingua.models.language import MIN_SHARED_PREFIX, accepts_argument, attention_window, load_model
+from reclingua.models.language import (
+    MIN_SHARED_PREFIX,
+    accepts_argument,
+    attention_window,
+    check_base_model,
+    load_model,
+)
 from reclingua.models.lora import add_lora
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
@@ -29,14 +35,15 @@ class YesNoConfig(PreTrainedConfig):
     """Config of a Yes/No model.
 
     Args:
-        base_model: folder or hub name of the language model.
+        base_model: absolute folder or hub name of the language model.
+        base_sha256: fingerprint of its weights.
         base_dtype: dtype of frozen weights; trained weights are float32.
         load_in_4bit: linear layers of the language model have nf4 weights.
         answer: token id of Yes.
         offset: subtracted from the logit within the loss, so that training starts at the share of Yes in the data and
             not at the usual level of a language model's logits, ten or more; it changes no ranking.
         lora: rank, alpha, dropout and targets of the LoRA weights; empty: none.
-        cf_model, cf_sha256: folder and fingerprint of the collaborative model; its own config is `cf_config`.
+        cf_model, cf_sha256: absolute folder and fingerprint of the collaborative model; its own config is `cf_config`.
         trained: COMPONENTS that receive gradients: the language model, its LoRA weights, the projector between it and
             the collaborative model, the collaborative model.
         saved: COMPONENTS in a saved folder; the folder points to the others.
@@ -47,6 +54,7 @@ class YesNoConfig(PreTrainedConfig):
     model_type = "recommender-yesno"
 
     base_model: str = ""
+    base_sha256: str | None = None
     base_dtype: str = "float32"
     load_in_4bit: bool = False
     answer: int = 0
@@ -317,6 +325,8 @@ class YesNoModel(PreTrainedModel):
                 f"{folder}: contains a whole language model, which cannot be quantised; leave out --load_in_4bit"
             )
         model = cls(config, open_language(config), open_cf_model(config, folder))
+        if "language" not in config.saved:
+            check_base_model(config.base_model, config.base_sha256, folder)
         state: dict[str, torch.Tensor] = {}
         try:
             for file in sorted(Path(folder).glob("model*.safetensors")):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from reclingua.datasets.interactions import InteractionDataset, read_embeddings
+from reclingua.datasets.interactions import InteractionDataset, other_part, read_embeddings
 from reclingua.metrics.index import index_statistics
 from reclingua.utils.errors import InputError
 
@@ -95,12 +95,10 @@ def _item_vectors(
     items = dataset.item_ids
     for file in sorted(folder.glob(f"{escape(dataset.name)}.emb-*.npy")):
         try:
-            vectors = read_embeddings(file)
+            if not other_part(file, dataset) and len(vectors := read_embeddings(file)) == len(items):
+                return vectors, file.name
         except InputError as error:  # the file has no part in the test
             print(f"the map of items leaves out {error}")
-            continue
-        if len(vectors) == len(items):
-            return vectors, file.name
     return _code_vectors(embed, [token_ids[item] for item in items]), "the model's own embeddings of the codes"
 
 

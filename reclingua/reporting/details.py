@@ -57,6 +57,12 @@ class Run:
         return self.details["method"]
 
 
+def relation_note(run: Run, key: str) -> str:
+    """Return a sentence on test data ("histories" or "ratings") that the model can have been trained on, or ""."""
+    relation = run.results.get(key, "those of training")
+    return "" if relation == "those of training" else f" The {key} are {relation}."
+
+
 def report_folder(results_file: Path) -> Path:
     """Return the folder of details and report: results/D/lcrec.json -> results/D/lcrec/."""
     if results_file.suffix:

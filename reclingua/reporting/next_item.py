@@ -8,7 +8,7 @@ from reclingua.metrics import parse_metrics
 from reclingua.reporting import plots
 from reclingua.reporting.bootstrap import CONFIDENCE, BootstrapMetrics, mean_metrics, paired_differences
 from reclingua.reporting.curves import training_section
-from reclingua.reporting.details import BASELINES, Run
+from reclingua.reporting.details import BASELINES, Run, relation_note
 from reclingua.reporting.html import Section, Table, format_difference, format_interval
 from reclingua.reporting.plots import Line
 from reclingua.reporting.prompts import prompt_sections
@@ -72,6 +72,7 @@ def summarize(run: Run) -> str:
     return (
         f"{run.results.get('test_task', 'SeqRec')}, {len(run.details['users']):,} test users, "
         f"{run.results['num_beams']} beams, {seen}. {CONFIDENCE}% intervals, bootstrap over users."
+        f"{relation_note(run, 'histories')}"
     )
 
 

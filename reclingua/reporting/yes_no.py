@@ -8,7 +8,7 @@ from reclingua.metrics.roc import auc_of_groups
 from reclingua.reporting import plots
 from reclingua.reporting.bootstrap import CONFIDENCE, BootstrapMetrics, Statistic
 from reclingua.reporting.curves import training_section
-from reclingua.reporting.details import Run
+from reclingua.reporting.details import Run, relation_note
 from reclingua.reporting.html import Section, Table, format_interval, format_number
 from reclingua.reporting.plots import Line
 from reclingua.reporting.prompts import prompt_sections
@@ -103,7 +103,7 @@ def summarize(run: Run) -> str:
     users, labels = run.details["users"], run.details["labels"]
     return (
         f"{len(users):,} test ratings of {len(np.unique(users)):,} users, {labels.mean():.1%} liked. "
-        f"{CONFIDENCE}% intervals, bootstrap over users."
+        f"{CONFIDENCE}% intervals, bootstrap over users.{relation_note(run, 'ratings')}"
     )
 
 

@@ -300,7 +300,7 @@ def test_every_strategy_gives_every_item_a_semantic_id(toy, tmp_path, script):
         flags = ("--method", method, "--embeddings", path, "--output_dir", tmp_path / method)
         code, _, error = script(train.main, *flags, "--codebook_sizes", 3, 2, 2)
         assert code == 0, error
-        source = ("--dataset", "toy", "--data_path", toy, "--rqvae", tmp_path / method)
+        source = ("--dataset", "toy", "--data_path", toy, "--rqvae", tmp_path / method, "--force")
         code, out, error = script(generate.main, *source)
         assert code == 0 and f"items: {num_colliding} with" in out and "Sinkhorn" not in out, error
         index = open_interactions(toy, "toy", ["items", "index"]).index
@@ -308,7 +308,7 @@ def test_every_strategy_gives_every_item_a_semantic_id(toy, tmp_path, script):
     path.unlink()
     written = []
     for seed in (1, 1, 2):
-        flags = ("--random", "--seed", seed, "--codebook_sizes", 3, 3)
+        flags = ("--random", "--seed", seed, "--codebook_sizes", 3, 3, "--force")
         assert script(generate.main, "--dataset", "toy", "--data_path", toy, *flags)[0] == 0
         written.append(open_interactions(toy, "toy", ["items", "index"]).index)
     assert written[0] == written[1] != written[2]
