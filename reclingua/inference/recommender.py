@@ -4,6 +4,8 @@ recommender = Recommender.from_pretrained("ckpt/ml-100k/lcrec", data_path="data"
 recommender.recommend([["12", "55", "7"]], k=10, exclude_seen=True)
 """
 
+from reclingua.utils.logging import silenced_transformers
+
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Self
@@ -69,6 +71,7 @@ class Recommender:
         )
 
     @classmethod
+    @silenced_transformers()
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -158,8 +161,13 @@ class Recommender:
                 raise InputError(f"history {number}: should be a list of item ids, not the text {history[:50]!r}")
             if not history:
                 raise InputError(f"history {number}: is empty; the model needs at least one item")
-            if unknown := next((item for item in history if item not in self.dataset.index), None):
-                raise InputError(f"history {number}: item {unknown!r} is not in {self.dataset.name}")
+            unknown = next((item for item in history if item not in self.dataset.index), None)
+            if unknown is not None:
+                name, example = self.dataset.name, next(iter(self.dataset.index))
+                raise InputError(
+                    f"history {number}: item {unknown!r} is not in {name}, whose ids are texts like {example!r}; "
+                    f"{name}.item2id maps those of the raw files to them"
+                )
         return history_samples(self.task, histories, self.metadata.max_his_len)
 
     def encode(self, samples: datasets.Dataset, prompt_id: int | None = None) -> list[list[int]]:

@@ -4,6 +4,8 @@ scorer = Scorer.from_pretrained("ckpt/ml-1m/collm-mf", data_path="data")
 scorer.score([["12", "55", "7"]], items=["9"], users=["3"])
 """
 
+from reclingua.utils.logging import silenced_transformers
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -54,6 +56,7 @@ class Scorer:
             self.name, self.templates = run_name(model, metadata.method), yes_no_templates(metadata)
 
     @classmethod
+    @silenced_transformers()
     def from_pretrained(
         cls,
         folder: str | Path,
