@@ -49,7 +49,8 @@ def runs(workshop, tmp_path_factory):
     write_preferences(workshop / "datasets")
     liked = ("--dataset", "liked", "--data_path", workshop / "datasets")
     for model in ("mf", "hash"):
-        run_main(pretrain.main, "--model", model, *liked, "--output_dir", out / model, "--embedding_size", 16)
+        where = ("--output_dir", out / model, "--results_file", out / f"{model}.json")
+        run_main(pretrain.main, "--model", model, *liked, *where, "--embedding_size", 16)
     z2, z3 = configuration(out, 2), configuration(out, 3)
     gathered = configuration(out, 3, stage3_gather_16bit_weights_on_model_save=True)
     runs = {
