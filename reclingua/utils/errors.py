@@ -1,4 +1,4 @@
-"""InputError for invalid user input, and the decorator that turns it into exit code 2."""
+"""InputError for invalid user input, the decorator that turns it into exit code 2, and notes."""
 
 import argparse
 import os
@@ -21,6 +21,12 @@ def one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     parser.error = error  # type: ignore[method-assign]
     return parser
+
+
+def print_note(message: str) -> None:
+    """Print a line that is no error, by the first of several processes."""
+    if not int(os.environ.get("RANK") or 0):
+        print(message, flush=True)
 
 
 def cli_main(main: Callable[..., None]) -> Callable[..., None]:
