@@ -22,7 +22,7 @@ from reclingua.models.language import check_base_model, context_length, load_mod
 from reclingua.models.lora import load_lora
 from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
-from reclingua.utils.errors import InputError
+from reclingua.utils.errors import InputError, print_note
 from reclingua.utils.metadata import FILES, METADATA_FILE, CheckpointMetadata
 from reclingua.utils.provenance import fingerprint
 from reclingua.utils.text import shorten
@@ -103,9 +103,10 @@ def load_next_item_dataset(
 
 
 def check_same_items(folder: Path, metadata: CheckpointMetadata, dataset: InteractionDataset) -> None:
-    """Raise InputError if the dataset has items that the model does not know, lacks some, or gives ids to others.
+    """Raise InputError if the dataset has items that the model does not know, lacks some, or numbers them otherwise.
 
-    Items are the same if their raw ids are; where one side has no raw ids, if their titles are.
+    An id stands for another item if its raw id is another one, or its title that of another item of the training.
+    Titles that the training did not know were edited: a line states their number.
     """
     if not metadata.index:
         return
@@ -115,15 +116,19 @@ def check_same_items(folder: Path, metadata: CheckpointMetadata, dataset: Intera
         raise InputError(f"{dataset.folder}: item {unknown!r} is not among {known}; {advice}")
     if missing := next((item for item in metadata.index if dataset.items and item not in dataset.items), None):
         raise InputError(f"{dataset.folder}: has no item {missing!r}, one of {known}; {advice}")
-    raw_ids = read_raw_ids(dataset)
+    raw_ids, num_edited = read_raw_ids(dataset), 0
+    titles = {texts.get("title") for texts in metadata.items.values()}
     for item, texts in metadata.items.items():
-        if item in raw_ids and "raw_id" in texts:
-            theirs, ours = texts["raw_id"], raw_ids[item]
-        else:
-            theirs, ours = texts.get("title", ""), dataset.title(item) if dataset.items else ""
-        if theirs and ours and theirs != ours:
+        has_raw_ids = item in raw_ids and "raw_id" in texts
+        title = dataset.title(item) if dataset.items and "title" in texts else None
+        is_edited = title is not None and title != texts["title"]
+        if has_raw_ids and raw_ids[item] != texts["raw_id"] or is_edited and title in titles and not has_raw_ids:
+            ours, theirs = (raw_ids[item], texts["raw_id"]) if has_raw_ids else (title or "", texts["title"])
             difference = f"is {shorten(ours, 60)!r}, but {shorten(theirs, 60)!r} among {known}"
             raise InputError(f"{dataset.folder}: item {item!r} {difference}; {advice}")
+        num_edited += is_edited
+    if num_edited:
+        print_note(f"{dataset.folder}: {num_edited:,} items have other titles than when {folder} was tuned")
 
 
 def describe_difference(known: Mapping[str, list[str]], index: Mapping[str, list[str]]) -> str:

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from reclingua.utils.errors import InputError
+from reclingua.utils.errors import InputError, print_note
 from reclingua.utils.hub import hub_options
 from reclingua.utils.provenance import file_sha256
 
@@ -39,7 +39,7 @@ def check_base_model(path: str | Path, stored: str | None, folder: str | Path) -
     A checkpoint of an earlier version has no fingerprint (None) of this kind; a line states that nothing is checked.
     """
     if stored is None:
-        print(f"{folder} has no fingerprint of its base model: {path} cannot be checked")
+        print_note(f"{folder} has no fingerprint of its base model: {path} cannot be checked")
     elif base_fingerprint(path) != stored:
         raise InputError(
             f"{path}: is not the base model that {folder} was tuned on, its weights are others; see --base_model"

@@ -1,4 +1,4 @@
-"""InputError for invalid user input, and the decorator that turns it into exit code 2."""
+"""InputError for invalid user input, the decorator that turns it into exit code 2, and notes."""
 
 import argparse
 import os
@@ -51,6 +51,12 @@ def _secrets() -> Iterator[str]:
     for word, masked in zip(sys.argv, mask_flags(sys.argv), strict=True):
         if masked != word:
             yield word if masked == MASK else word.partition("=")[2]
+
+
+def print_note(message: str) -> None:
+    """Print a line that is no error, by the first of several processes."""
+    if not int(os.environ.get("RANK") or 0):
+        print(message, flush=True)
 
 
 def cli_main(main: Callable[..., None]) -> Callable[..., None]:

@@ -110,7 +110,9 @@ class CheckpointMetadata:
         for key, name in FILES.items():
             if key in content:
                 write_json(Path(folder) / name, content.pop(key))
-        write_json(Path(folder) / METADATA_FILE, content | {"version": self.version}, indent=1)
+        if self.base_model:  # whose fingerprint depends on the version
+            content["version"] = self.version
+        write_json(Path(folder) / METADATA_FILE, content, indent=1)
 
 
 def _read_file(path: Path, key: str) -> dict:

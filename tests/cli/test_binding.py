@@ -140,10 +140,16 @@ def test_raw_ids_tell_items_apart_where_both_sides_have_them(workshop, data, tun
     assert script(finetune.main, *flags(workshop, tmp_path / "raw", *few))[0] == 0
     items = json.loads((tmp_path / "raw" / FILES["items"]).read_text())
     assert items["3"] == {"title": "Toy number 3", "raw_id": "B003"}
-    rewrite("item", lambda items: items | {"3": {"title": "Toy No. 3"}})  # a title was mended
+    rewrite("item", lambda items: items | {"3": items["4"]})  # a title that another item had
     assert asked(ckpt=tmp_path / "raw")[0] == 0 and asked()[0] == 2
     (data / "toy/toy.item2id").write_text(raw.replace("B003", "B009"))
     assert "item '3' is 'B009', but 'B003' among the items" in asked(ckpt=tmp_path / "raw")[3]
+
+
+def test_edited_titles_are_stated(asked, rewrite):
+    rewrite("item", lambda items: {item: {"title": f"Renamed {item}"} for item in items})
+    code, _, out, error = asked()
+    assert code == 0 and "9 items have other titles than when" in out and "Renamed" in out, error
 
 
 def test_an_item_that_left(asked, rewrite):

@@ -186,7 +186,9 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(folder, refused, tmp_
         raise OSError("No space left on device")
 
     monkeypatch.setattr(CollaborativeModel, "save_pretrained", full_disk)
-    assert "the model cannot be written there" in refused(pretrain.main, *flags(folder, tmp_path, "--seed", 7))
+    other = flags(folder, tmp_path, "--seed", 7)
+    assert "exists, and it was made with another settings" in refused(pretrain.main, *other)
+    assert "the model cannot be written there" in refused(pretrain.main, *other, "--force")
     assert {path.name: path.read_bytes() for path in (tmp_path / "mf").iterdir()} == before
 
 

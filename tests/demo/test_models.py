@@ -238,4 +238,5 @@ def test_bad_input(refused, workshop, tuned, studio, tmp_path):
         assert f"--port {port}: cannot be listened at" in refuse("--ckpt_path", tuned, *data, "--port", port)
         assert demo.free_port(None) in demo.PORTS
     (tmp_path / "toy" / "toy.index.json").write_text(json.dumps({str(i): [f"<a_{i}>"] for i in range(9)}))
-    assert "other semantic IDs" in refuse("--ckpt_path", tuned, "--data_path", tmp_path)
+    theirs = ("--data_path", tmp_path, "--index_file", ".index.json")
+    assert "other semantic IDs" in refuse("--ckpt_path", tuned, *theirs)
