@@ -373,7 +373,7 @@ def results_file_of(args: argparse.Namespace, dataset: str, method: str) -> Path
     """Return where results go; InputError, before anything is measured, if an output file cannot be written."""
     results_file = args.results_file or Path("results") / dataset / f"{method}.json"
     inputs = {f"{name} of --ckpt_path": args.ckpt_path / name for name in (METADATA_FILE, "config.json", "run.json")}
-    inputs |= {f"--{name}": Path(getattr(args, name)) for name in ("index_file", "user_file")}
+    inputs |= {f"--{flag}": Path(file) for flag in ("index_file", "user_file") if (file := getattr(args, flag))}
     check_result_files(results_file, args.predictions_file, inputs)
     return results_file
 
