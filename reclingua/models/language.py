@@ -26,8 +26,9 @@ MIN_SHARED_PREFIX = 64  # tokens that an extra forward pass over a shared prefix
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer in folder (or of hub name) `path`, with a pad token; InputError if there is none."""
+    options = hub_options(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub_options(path))
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # the library raises a dozen classes for a missing or invalid folder
         raise loading_error(path, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
