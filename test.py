@@ -393,7 +393,7 @@ def results_file_of(args: argparse.Namespace, dataset: str, task: str = "") -> P
     """
     results_file = args.results_file or default_results_file(args.ckpt_path, dataset, task)
     inputs = {f"{name} of --ckpt_path": args.ckpt_path / name for name in (METADATA_FILE, "config.json", "run.json")}
-    inputs |= {f"--{name}": Path(getattr(args, name)) for name in ("index_file", "user_file") if getattr(args, name)}
+    inputs |= {f"--{flag}": Path(file) for flag in ("index_file", "user_file") if (file := getattr(args, flag))}
     check_result_files(results_file, args.predictions_file, inputs)
     if not args.results_file and has_own_results(results_file, args.ckpt_path) and is_main_process():
         print(f"{results_file}: earlier results of this checkpoint will be replaced")

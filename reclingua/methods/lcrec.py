@@ -100,6 +100,9 @@ def build_data(args: Arguments, log: Log) -> NextItemData:
         log(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out of valid and test")
     for remark in dataset.remarks:
         log(f"  {remark}")
+    seen = [dataset.split(user, "valid")[0] for user in dataset.test_users] if args.method.exclude_seen else []
+    if seen and all(len(dataset.item_ids) - len({*items}) <= 10 for items in seen):
+        log("  no valid user has more than 10 items left with --exclude_seen: hit@10 is the same for every checkpoint")
     metadata = checkpoint_metadata(args, dataset, texts, prompts, max_his_len)
     checkpoint = checkpoint_to_resume(args.training, metadata)
     return NextItemData(dataset, prompts, templates_per_sample, train, valid, metadata, checkpoint)

@@ -48,8 +48,9 @@ def check_base_model(path: str | Path, stored: str | None, folder: str | Path) -
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer in folder (or of hub name) `path`, with a pad token; InputError if there is none."""
+    options = hub_options(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub_options(path))
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # the library raises a dozen classes for a missing or invalid folder
         raise loading_error(path, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:

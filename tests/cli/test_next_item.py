@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,18 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
     ):
         assert "name two files" in refuse(flag, file)
     assert not list(tmp_path.glob("r.json"))
+
+
+def test_users_with_few_items_left_are_stated(capsys):
+    """With all items but the target in the history, any model is right; with all items nothing is recommended."""
+    dataset = SimpleNamespace(name="toy", item_ids=list("abcdefg"), too_short=[])
+    histories = [list("abcdefg"), list("abcdefa"), list("abca")]
+    for exclude_seen in (True, False):
+        args = SimpleNamespace(exclude_seen=exclude_seen, metrics="hit@1,hit@3")
+        test_script.log_users(args, dataset, histories, ["a", "g", "d"])
+        out = capsys.readouterr().out
+        assert ("1 users had every item: no item is left to recommend, which counts as a miss" in out) == exclude_seen
+        assert ("1 users have at most 3 items left: a list of 3 has their target" in out) == exclude_seen
 
 
 # ---- Flags and presets ----

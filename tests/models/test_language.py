@@ -101,7 +101,7 @@ def test_no_model_there(tmp_path):
 def test_a_hub_name_without_a_network_fails_at_once(monkeypatch):
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
     for load in (load_tokenizer, load_model):
-        with pytest.raises(InputError, match="not in the cache of the hub, and https://.* cannot be reached"):
+        with pytest.raises(InputError, match="^nobody/no-such-model: no such folder, not in the cache of the hub"):
             load("nobody/no-such-model")
         with pytest.raises(InputError, match="no such folder, and not the name of a model on the hub"):
             load("ckpt/no/such/folder")
