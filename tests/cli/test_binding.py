@@ -120,8 +120,8 @@ def test_a_tuned_model_gets_no_new_code(workshop, tuned, tmp_path, refused, data
     "change, message",
     [
         (
-            lambda items: items | {"3": {"title": "Another"}},
-            "item '3' is 'Another', but 'Toy number 3' among the items",
+            lambda items: items | {"3": items["4"], "4": items["3"]},
+            "item '3' is 'Toy number 4', but 'Toy number 3' among the items",
         ),
         (lambda items: items | {"9": {"title": "New"}}, "item '9' is not among the items"),
         (lambda items: items, None),
