@@ -184,7 +184,7 @@ run_stage() {
 run_shared_stage() {
   mkdir -p ckpt/base/.stages
   exec 8>>ckpt/base/.stages/lock
-  flock 8
+  flock --nonblock 8 || { echo "waiting for the run.sh of another dataset, which is making $2" && flock 8; }
   run_stage "$@"
   exec 8>&-
 }

@@ -43,7 +43,7 @@ class RelocateBestCallback(TrainerCallback):
     resumed: the checkpoint that the run resumes from; None at the beginning.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.resumed: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
