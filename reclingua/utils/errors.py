@@ -25,12 +25,14 @@ def one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 SECRET = ("token", "key", "password", "auth")  # last words of the flags whose values are never printed
+NO_SECRET = ("category_key",)
 MASK = "***"
 
 
 def is_secret(flag: str) -> bool:
     """Return whether the value of a flag, such as --hub_token, is a secret."""
-    return flag.lower().lstrip("-").replace("-", "_").rpartition("_")[2] in SECRET
+    name = flag.lower().lstrip("-").replace("-", "_")
+    return name.rpartition("_")[2] in SECRET and name not in NO_SECRET
 
 
 def mask_flags(words: list[str]) -> list[str]:

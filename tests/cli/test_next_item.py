@@ -219,7 +219,7 @@ def test_users_with_few_items_left_are_stated(capsys):
     histories = [list("abcdefg"), list("abcdefa"), list("abca")]
     for exclude_seen in (True, False):
         args = SimpleNamespace(exclude_seen=exclude_seen, metrics="hit@1,hit@3")
-        test_script.log_users(args, dataset, histories, ["a", "g", "d"])
+        test_script.log_users(args, dataset, histories, ["a", "g", "d"], "those of training")
         out = capsys.readouterr().out
         assert ("1 users had every item: no item is left to recommend, which counts as a miss" in out) == exclude_seen
         assert ("1 users have at most 3 items left: a list of 3 has their target" in out) == exclude_seen

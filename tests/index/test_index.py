@@ -340,8 +340,8 @@ def test_bad_input_of_embed(toy, edit, refused):
     assert "no sentence encoder" in refused(embed.main, *source, "--plm", toy)
     for main, more in ((embed.main, ()), (generate.main, ("--random",))):
         assert "name two files" in refused(main, *source, *more, "--output", toy / "toy/toy.item.json")
-    edit("item", lambda item: item.update({"3": {"title": ""}}))
-    assert "item '3' has neither title nor description" in refused(embed.main, *source)
+    edit("item", lambda items: {item: {"title": ""} for item in items})
+    assert "no item has a title, description, brand or categories" in refused(embed.main, *source)
     assert not (toy / "toy/toy.emb-minilm-td.npy").exists()
 
 

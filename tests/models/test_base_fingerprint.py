@@ -44,7 +44,7 @@ def test_a_hub_name_is_found_in_the_cache(base, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert base_fingerprint("me/tiny") == base_fingerprint(base)
-    with pytest.raises(InputError, match="me/unknown: holds no weights"):
+    with pytest.raises(InputError, match="me/unknown: no such folder, not in the cache"):
         base_fingerprint("me/unknown")
 
 

@@ -83,7 +83,7 @@ def test_a_code_that_is_a_word_already(taken):
 
 
 def test_another_index_than_the_model_knows():
-    with pytest.raises(InputError, match="'<a_0>' is not in the vocabulary"):
+    with pytest.raises(InputError, match="'<a_0>' of item '0' is not in the vocabulary"):
         index_token_ids(make_tokenizer(bos=False), INDEX)
 
 
