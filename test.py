@@ -1,7 +1,9 @@
 """Measure a model: hit rate and NDCG of next items, or AUC and UAUC of what test users liked.
 
-The results file, results/D/lcrec.json, gets a report beside it, results/D/lcrec/report.html (see report.py).
+The results file, results/D/lcrec.json, gets a report beside it, results/D/lcrec/report.html (see report.py). Every
+result stands beside baselines, whose settings are chosen on valid.
 
+python test.py --dataset ml-100k --baselines_only --exclude_seen        what there is to beat, without any model
 python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen
 python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 20 --predictions_file out.jsonl
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ~/datasets
@@ -23,100 +25,29 @@ from torch import distributed
 
 from reclingua import Recommender, Scorer
 from reclingua.baselines import fit_baselines
-from reclingua.datasets.interactions import InteractionDataset, dataset_file
-from reclingua.datasets.ratings import sample_ratings
+from reclingua.baselines.rates import LikeRates
+from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions
+from reclingua.datasets.ratings import RatingsDataset, open_ratings, sample_ratings
 from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples
 from reclingua.datasets.user_texts import read_user_texts
-from reclingua.decoding.beam_search import SCORE_OVER, ScoredItem
-from reclingua.inference.collaborative import auc_metrics, print_table
+from reclingua.inference.arguments import build_test_parser
+from reclingua.inference.collaborative import auc_metrics, print_table, score_rows
 from reclingua.inference.loading import load_metadata
 from reclingua.inference.predictions import write_rankings, write_scores
-from reclingua.metrics import parse_metrics, ranking_metrics
-from reclingua.models.registry import YES_NO_METHODS
+from reclingua.metrics import metrics_of_ranks, parse_metrics, ranking_metrics
 from reclingua.reporting.codebook import codebook_details
+from reclingua.reporting.console import print_examples, print_metrics, print_rows, summarize
 from reclingua.reporting.details import next_item_details, training_curves, yes_no_details
 from reclingua.reporting.single_run import write_report
-from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.errors import InputError, cli_main
 from reclingua.utils.files import output_file, write_json
 from reclingua.utils.metadata import CheckpointMetadata, run_metadata
-
-
-def test_task(name: str) -> str:
-    """Return the test of that name, in whatever case."""
-    return next((task for task in TEST_TASKS if task.lower() == name.lower()), name)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py or pretrain.py")
-    model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
-    model.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
-    model.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights keep their dtype")
-    model.add_argument(
-        "--lora", action="store_true", help="ignored; detected from the checkpoint (LC-Rec compatibility)"
-    )
-    model.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
-    data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
-    data.add_argument(
-        "--index_file", default=".index.json",
-        help="semantic IDs: file suffix, or a path if it has a slash (default: %(default)s)",
-    )  # fmt: skip
-    data.add_argument(
-        "--user_file", default=".user.json",
-        help="user texts (preferences, intentions): file suffix or path (default: %(default)s)",
-    )  # fmt: skip
-    data.add_argument(
-        "--test_task", default="SeqRec", choices=list(TEST_TASKS), type=test_task,
-        help="of a next-item model: SeqRec (history of semantic IDs), FusionSeqRec (history of titles), ItemSearch "
-        "(a user's intention); default: %(default)s",
-    )  # fmt: skip
-    data.add_argument(
-        "--test_prompt_ids", default="0", help="prompts: all, or numbers like 0,3 (default: %(default)s)"
-    )
-    data.add_argument(
-        "--sample_num",
-        type=int,
-        default=-1,
-        help="measure only the first n users, or up to n ratings drawn at random (8 of a user at most); -1: all "
-        "(default: %(default)s)",
-    )
-    data.add_argument(
-        "--test_batch_size", type=int, default=32, help="users or ratings per batch (default: %(default)s)"
-    )
-    search = parser.add_argument_group("beam search (next-item models)")
-    search.add_argument("--num_beams", type=int, default=20, help="beam width (default: %(default)s)")
-    search.add_argument(
-        "--score_over", default="vocabulary", choices=SCORE_OVER,
-        help="normalize log-probabilities over the whole vocabulary or over the tokens that the trie allows "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    search.add_argument("--exclude_seen", action="store_true", help="leave the user's own items out of the candidates")
-    search.add_argument(
-        "--filter_items", action="store_true", help="ignored; only items are ever returned (LC-Rec compatibility)"
-    )
-    questions = parser.add_argument_group("ratings (Yes/No models)")
-    questions.add_argument(
-        "--cold_text_only", action="store_true",
-        help="ask by titles alone where training knew nothing of the user or of the item",
-    )  # fmt: skip
-    results = parser.add_argument_group("results")
-    results.add_argument(
-        "--metrics",
-        default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10",
-        help="hit@k and ndcg@k, separated by commas (default: %(default)s)",
-    )
-    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
-    results.add_argument("--predictions_file", type=Path, help="JSON lines: one for each user or rating, and prompt")
-    return one_line_errors(parser).parse_args()
 
 
 @cli_main
 def main() -> None:
     """Measure; with the other processes where `test_ddp.py` has made a process group."""
-    args = parse_args()
+    args = build_test_parser(__doc__).parse_args()
     silence_third_party()
     if args.sample_num != -1 and args.sample_num < 1:
         raise InputError(f"--sample_num {args.sample_num}: should be 1 at least, or -1 for all")
@@ -126,6 +57,11 @@ def main() -> None:
         args.gpu_id = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
         raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
+    if args.baselines_only:
+        test_baselines(args)
+        return
+    if args.ckpt_path is None:
+        raise InputError("--ckpt_path: name a folder written by finetune.py or pretrain.py, or use --baselines_only")
     metadata = load_metadata(args.ckpt_path)
     if metadata.method == "lcrec":
         test_next_item(args, metadata)
@@ -175,27 +111,28 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
         return
 
     # ---- Metrics, of the baselines as well ----
-    lists = {prompt_id: [items_of(ranked) for ranked in ranking] for prompt_id, ranking in rankings.items()}
-    by_prompt = {prompt_id: ranking_metrics(items, targets, metrics) for prompt_id, items in lists.items()}
-    baselines = fit_baselines(dataset)
-    baseline_lists = {
-        name: [
-            baseline.recommend(history, args.num_beams, set(history) if args.exclude_seen else set())
-            for history in histories
-        ]
-        for name, baseline in baselines.items()
+    lists = {
+        prompt_id: [[scored.item for scored in ranked] for ranked in ranking]
+        for prompt_id, ranking in rankings.items()
     }
-    baseline_metrics = {name: ranking_metrics(items, targets, metrics) for name, items in baseline_lists.items()}
+    by_prompt = {prompt_id: ranking_metrics(items, targets, metrics) for prompt_id, items in lists.items()}
+    baselines = fit_baselines(dataset, args.exclude_seen)
+    rows = {"baselines": baselines.ranks(histories, targets, args.num_beams, args.exclude_seen), "fused": {}}
+    row_metrics = {
+        part: {name: metrics_of_ranks(ranks, metrics) for name, ranks in ranks_of.items()}
+        for part, ranks_of in rows.items()
+    }
 
     # ---- Results and report ----
-    write_next_item_results(args, results_file, by_prompt, baseline_metrics, len(users), started)
+    more = {**row_metrics, "baseline_settings": baselines.describe(), "users": len(users)}
+    write_next_item_results(args, results_file, by_prompt, more, started)
     if args.predictions_file:
         write_rankings(args.predictions_file, dataset, users, targets, rankings)
-    print_metrics(method, by_prompt, baseline_metrics)
-    print_examples(dataset, users, targets, histories, rankings[prompt_ids[0]])
+    print_metrics(method, by_prompt, row_metrics["baselines"], row_metrics["fused"])
+    print_examples(dataset, users, targets, histories, lists[prompt_ids[0]])
     print(f"\nresults in {results_file}")
-    popularity = baselines["popularity"].counts
-    details = next_item_details(dataset, method, users, histories, targets, lists, baseline_lists, popularity)
+    popularity = baselines.popularity
+    details = next_item_details(dataset, method, users, histories, targets, lists, popularity, rows)
     folder = dataset_file(dataset.folder, dataset.name, args.index_file).parent
     embeddings = recommender.model.get_input_embeddings()
     details["index"] = codebook_details(dataset, folder, embeddings, recommender.token_ids, popularity)
@@ -232,71 +169,24 @@ def log_users(
         print(f"  {repeated:,} users had their target before: with --exclude_seen it counts as a miss")
 
 
-def items_of(ranked: list[ScoredItem]) -> list[str]:
-    """Return the items of a list without their scores."""
-    return [scored.item for scored in ranked]
-
-
-def summarize(by_prompt: dict[int, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the metrics over all prompts: "mean", "min" and "max"."""
-    names = next(iter(by_prompt.values()))
-    values = {name: [metrics[name] for metrics in by_prompt.values()] for name in names}
-    return {
-        "mean": {name: sum(numbers) / len(numbers) for name, numbers in values.items()},
-        "min": {name: min(numbers) for name, numbers in values.items()},
-        "max": {name: max(numbers) for name, numbers in values.items()},
-    }
-
-
 def write_next_item_results(
     args: argparse.Namespace,
     results_file: Path,
     by_prompt: dict[int, dict[str, float]],
-    baselines: dict[str, dict[str, float]],
-    users: int,
+    more: dict[str, object],
     started: float,
 ) -> None:
-    """Write the results file, with LC-Rec's keys."""
+    """Write the results file: LC-Rec's keys and `more`."""
     content = {
         "test_task": args.test_task,
         "test_prompt_ids": list(by_prompt),
         **{f"{name}_results": metrics for name, metrics in summarize(by_prompt).items()},
         "all_prompt_results": list(by_prompt.values()),
-        "baselines": baselines,
-        "users": users,
+        **more,
         "num_beams": args.num_beams,
         **run_metadata(vars(args), started),
     }
     write_json(results_file, content, indent=1)
-
-
-def print_metrics(method: str, by_prompt: dict[int, dict[str, float]], baselines: dict[str, dict[str, float]]) -> None:
-    """Print the metrics of the model, and its worst and best prompt where there are several, below the baselines."""
-    summary = summarize(by_prompt)
-    rows = baselines | {method: summary["mean"]}
-    if len(by_prompt) > 1:
-        rows |= {f"{method}, worst prompt": summary["min"], f"{method}, best prompt": summary["max"]}
-    width = max(map(len, rows))
-    print("\n" + " " * width + "".join(f"{name:>10}" for name in summary["mean"]))
-    for row, metrics in rows.items():
-        print(f"{row:<{width}}" + "".join(f"{value:>10.4f}" for value in metrics.values()))
-
-
-def print_examples(
-    dataset: InteractionDataset,
-    users: list[str],
-    targets: Sequence[str],
-    histories: Sequence,
-    lists: list[list[ScoredItem]],
-) -> None:
-    """Print three users, spread over the list: the end of the history, the five best items, the item taken."""
-    for row in sorted({0, len(users) // 2, len(users) - 1}):
-        recent = "; ".join(dataset.title(item)[:50] for item in histories[row][-5:])
-        print(f"\nuser {users[row]} had {len(histories[row])} items, the last: {recent}")
-        for rank, scored in enumerate(lists[row][:5], start=1):
-            mark = "   <- taken" if scored.item == targets[row] else ""
-            print(f"  {rank}. {dataset.title(scored.item)[:70]}{mark}")
-        print(f"  taken: {dataset.title(targets[row])[:70]}")
 
 
 # ---- Ratings ----
@@ -304,7 +194,7 @@ def print_examples(
 
 def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None:
     """Measure a model that scores ratings: AUC and UAUC of all, warm and cold test ratings."""
-    is_yes_no = metadata.method in YES_NO_METHODS
+    is_yes_no = bool(metadata.prompts)
     if not (is_yes_no or is_main_process()):
         return  # a collaborative model takes seconds: the first process measures it alone
     started = time.monotonic()
@@ -334,17 +224,68 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
     # ---- Results and report ----
     metrics = {prompt_id: auc_metrics(part, values) for prompt_id, values in scores.items()}
     by_prompt = {"test_prompt_ids": prompt_ids, "all_prompt_results": list(metrics.values())} if is_yes_no else {}
-    content = {**metrics[prompt_ids[0]], **by_prompt, **run_metadata(vars(args), started)}
+    rows = {"baselines": rating_baselines(args, dataset, part, scorer), "fused": {}}
+    row_metrics = {
+        kind: {row: auc_metrics(part, values) for row, values in scores_of.items()} for kind, scores_of in rows.items()
+    }
+    content = {**metrics[prompt_ids[0]], **by_prompt, **row_metrics, **run_metadata(vars(args), started)}
     write_json(results_file, content, indent=1)
     if args.predictions_file:
         write_scores(args.predictions_file, part, scores)
-    print_table({f"{name}, prompt {key}" if len(metrics) > 1 else name: value for key, value in metrics.items()})
+    table = {f"{name}, prompt {key}" if len(metrics) > 1 else name: value for key, value in metrics.items()}
+    print_table({**row_metrics["baselines"], **table, **row_metrics["fused"]})
     print(f"\nresults in {results_file}")
     # In float64 log-odds keep the order of the scores, ties included.
     log_odds = scorer.model.log_odds(scores[prompt_ids[0]].astype(np.float64))
-    details = yes_no_details(dataset.name, name, part, log_odds) | {"curves": training_curves(args.ckpt_path)}
+    details = yes_no_details(dataset.name, name, part, log_odds, rows) | {"curves": training_curves(args.ckpt_path)}
     details["prompts"] = [scorer.templates[prompt_id].prompt for prompt_id in prompt_ids if is_yes_no]
     print(f"report in {write_report(results_file, details)}")
+
+
+def rating_baselines(
+    args: argparse.Namespace, dataset: RatingsDataset, part: Dataset, scorer: Scorer
+) -> dict[str, np.ndarray]:
+    """Return the scores of the like-rates, and of the collaborative model that a Yes/No model reads, by name."""
+    scores = {"like-rates": LikeRates(dataset, args.count_valid).scores(part)["like-rates"]}
+    cf_model = getattr(scorer.model, "cf_model", None)
+    if cf_model is not None:
+        scores[cf_model.config.model_type] = score_rows(cf_model, part)
+    return scores
+
+
+# ---- Baselines alone ----
+
+
+def test_baselines(args: argparse.Namespace) -> None:
+    """Measure all baselines of a dataset: of next items, of ratings, or of both if its folder has both."""
+    started = time.monotonic()
+    if not args.dataset or args.ckpt_path:
+        raise InputError("--baselines_only: name the data by --dataset, and no --ckpt_path")
+    if not is_main_process():
+        return
+    results_file = results_file_of(args, args.dataset, "baselines")
+    folder, content = Path(args.data_path) / args.dataset, {}
+    has_ratings = (folder / "train.parquet").exists()
+    if (folder / f"{args.dataset}.inter.json").exists() or not has_ratings:
+        dataset, metrics = open_interactions(args.data_path, args.dataset), parse_metrics(args.metrics)
+        users = dataset.test_users[: args.sample_num if args.sample_num > 0 else None]
+        histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
+        log_users(args, dataset, histories, targets)
+        baselines = fit_baselines(dataset, args.exclude_seen)
+        ranks = baselines.ranks(histories, targets, args.num_beams, args.exclude_seen)
+        results = {name: metrics_of_ranks(ranks_of, metrics) for name, ranks_of in ranks.items()}
+        content["next_item"] = {"baselines": results, "baseline_settings": baselines.describe(), "users": len(users)}
+        print_rows(results)
+        for name, reason in baselines.left_out.items():
+            print(f"{name} is left out: {reason}")
+    if has_ratings:
+        ratings = open_ratings(args.data_path, args.dataset)
+        part = sample_ratings(ratings.parts["test"], max(0, args.sample_num))
+        scores = LikeRates(ratings, args.count_valid).scores(part)
+        content["ratings"] = {"baselines": {name: auc_metrics(part, values) for name, values in scores.items()}}
+        print_table(content["ratings"]["baselines"])
+    write_json(results_file, content | run_metadata(vars(args), started), indent=1)
+    print(f"\nresults in {results_file}")
 
 
 # ---- Both ----

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from reclingua.baselines import fit_baselines
+from reclingua.baselines import UNTUNED, fit_baselines
 from reclingua.demo.catalogue import Catalogue
 from reclingua.inference.recommender import Recommender
 from reclingua.utils.errors import InputError
@@ -44,10 +44,10 @@ class NextItem:
         self.recommender, self.num_beams = recommender, num_beams
         self.dataset, self.name = recommender.dataset, recommender.metadata.method
         self.max_his_len = recommender.metadata.max_his_len
-        self.baselines = fit_baselines(self.dataset)
-        self.recommenders = [self.name, *self.baselines]
+        self.baselines = fit_baselines(self.dataset, names=UNTUNED)
+        self.recommenders = [self.name, *self.baselines.models]
         titles = {item: self.dataset.title(item) for item in self.dataset.item_ids}
-        self.catalogue = Catalogue(titles, self.baselines["popularity"].counts)
+        self.catalogue = Catalogue(titles, self.baselines.popularity)
 
     def test_user(self, name: str) -> tuple[str, list[str], str]:
         """Return (user, history, item taken) of the test user `name`, or of any for ""."""
@@ -68,9 +68,8 @@ class NextItem:
             (ranked,) = self.recommender.recommend([history], beams, exclude_seen=exclude_seen, num_beams=beams)
             unit, scored = LOG_PROBABILITY, [(entry.item, f"{entry.score:.2f}") for entry in ranked]
         else:
-            baseline, unit = self.baselines[name], UNITS[name]
-            scores = baseline.scores(list(history))
-            items = baseline.recommend(list(history), self.num_beams, set(history) if exclude_seen else set())
+            unit, scores = UNITS[name], self.baselines.scores(name, history)
+            items = self.baselines.recommend(name, history, self.num_beams, history if exclude_seen else ())
             decimals = 0 if name == "popularity" else 4
             scored = [(item, f"{scores[item]:,.{decimals}f}") for item in items]
         rows = [

@@ -1,0 +1,54 @@
+"""What test.py prints: the table of a model and its baselines, and the recommendations for three users."""
+
+from collections.abc import Mapping, Sequence
+
+from reclingua.datasets.interactions import InteractionDataset
+
+Metrics = Mapping[str, float]
+
+
+def summarize(by_prompt: Mapping[int, Metrics]) -> dict[str, dict[str, float]]:
+    """Return the metrics over all prompts: "mean", "min" and "max"."""
+    names = next(iter(by_prompt.values()))
+    values = {name: [metrics[name] for metrics in by_prompt.values()] for name in names}
+    return {
+        "mean": {name: sum(numbers) / len(numbers) for name, numbers in values.items()},
+        "min": {name: min(numbers) for name, numbers in values.items()},
+        "max": {name: max(numbers) for name, numbers in values.items()},
+    }
+
+
+def print_rows(rows: Mapping[str, Metrics]) -> None:
+    """Print a line of metrics for each name."""
+    width = max(map(len, rows))
+    print("\n" + " " * width + "".join(f"{name:>10}" for name in next(iter(rows.values()))))
+    for row, metrics in rows.items():
+        print(f"{row:<{width}}" + "".join(f"{value:>10.4f}" for value in metrics.values()))
+
+
+def print_metrics(
+    method: str, by_prompt: Mapping[int, Metrics], baselines: Mapping[str, Metrics], fused: Mapping[str, Metrics]
+) -> None:
+    """Print the metrics of the model, its worst and best prompt where there are several, and its fusions."""
+    summary = summarize(by_prompt)
+    rows = {**baselines, method: summary["mean"]}
+    if len(by_prompt) > 1:
+        rows |= {f"{method}, worst prompt": summary["min"], f"{method}, best prompt": summary["max"]}
+    print_rows({**rows, **fused})
+
+
+def print_examples(
+    dataset: InteractionDataset,
+    users: Sequence[str],
+    targets: Sequence[str],
+    histories: Sequence[Sequence[str]],
+    lists: Sequence[Sequence[str]],
+) -> None:
+    """Print three users, spread over the list: the end of the history, the five best items, the item taken."""
+    for row in sorted({0, len(users) // 2, len(users) - 1}):
+        recent = "; ".join(dataset.title(item)[:50] for item in histories[row][-5:])
+        print(f"\nuser {users[row]} had {len(histories[row])} items, the last: {recent}")
+        for rank, item in enumerate(lists[row][:5], start=1):
+            mark = "   <- taken" if item == targets[row] else ""
+            print(f"  {rank}. {dataset.title(item)[:70]}{mark}")
+        print(f"  taken: {dataset.title(targets[row])[:70]}")
