@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import distributed
 
 from reclingua import Recommender, Scorer
-from reclingua.baselines import fit_baselines
+from reclingua.baselines import Baselines, fit_baselines
 from reclingua.baselines.rates import LikeRates
 from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, sample_ratings
@@ -33,6 +33,7 @@ from reclingua.datasets.user_texts import read_user_texts
 from reclingua.inference.arguments import build_test_parser
 from reclingua.inference.collaborative import auc_metrics, print_table, score_rows
 from reclingua.inference.loading import load_metadata
+from reclingua.inference.next_item_sasrec import NextItemSASRec
 from reclingua.inference.predictions import write_rankings, write_scores
 from reclingua.metrics import metrics_of_ranks, parse_metrics, ranking_metrics
 from reclingua.reporting.codebook import codebook_details
@@ -116,7 +117,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
         for prompt_id, ranking in rankings.items()
     }
     by_prompt = {prompt_id: ranking_metrics(items, targets, metrics) for prompt_id, items in lists.items()}
-    baselines = fit_baselines(dataset, args.exclude_seen)
+    baselines = fit_all_baselines(args, dataset)
     rows = {"baselines": baselines.ranks(histories, targets, args.num_beams, args.exclude_seen), "fused": {}}
     row_metrics = {
         part: {name: metrics_of_ranks(ranks, metrics) for name, ranks in ranks_of.items()}
@@ -167,6 +168,15 @@ def log_users(
     repeated = sum(target in history for history, target in zip(histories, targets, strict=True))
     if args.exclude_seen and repeated:
         print(f"  {repeated:,} users had their target before: with --exclude_seen it counts as a miss")
+
+
+def fit_all_baselines(args: argparse.Namespace, dataset: InteractionDataset) -> Baselines:
+    """Fit the baselines of next items, and load the SASRec of --cf_model as a further one."""
+    baselines = fit_baselines(dataset, args.exclude_seen)
+    if args.cf_model:
+        sasrec = NextItemSASRec.from_pretrained(Path(args.cf_model), dataset, baselines.catalogue)
+        baselines.models["sasrec"] = sasrec
+    return baselines
 
 
 def write_next_item_results(
@@ -271,7 +281,7 @@ def test_baselines(args: argparse.Namespace) -> None:
         users = dataset.test_users[: args.sample_num if args.sample_num > 0 else None]
         histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
         log_users(args, dataset, histories, targets)
-        baselines = fit_baselines(dataset, args.exclude_seen)
+        baselines = fit_all_baselines(args, dataset)
         ranks = baselines.ranks(histories, targets, args.num_beams, args.exclude_seen)
         results = {name: metrics_of_ranks(ranks_of, metrics) for name, ranks_of in ranks.items()}
         content["next_item"] = {"baselines": results, "baseline_settings": baselines.describe(), "users": len(users)}

@@ -33,7 +33,11 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--lora", action="store_true", help="ignored; detected from the checkpoint (LC-Rec compatibility)"
     )
-    model.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
+    model.add_argument(
+        "--cf_model",
+        help="collaborative model of a checkpoint, overrides the stored path; of next items: a SASRec of pretrain.py, "
+        "measured as a further baseline",
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")

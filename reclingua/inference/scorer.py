@@ -78,6 +78,10 @@ class Scorer:
         if metadata.method in YES_NO_METHODS:
             model, data = load_yes_no(folder, metadata, data_path, dataset, base_model, cf_model)
             tokenizer = load_tokenizer(folder)
+        elif metadata.tasks == ["next_item"]:
+            raise InputError(
+                f"{folder}: ranks next items; give it as --cf_model, with --baselines_only or a checkpoint"
+            )
         elif metadata.method in COLLABORATIVE_MODELS:
             model = load_collaborative(folder)
             data = open_ratings(data_path, dataset or metadata.dataset)

@@ -92,6 +92,33 @@ def test_what_is_no_history_is_refused(recommender, workshop, studio):
     assert recommender.recommend([]) == []
 
 
+def test_items_have_the_scores_of_the_search(recommender, search, monkeypatch):
+    """Whatever the batch; also of items that the search did not find, and of none."""
+    samples = held_out_samples(recommender.dataset, "test", recommender.task, 3)
+    lists = search(60)
+    items = [[scored.item for scored in reversed(ranked)][: row % 4] for row, ranked in enumerate(lists)]
+    for batch_size in (7, 60):
+        scores = recommender.score(samples, items, batch_size=batch_size)
+        for row, ranked in enumerate(lists):
+            expected = [scored.score for scored in reversed(ranked)][: row % 4]
+            assert scores[row].tolist() == pytest.approx(expected, abs=1e-4)
+    everything = sorted(recommender.dataset.index)
+    (scores,) = recommender.score([["1", "2"]], [everything])
+    (ranked,) = recommender.recommend([["1", "2"]], k=9)
+    assert [everything[number] for number in (-scores).argsort()] == [scored.item for scored in ranked]
+
+
+def test_items_that_cannot_be_scored_are_refused(recommender):
+    for items, message in (
+        ([["1"], ["1", "x"]], "row 1: item 'x' has no semantic ID in toy"),
+        ([["1"]], "2 histories, 1 lists of items"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recommender.score([["1"], ["2"]], items)
+    with pytest.raises(InputError, match="history 1: is empty"):
+        recommender.score([["1"], []], [["1"], ["1"]])
+
+
 def test_memory_for_not_even_one(search, monkeypatch):
     out_of_memory_above(0, monkeypatch)
     with pytest.raises(InputError, match="one user in the batch; take fewer beams"):

@@ -304,7 +304,7 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
         (json.dumps(json.loads(whole) | {"ranks": [["a"]]}), "ranks has values of a wrong type or shape"),
         (json.dumps(json.loads(whole) | {"ranks": [[1, 2], [1]]}), "ranks has values of a wrong type or shape"),
         (json.dumps(json.loads(whole) | {"baselines": {"ease": [1]}}), "lists differ in length"),
-        (json.dumps(json.loads(whole) | {"baselines": {"ease": [1] * 60}}), "metrics differ from the details"),
+        (json.dumps(json.loads(whole) | {"baselines": {"popularity": [1] * 60}}), "metrics differ from the details"),
         (json.dumps(json.loads(whole) | {"fused": {"ease": ["a"]}}), "fused: ease has values of a wrong type"),
         (json.dumps(json.loads(whole) | {"fused": [1]}), "fused has values of a wrong type or shape"),
     ):
