@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from reclingua import Recommender, Scorer
+from reclingua.inference.fusion import load_fusion
 from reclingua.inference.loading import load_metadata
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.text import unique_names
@@ -83,7 +84,7 @@ def serve_page(args: argparse.Namespace, methods: dict[Path, str]) -> None:
         model: NextItem | YesOrNo
         if methods[folder] == "lcrec":
             recommender = Recommender.from_pretrained(folder, index_file=args.index_file, **shared)
-            model = NextItem(recommender, args.num_beams)
+            model = NextItem(recommender, args.num_beams, load_fusion(folder, recommender))
         else:
             model = YesOrNo(Scorer.from_pretrained(folder, cf_model=args.cf_model, **shared))
         models[name] = model

@@ -16,6 +16,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +26,29 @@ from torch import distributed
 
 from reclingua import Recommender, Scorer
 from reclingua.baselines import Baselines, fit_baselines
+from reclingua.baselines.fusion import fused_alone, rank_by_all
 from reclingua.baselines.rates import LikeRates
 from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions
-from reclingua.datasets.ratings import RatingsDataset, open_ratings, sample_ratings
+from reclingua.datasets.ratings import open_ratings, sample_ratings
 from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples
 from reclingua.datasets.user_texts import read_user_texts
-from reclingua.inference.arguments import build_test_parser
-from reclingua.inference.collaborative import auc_metrics, print_table, score_rows
+from reclingua.inference.arguments import build_test_parser, parse_fuse
+from reclingua.inference.collaborative import auc_metrics, print_table
+from reclingua.inference.fusion import fuse_targets
 from reclingua.inference.loading import load_metadata
 from reclingua.inference.next_item_sasrec import NextItemSASRec
 from reclingua.inference.predictions import write_rankings, write_scores
+from reclingua.inference.rating_fusion import rating_rows, save_rating_fusion
 from reclingua.metrics import metrics_of_ranks, parse_metrics, ranking_metrics
 from reclingua.reporting.codebook import codebook_details
-from reclingua.reporting.console import print_examples, print_metrics, print_rows, summarize
+from reclingua.reporting.console import print_examples, print_metrics, print_rows, print_users, summarize
 from reclingua.reporting.details import next_item_details, training_curves, yes_no_details
 from reclingua.reporting.single_run import write_report
 from reclingua.utils.errors import InputError, cli_main
 from reclingua.utils.files import output_file, write_json
 from reclingua.utils.metadata import CheckpointMetadata, run_metadata
+
+Rows = dict[str, dict[str, np.ndarray]]  # "baselines" and "fused" -> name -> rank of each target, score of each rating
 
 
 @cli_main
@@ -79,6 +85,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     task, metrics = TEST_TASKS[args.test_task], parse_metrics(args.metrics)
     if args.num_beams < max(k for _, k in metrics):
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
+    fused_names = parse_fuse(args)
     method = metadata.method if args.test_task == "SeqRec" else f"{metadata.method}-{task}"
     recommender = Recommender.from_pretrained(
         args.ckpt_path,
@@ -96,7 +103,9 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     results_file = results_file_of(args, dataset.name, method)
     users = list(samples["user"])
     histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
-    log_users(args, dataset, histories, targets)
+    if is_main_process():
+        print_users(dataset, histories, targets, args.exclude_seen)
+    baselines = fit_all_baselines(args, dataset, fused_names) if fused_names or is_main_process() else None
 
     # ---- Search, one prompt after another ----
     excluded = histories if args.exclude_seen else None
@@ -108,7 +117,13 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
             )
             for prompt_id, encoded in prompts.items()
         }
-    if not is_main_process():
+        if fused_names and baselines:
+            fused, fused_ranks = fuse_targets(
+                args.ckpt_path, recommender, baselines, fused_names, samples, histories, rankings[prompt_ids[0]],
+                excludes_seen=args.exclude_seen, num_beams=args.num_beams, prompt_id=prompt_ids[0],
+                score_over=args.score_over, batch_size=args.test_batch_size,
+            )  # fmt: skip
+    if not is_main_process() or not baselines:
         return
 
     # ---- Metrics, of the baselines as well ----
@@ -117,15 +132,21 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
         for prompt_id, ranking in rankings.items()
     }
     by_prompt = {prompt_id: ranking_metrics(items, targets, metrics) for prompt_id, items in lists.items()}
-    baselines = fit_all_baselines(args, dataset)
-    rows = {"baselines": baselines.ranks(histories, targets, args.num_beams, args.exclude_seen), "fused": {}}
+    baseline_ranks, fusion = rank_by_all(
+        dataset, baselines, histories, targets, args.num_beams, args.exclude_seen, fused_alone(fused_names)
+    )
+    fusions = {fusion.name: fusion.describe()} if fusion else {}
+    rows: Rows = {"baselines": baseline_ranks, "fused": {}}
+    if fused_names:
+        rows["fused"], fusions[fused.name] = {fused.name: fused_ranks}, asdict(fused.settings)
+        print(fused.describe())
     row_metrics = {
         part: {name: metrics_of_ranks(ranks, metrics) for name, ranks in ranks_of.items()}
         for part, ranks_of in rows.items()
     }
 
     # ---- Results and report ----
-    more = {**row_metrics, "baseline_settings": baselines.describe(), "users": len(users)}
+    more = {**row_metrics, "baseline_settings": baselines.describe(), "fusions": fusions, "users": len(users)}
     write_next_item_results(args, results_file, by_prompt, more, started)
     if args.predictions_file:
         write_rankings(args.predictions_file, dataset, users, targets, rankings)
@@ -137,6 +158,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     folder = dataset_file(dataset.folder, dataset.name, args.index_file).parent
     embeddings = recommender.model.get_input_embeddings()
     details["index"] = codebook_details(dataset, folder, embeddings, recommender.token_ids, popularity)
+    details["worth"] = [fused.name, fusion.name] if fused_names and fusion else []
     details["curves"] = training_curves(args.ckpt_path)
     details["prompts"] = [recommender.templates[prompt_id].prompt for prompt_id in prompt_ids]
     print(f"report in {write_report(results_file, details)}")
@@ -156,26 +178,16 @@ def test_samples(args: argparse.Namespace, recommender: Recommender, task: str) 
     return samples
 
 
-def log_users(
-    args: argparse.Namespace, dataset: InteractionDataset, histories: Sequence, targets: Sequence[str]
-) -> None:
-    """Print how many users are measured, and who is left out."""
-    if not is_main_process():
-        return
-    print(f"{dataset.name}: {len(targets):,} test users, {len(dataset.item_ids):,} items")
-    if dataset.too_short:
-        print(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out")
-    repeated = sum(target in history for history, target in zip(histories, targets, strict=True))
-    if args.exclude_seen and repeated:
-        print(f"  {repeated:,} users had their target before: with --exclude_seen it counts as a miss")
-
-
-def fit_all_baselines(args: argparse.Namespace, dataset: InteractionDataset) -> Baselines:
+def fit_all_baselines(
+    args: argparse.Namespace, dataset: InteractionDataset, fused_names: Sequence[str] = ()
+) -> Baselines:
     """Fit the baselines of next items, and load the SASRec of --cf_model as a further one."""
     baselines = fit_baselines(dataset, args.exclude_seen)
     if args.cf_model:
         sasrec = NextItemSASRec.from_pretrained(Path(args.cf_model), dataset, baselines.catalogue)
         baselines.models["sasrec"] = sasrec
+    if missing := next((name for name in fused_names if name in baselines.left_out), None):
+        raise InputError(f"--fuse {missing}: is left out on {dataset.name}: {baselines.left_out[missing]}")
     return baselines
 
 
@@ -217,6 +229,8 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
         device=device_of(args),
     )
     dataset, name = scorer.dataset, scorer.name
+    if args.fuse not in (None, "like-rates"):
+        raise InputError(f"--fuse {args.fuse}: a model of ratings is fused with like-rates")
     results_file = results_file_of(args, dataset.name, name)
     part = sample_ratings(dataset.parts["test"], max(0, args.sample_num))
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, range(len(scorer.templates))) if is_yes_no else [None]
@@ -228,13 +242,22 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
             prompt_id: scorer.score(part, prompt_id=prompt_id, cold_text_only=args.cold_text_only, **options)
             for prompt_id in prompt_ids
         }
+        valid = None
+        if args.fuse:
+            valid_part = sample_ratings(dataset.parts["valid"], max(0, args.sample_num))
+            of_valid = scorer.score(valid_part, prompt_id=prompt_ids[0], cold_text_only=args.cold_text_only, **options)
+            valid = valid_part, scorer.model.log_odds(of_valid.astype(np.float64))
     if not is_main_process():
         return
 
     # ---- Results and report ----
     metrics = {prompt_id: auc_metrics(part, values) for prompt_id, values in scores.items()}
     by_prompt = {"test_prompt_ids": prompt_ids, "all_prompt_results": list(metrics.values())} if is_yes_no else {}
-    rows = {"baselines": rating_baselines(args, dataset, part, scorer), "fused": {}}
+    log_odds = scorer.model.log_odds(scores[prompt_ids[0]].astype(np.float64))  # keeps the order, ties included
+    rows, fusion = rating_rows(scorer, part, log_odds, valid, args.count_valid)
+    if fusion:
+        shown = ", ".join(f"{source} {weight:.3f}" for source, weight in fusion.weights.items())
+        print(f"fusion: weights {shown}, fitted on valid, in {save_rating_fusion(args.ckpt_path, dataset, fusion)}")
     row_metrics = {
         kind: {row: auc_metrics(part, values) for row, values in scores_of.items()} for kind, scores_of in rows.items()
     }
@@ -245,22 +268,10 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
     table = {f"{name}, prompt {key}" if len(metrics) > 1 else name: value for key, value in metrics.items()}
     print_table({**row_metrics["baselines"], **table, **row_metrics["fused"]})
     print(f"\nresults in {results_file}")
-    # In float64 log-odds keep the order of the scores, ties included.
-    log_odds = scorer.model.log_odds(scores[prompt_ids[0]].astype(np.float64))
     details = yes_no_details(dataset.name, name, part, log_odds, rows) | {"curves": training_curves(args.ckpt_path)}
+    details["worth"] = [*rows["fused"], *list(rows["baselines"])[-1:]] if args.fuse else []
     details["prompts"] = [scorer.templates[prompt_id].prompt for prompt_id in prompt_ids if is_yes_no]
     print(f"report in {write_report(results_file, details)}")
-
-
-def rating_baselines(
-    args: argparse.Namespace, dataset: RatingsDataset, part: Dataset, scorer: Scorer
-) -> dict[str, np.ndarray]:
-    """Return the scores of the like-rates, and of the collaborative model that a Yes/No model reads, by name."""
-    scores = {"like-rates": LikeRates(dataset, args.count_valid).scores(part)["like-rates"]}
-    cf_model = getattr(scorer.model, "cf_model", None)
-    if cf_model is not None:
-        scores[cf_model.config.model_type] = score_rows(cf_model, part)
-    return scores
 
 
 # ---- Baselines alone ----
@@ -280,11 +291,16 @@ def test_baselines(args: argparse.Namespace) -> None:
         dataset, metrics = open_interactions(args.data_path, args.dataset), parse_metrics(args.metrics)
         users = dataset.test_users[: args.sample_num if args.sample_num > 0 else None]
         histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
-        log_users(args, dataset, histories, targets)
+        print_users(dataset, histories, targets, args.exclude_seen)
         baselines = fit_all_baselines(args, dataset)
-        ranks = baselines.ranks(histories, targets, args.num_beams, args.exclude_seen)
+        ranks, fusion = rank_by_all(dataset, baselines, histories, targets, args.num_beams, args.exclude_seen)
         results = {name: metrics_of_ranks(ranks_of, metrics) for name, ranks_of in ranks.items()}
-        content["next_item"] = {"baselines": results, "baseline_settings": baselines.describe(), "users": len(users)}
+        content["next_item"] = {
+            "baselines": results,
+            "baseline_settings": baselines.describe(),
+            "fusions": {fusion.name: fusion.describe()} if fusion else {},
+            "users": len(users),
+        }
         print_rows(results)
         for name, reason in baselines.left_out.items():
             print(f"{name} is left out: {reason}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reclingua.baselines.base import Baseline
+from reclingua.baselines.base import Baseline, Settings
 from reclingua.baselines.co_occurrence import CoOccurrence
 from reclingua.baselines.ease import EASE
 from reclingua.baselines.histories import Catalogue, Histories
@@ -86,7 +86,7 @@ def fit_baselines(
     dataset: InteractionDataset,
     excludes_seen: bool = False,
     names: Iterable[str] = tuple(NEXT_ITEM_BASELINES),
-    settings: Mapping[str, Mapping[str, float]] | None = None,
+    settings: Mapping[str, Settings] | None = None,
 ) -> Baselines:
     """Fit baselines to the training interactions of a dataset, and choose their settings on its valid items.
 

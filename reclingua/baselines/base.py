@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from reclingua.baselines.histories import Histories
 
-Settings = Mapping[str, float]
+Settings = Mapping[str, Any]
 
 
 class Baseline(ABC):
@@ -27,7 +27,7 @@ class Baseline(ABC):
 
     def __init__(self, settings: Settings | None = None):
         defaults = {name: values[0] for name, values in (self.FIT_GRID | self.SCORE_GRID).items()}
-        self.settings: dict[str, float] = defaults | dict(settings or {})
+        self.settings: dict[str, Any] = defaults | dict(settings or {})
 
     def reason_against(self, train: Histories) -> str:
         """Return why the model cannot be fitted to so much data; "" if it can."""

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from reclingua.baselines import UNTUNED, fit_baselines
 from reclingua.demo.catalogue import Catalogue
+from reclingua.inference.fusion import FusedRecommender
 from reclingua.inference.recommender import Recommender
 from reclingua.utils.errors import InputError
 
 UNITS = {"popularity": "interactions", "co-occurrence": "co-occurrence"}  # of the baselines' scores
 LOG_PROBABILITY = "log-probability"
+FUSED_SCORE = "fused score"
 
 
 class Recommended(NamedTuple):
@@ -38,14 +40,15 @@ class NextItem:
 
     Args:
         num_beams: items that are searched for, and the most that are shown.
+        fused: the model fused with baselines, which is asked like a further recommender.
     """
 
-    def __init__(self, recommender: Recommender, num_beams: int):
-        self.recommender, self.num_beams = recommender, num_beams
+    def __init__(self, recommender: Recommender, num_beams: int, fused: FusedRecommender | None = None):
+        self.recommender, self.num_beams, self.fused = recommender, num_beams, fused
         self.dataset, self.name = recommender.dataset, recommender.metadata.method
         self.max_his_len = recommender.metadata.max_his_len
         self.baselines = fit_baselines(self.dataset, names=UNTUNED)
-        self.recommenders = [self.name, *self.baselines.models]
+        self.recommenders = [self.name, *([fused.name] if fused else []), *self.baselines.models]
         titles = {item: self.dataset.title(item) for item in self.dataset.item_ids}
         self.catalogue = Catalogue(titles, self.baselines.popularity)
 
@@ -67,6 +70,9 @@ class NextItem:
             beams = self.num_beams
             (ranked,) = self.recommender.recommend([history], beams, exclude_seen=exclude_seen, num_beams=beams)
             unit, scored = LOG_PROBABILITY, [(entry.item, f"{entry.score:.2f}") for entry in ranked]
+        elif self.fused and name == self.fused.name:
+            (ranked,) = self.fused.recommend([history], self.num_beams, exclude_seen)
+            unit, scored = FUSED_SCORE, [(entry.item, f"{entry.score:.2f}") for entry in ranked]
         else:
             unit, scores = UNITS[name], self.baselines.scores(name, history)
             items = self.baselines.recommend(name, history, self.num_beams, history if exclude_seen else ())

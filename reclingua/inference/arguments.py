@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
+from reclingua.baselines import NEXT_ITEM_BASELINES
 from reclingua.datasets.tasks import TEST_TASKS
 from reclingua.decoding.beam_search import SCORE_OVER
-from reclingua.utils.errors import one_line_errors
+from reclingua.utils.errors import InputError, one_line_errors
 
 
 def test_task(name: str) -> str:
@@ -90,6 +91,13 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         "--count_valid", action="store_true",
         help="like-rates count the valid ratings, too: all that is known before the test period",
     )  # fmt: skip
+    baselines = parser.add_argument_group("baselines")
+    baselines.add_argument(
+        "--fuse",
+        help="combine the model's scores with those of these baselines, separated by commas, as a further row: ease, "
+        "co-occurrence, ...; of a model of ratings: like-rates. Weights are chosen on valid and stored beside the "
+        "checkpoint",
+    )
     results = parser.add_argument_group("results")
     results.add_argument(
         "--metrics",
@@ -98,3 +106,17 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     )
     results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
     results.add_argument("--predictions_file", type=Path, help="JSON lines: one for each user or rating, and prompt")
+
+
+def parse_fuse(args: argparse.Namespace) -> list[str]:
+    """Return the names of the baselines that --fuse names, [] without it; InputError for one that there is not."""
+    names = [name.strip() for name in args.fuse.split(",")] if args.fuse else []
+    known = [*NEXT_ITEM_BASELINES, *(["sasrec"] if args.cf_model else [])]
+    if unknown := next((name for name in names if name not in known), None):
+        hint = "; sasrec needs --cf_model" if unknown == "sasrec" else ""
+        raise InputError(f"--fuse {unknown}: should be of {', '.join(known)}, separated by commas{hint}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--fuse {args.fuse}: names a baseline twice")
+    if names and args.test_task != "SeqRec":
+        raise InputError(f"--fuse: baselines read histories, so it needs --test_task SeqRec, not {args.test_task}")
+    return names

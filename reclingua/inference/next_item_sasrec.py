@@ -16,7 +16,7 @@ from reclingua.baselines.histories import Catalogue, Histories
 from reclingua.baselines.selection import rank_targets
 from reclingua.datasets.interactions import InteractionDataset
 from reclingua.metrics import metrics_of_ranks
-from reclingua.models.collaborative import load_collaborative
+from reclingua.models.collaborative import load_collaborative, weights_sha256
 from reclingua.models.collaborative.sasrec import SASRec, SASRecConfig
 from reclingua.utils.errors import InputError
 
@@ -43,7 +43,7 @@ class NextItemSASRec(Baseline):
     name = "sasrec"
 
     def __init__(self, model: SASRec, ids: np.ndarray):
-        super().__init__()
+        super().__init__({"sha256": weights_sha256(model)[:16]})
         self.model, self.ids = model, ids
 
     @classmethod

@@ -31,3 +31,23 @@ def baseline_tables(run: Run, metrics: Mapping[str, BootstrapMetrics]) -> list[T
     if differences:
         tables.append(Table(f"Differences, {CONFIDENCE}% intervals", columns, differences))
     return tables
+
+
+def worth_of_model(run: Run, metrics: Mapping[str, BootstrapMetrics], shown: str) -> list[str]:
+    """Return the sentence on what the model adds to a fusion of baselines, [] for a run without --fuse.
+
+    Args:
+        shown: name of the metric that it states.
+    """
+    if not run.details["worth"]:
+        return []
+    fused, without = run.details["worth"]
+    column = metrics[fused].names.index(shown)
+    values = [float(metrics[name].values()[column]) for name in (fused, without)]
+    difference = paired_differences(metrics[fused], metrics[without])[column]
+    verdict = "significant" if difference.is_significant else "not significant"
+    return [
+        f"What {run.method} adds to the baselines: {shown} is {values[0]:.4f} with it ({fused}) and {values[1]:.4f} "
+        f"without it ({without}), a difference of {difference.value:+.4f} [{difference.low:+.4f}, "
+        f"{difference.high:+.4f}], {verdict}."
+    ]

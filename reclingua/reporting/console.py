@@ -18,6 +18,18 @@ def summarize(by_prompt: Mapping[int, Metrics]) -> dict[str, dict[str, float]]:
     }
 
 
+def print_users(
+    dataset: InteractionDataset, histories: Sequence[Sequence[str]], targets: Sequence[str], excludes_seen: bool
+) -> None:
+    """Print how many users are measured, and who is left out."""
+    print(f"{dataset.name}: {len(targets):,} test users, {len(dataset.item_ids):,} items")
+    if dataset.too_short:
+        print(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out")
+    repeated = sum(target in history for history, target in zip(histories, targets, strict=True))
+    if excludes_seen and repeated:
+        print(f"  {repeated:,} users had their target before: with --exclude_seen it counts as a miss")
+
+
 def print_rows(rows: Mapping[str, Metrics]) -> None:
     """Print a line of metrics for each name."""
     width = max(map(len, rows))

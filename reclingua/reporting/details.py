@@ -28,8 +28,8 @@ COLUMNS = {
 ROWS = ("baselines", "fused")
 ROW_KINDS = {"next_item": "i", "yes_no": "f"}
 REQUIRED_DETAILS = {
-    "next_item": {"dataset", "method", "curves", "prompts", "index", *ROWS},
-    "yes_no": {"dataset", "method", "curves", "prompts", *ROWS},
+    "next_item": {"dataset", "method", "curves", "prompts", "index", "worth", *ROWS},
+    "yes_no": {"dataset", "method", "curves", "prompts", "worth", *ROWS},
 }
 REQUIRED_RESULTS = {
     "next_item": ("mean_results", *ROWS, "num_beams", "test_prompt_ids", "all_prompt_results", "arguments"),

@@ -6,7 +6,7 @@ import numpy as np
 
 from reclingua.metrics import rank_gains
 from reclingua.reporting import plots
-from reclingua.reporting.baselines import baseline_tables
+from reclingua.reporting.baselines import baseline_tables, worth_of_model
 from reclingua.reporting.bootstrap import CONFIDENCE, SIGNIFICANCE_NOTE, BootstrapMetrics, mean_metrics
 from reclingua.reporting.curves import training_section
 from reclingua.reporting.details import ROWS, Run
@@ -81,8 +81,9 @@ def build_sections(run: Run) -> list[Section]:
 
 
 def _metrics_section(run: Run) -> Section:
-    text = f"All rows are measured on the same users. {SIGNIFICANCE_NOTE}"
-    return Section("Metrics", [text], baseline_tables(run, bootstrap_metrics(run)))
+    metrics, text = bootstrap_metrics(run), f"All rows are measured on the same users. {SIGNIFICANCE_NOTE}"
+    worth = worth_of_model(run, metrics, metrics[run.method].names[-1])
+    return Section("Metrics", [*worth, text], baseline_tables(run, metrics))
 
 
 def hit_curve(metrics: BootstrapMetrics) -> Line:

@@ -6,7 +6,7 @@ import numpy as np
 
 from reclingua.metrics.roc import auc_of_groups
 from reclingua.reporting import plots
-from reclingua.reporting.baselines import baseline_tables
+from reclingua.reporting.baselines import baseline_tables, worth_of_model
 from reclingua.reporting.bootstrap import CONFIDENCE, SIGNIFICANCE_NOTE, BootstrapMetrics, Statistic
 from reclingua.reporting.curves import training_section
 from reclingua.reporting.details import ROWS, Run
@@ -163,8 +163,8 @@ def _baselines_sections(run: Run) -> list[Section]:
     """Return the section that compares the model with the baselines and its fusions, [] where there are none."""
     if not run.details["baselines"]:
         return []
-    text = f"All rows are measured on the same ratings. {SIGNIFICANCE_NOTE}"
-    return [Section("Baselines", [text], baseline_tables(run, bootstrap_metrics(run)))]
+    metrics, text = bootstrap_metrics(run), f"All rows are measured on the same ratings. {SIGNIFICANCE_NOTE}"
+    return [Section("Baselines", [*worth_of_model(run, metrics, "AUC all"), text], baseline_tables(run, metrics))]
 
 
 def _prompt_sections(run: Run) -> list[Section]:
