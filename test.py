@@ -105,7 +105,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
     if is_main_process():
         print_users(dataset, histories, targets, args.exclude_seen)
-    baselines = fit_all_baselines(args, dataset, fused_names) if fused_names or is_main_process() else None
+    baselines = fit_all_baselines(args, dataset) if fused_names or is_main_process() else None
 
     # ---- Search, one prompt after another ----
     excluded = histories if args.exclude_seen else None
@@ -117,7 +117,8 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
             )
             for prompt_id, encoded in prompts.items()
         }
-        if fused_names and baselines:
+        is_fused = bool(baselines and fused_names) and all(name in baselines.models for name in fused_names)
+        if baselines and is_fused:
             fused, fused_ranks = fuse_targets(
                 args.ckpt_path, recommender, baselines, fused_names, samples, histories, rankings[prompt_ids[0]],
                 excludes_seen=args.exclude_seen, num_beams=args.num_beams, prompt_id=prompt_ids[0],
@@ -137,7 +138,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     )
     fusions = {fusion.name: fusion.describe()} if fusion else {}
     rows: Rows = {"baselines": baseline_ranks, "fused": {}}
-    if fused_names:
+    if is_fused:
         rows["fused"], fusions[fused.name] = {fused.name: fused_ranks}, asdict(fused.settings)
         print(fused.describe())
     row_metrics = {
@@ -158,7 +159,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     folder = dataset_file(dataset.folder, dataset.name, args.index_file).parent
     embeddings = recommender.model.get_input_embeddings()
     details["index"] = codebook_details(dataset, folder, embeddings, recommender.token_ids, popularity)
-    details["worth"] = [fused.name, fusion.name] if fused_names and fusion else []
+    details["worth"] = [fused.name, fusion.name] if is_fused and fusion else []
     details["curves"] = training_curves(args.ckpt_path)
     details["prompts"] = [recommender.templates[prompt_id].prompt for prompt_id in prompt_ids]
     print(f"report in {write_report(results_file, details)}")
@@ -178,16 +179,15 @@ def test_samples(args: argparse.Namespace, recommender: Recommender, task: str) 
     return samples
 
 
-def fit_all_baselines(
-    args: argparse.Namespace, dataset: InteractionDataset, fused_names: Sequence[str] = ()
-) -> Baselines:
+def fit_all_baselines(args: argparse.Namespace, dataset: InteractionDataset) -> Baselines:
     """Fit the baselines of next items, and load the SASRec of --cf_model as a further one."""
     baselines = fit_baselines(dataset, args.exclude_seen)
     if args.cf_model:
         sasrec = NextItemSASRec.from_pretrained(Path(args.cf_model), dataset, baselines.catalogue)
         baselines.models["sasrec"] = sasrec
-    if missing := next((name for name in fused_names if name in baselines.left_out), None):
-        raise InputError(f"--fuse {missing}: is left out on {dataset.name}: {baselines.left_out[missing]}")
+    if is_main_process():
+        for name, reason in baselines.left_out.items():
+            print(f"{name} is left out, and so is its fusion: {reason}")
     return baselines
 
 
@@ -242,6 +242,7 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
             prompt_id: scorer.score(part, prompt_id=prompt_id, cold_text_only=args.cold_text_only, **options)
             for prompt_id in prompt_ids
         }
+        untuned = scorer.untuned().score(part, **options) if args.untuned else None
         valid = None
         if args.fuse:
             valid_part = sample_ratings(dataset.parts["valid"], max(0, args.sample_num))
@@ -255,6 +256,8 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
     by_prompt = {"test_prompt_ids": prompt_ids, "all_prompt_results": list(metrics.values())} if is_yes_no else {}
     log_odds = scorer.model.log_odds(scores[prompt_ids[0]].astype(np.float64))  # keeps the order, ties included
     rows, fusion = rating_rows(scorer, part, log_odds, valid, args.count_valid)
+    if untuned is not None:
+        rows["baselines"] = {"untuned": untuned.astype(np.float64), **rows["baselines"]}
     if fusion:
         shown = ", ".join(f"{source} {weight:.3f}" for source, weight in fusion.weights.items())
         print(f"fusion: weights {shown}, fitted on valid, in {save_rating_fusion(args.ckpt_path, dataset, fusion)}")
@@ -302,8 +305,6 @@ def test_baselines(args: argparse.Namespace) -> None:
             "users": len(users),
         }
         print_rows(results)
-        for name, reason in baselines.left_out.items():
-            print(f"{name} is left out: {reason}")
     if has_ratings:
         ratings = open_ratings(args.data_path, args.dataset)
         part = sample_ratings(ratings.parts["test"], max(0, args.sample_num))

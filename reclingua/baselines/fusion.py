@@ -107,7 +107,7 @@ def baseline_candidates(
 
 
 def unite(lists: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the union of item numbers of each row, int64 [rows, width], ascending, -1 for none at the end.
+    """Return the union of item numbers of each row, int64 [rows, 1 or more], ascending, -1 for none at the end.
 
     Args:
         lists: int64 [rows, any] each, -1 for none.
@@ -117,7 +117,7 @@ def unite(lists: Sequence[np.ndarray]) -> np.ndarray:
     numbers = np.sort(np.where(numbers < 0, none, numbers), axis=1)
     numbers[:, 1:][numbers[:, 1:] == numbers[:, :-1]] = none
     numbers = np.sort(numbers, axis=1)
-    width = int((numbers < none).sum(1).max(initial=0))
+    width = int((numbers < none).sum(1).max(initial=1))
     return np.where(numbers[:, :width] < none, numbers[:, :width], -1)
 
 

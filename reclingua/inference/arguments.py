@@ -88,6 +88,9 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         help="ask by titles alone where training knew nothing of the user or of the item",
     )  # fmt: skip
     questions.add_argument(
+        "--untuned", action="store_true", help="a further row: the base model before any tuning, asked by titles alone"
+    )
+    questions.add_argument(
         "--count_valid", action="store_true",
         help="like-rates count the valid ratings, too: all that is known before the test period",
     )  # fmt: skip

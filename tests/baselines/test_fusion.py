@@ -28,7 +28,7 @@ def draw_candidates(rows=200, width=12, sources=3):
 def test_union_of_lists():
     lists = [np.array([[4, 2, -1], [7, 7, 7]]), np.array([[2, 9], [-1, -1]])]
     assert unite(lists).tolist() == [[2, 4, 9], [7, -1, -1]]
-    assert unite([np.full((2, 3), -1)]).shape == (2, 0)
+    assert unite([np.full((2, 3), -1)]).tolist() == [[-1], [-1]]
 
 
 @pytest.mark.parametrize("method", ["scores", "ranks"])
@@ -52,6 +52,12 @@ def test_fused_scores_and_ranks_of_a_slow_version(method):
         order = sorted(range(len(items)), key=lambda column, row=row: -scores[row, column])
         expected = [items[column] for column in order]
         assert ranks[row] == (expected.index(targets[row]) + 1 if targets[row] in expected else 0)
+
+
+def test_rows_without_candidates_rank_nothing():
+    candidates = Candidates(np.full((2, 1), -1), np.zeros((2, 2, 1), np.float32))
+    for method in ("scores", "ranks"):
+        assert rank_candidates(candidates, fuse(candidates, method, [1, 1]), np.array([0, 3])).tolist() == [0, 0]
 
 
 def test_weights_find_the_source_that_knows():

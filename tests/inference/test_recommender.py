@@ -139,19 +139,24 @@ def test_many_processes_measure_what_one_does(script, workshop, tuned, tmp_path,
     """Also where a process has nothing to do: sixty users make two batches of fifty, for three processes."""
     import test as test_script
 
-    flags = (*arguments(workshop, tuned, tmp_path), "--test_batch_size", batch_size, "--test_prompt_ids", "0,2")
+    ckpt = shutil.copytree(tuned, tmp_path / "ckpt")
+    flags = (*arguments(workshop, ckpt, tmp_path), "--test_batch_size", batch_size, "--test_prompt_ids", "0,2")
+    flags = (*flags, "--fuse", "ease")
     torch.set_num_threads(2)  # and one in each of the others
     request.addfinalizer(lambda: torch.set_num_threads(1))
     code, said_alone, error = script(test_script.main, *flags)
     assert code == 0, error
     alone, lines = json.loads((tmp_path / "results.json").read_text()), read_lines(tmp_path / "lines.jsonl")
-    (tmp_path / "results.json").unlink()
+    fused = json.loads((ckpt / "fusion.json").read_text())
+    for made in (tmp_path / "results.json", ckpt / "fusion.json"):
+        made.unlink()
     details = (tmp_path / "results/details.json").read_text()
     shutil.rmtree(tmp_path / "results")
     together = run_processes(processes, test_ddp.main, *flags)
     assert together.returncode == 0, together.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     del alone["seconds"], results["seconds"]
+    assert json.loads((ckpt / "fusion.json").read_text()) == fused
     assert results == alone and results["users"] == 60
     assert (tmp_path / "results/details.json").read_text() == details and (tmp_path / "results/report.html").exists()
     for line, want in zip(read_lines(tmp_path / "lines.jsonl"), lines, strict=True):
