@@ -15,7 +15,7 @@ from reclingua.utils.logging import silence_third_party
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -128,10 +128,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
         return
 
     # ---- Metrics, of the baselines as well ----
-    lists = {
-        prompt_id: [[scored.item for scored in ranked] for ranked in ranking]
-        for prompt_id, ranking in rankings.items()
-    }
+    lists = {key: [[scored.item for scored in ranked] for ranked in ranking] for key, ranking in rankings.items()}
     by_prompt = {prompt_id: ranking_metrics(items, targets, metrics) for prompt_id, items in lists.items()}
     baseline_ranks, fusion = rank_by_all(
         dataset, baselines, histories, targets, args.num_beams, args.exclude_seen, fused_alone(fused_names)
@@ -141,10 +138,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     if is_fused:
         rows["fused"], fusions[fused.name] = {fused.name: fused_ranks}, asdict(fused.settings)
         print(fused.describe())
-    row_metrics = {
-        part: {name: metrics_of_ranks(ranks, metrics) for name, ranks in ranks_of.items()}
-        for part, ranks_of in rows.items()
-    }
+    row_metrics = measure_rows(rows, lambda ranks: metrics_of_ranks(ranks, metrics))
 
     # ---- Results and report ----
     more = {**row_metrics, "baseline_settings": baselines.describe(), "fusions": fusions, "users": len(users)}
@@ -154,14 +148,15 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     print_metrics(method, by_prompt, row_metrics["baselines"], row_metrics["fused"])
     print_examples(dataset, users, targets, histories, lists[prompt_ids[0]])
     print(f"\nresults in {results_file}")
-    popularity = baselines.popularity
-    details = next_item_details(dataset, method, users, histories, targets, lists, popularity, rows)
+    details = next_item_details(dataset, method, users, histories, targets, lists, baselines.popularity, rows)
     folder = dataset_file(dataset.folder, dataset.name, args.index_file).parent
-    embeddings = recommender.model.get_input_embeddings()
-    details["index"] = codebook_details(dataset, folder, embeddings, recommender.token_ids, popularity)
-    details["worth"] = [fused.name, fusion.name] if is_fused and fusion else []
-    details["curves"] = training_curves(args.ckpt_path)
-    details["prompts"] = [recommender.templates[prompt_id].prompt for prompt_id in prompt_ids]
+    embeddings, token_ids = recommender.model.get_input_embeddings(), recommender.token_ids
+    details |= {
+        "index": codebook_details(dataset, folder, embeddings, token_ids, baselines.popularity),
+        "worth": [fused.name, fusion.name] if is_fused and fusion else [],
+        "curves": training_curves(args.ckpt_path),
+        "prompts": [recommender.templates[prompt_id].prompt for prompt_id in prompt_ids],
+    }
     print(f"report in {write_report(results_file, details)}")
 
 
@@ -261,9 +256,7 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
     if fusion:
         shown = ", ".join(f"{source} {weight:.3f}" for source, weight in fusion.weights.items())
         print(f"fusion: weights {shown}, fitted on valid, in {save_rating_fusion(args.ckpt_path, dataset, fusion)}")
-    row_metrics = {
-        kind: {row: auc_metrics(part, values) for row, values in scores_of.items()} for kind, scores_of in rows.items()
-    }
+    row_metrics = measure_rows(rows, lambda values: auc_metrics(part, values))
     content = {**metrics[prompt_ids[0]], **by_prompt, **row_metrics, **run_metadata(vars(args), started)}
     write_json(results_file, content, indent=1)
     if args.predictions_file:
@@ -316,6 +309,11 @@ def test_baselines(args: argparse.Namespace) -> None:
 
 
 # ---- Both ----
+
+
+def measure_rows(rows: Rows, measure: Callable[[np.ndarray], dict]) -> dict[str, dict[str, dict]]:
+    """Return the metrics of each row, `measure` of its ranks or scores."""
+    return {part: {name: measure(values) for name, values in named.items()} for part, named in rows.items()}
 
 
 def is_main_process() -> bool:

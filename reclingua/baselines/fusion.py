@@ -14,6 +14,7 @@ DEPTH = 50  # best items of a baseline that are candidates
 RANK_OFFSET = 10  # of reciprocal rank fusion: 1 / (RANK_OFFSET + rank)
 METHODS = ("scores", "ranks")
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # of a source; that of the first one is 1
+BY_DISTANCE = sorted(WEIGHTS, key=lambda weight: abs(np.log(weight + 1e-9)))  # from 1
 ROUNDS = 3  # in which the weights are chosen one by one
 
 
@@ -195,8 +196,8 @@ def choose_weights(candidates: Candidates, targets: np.ndarray) -> tuple[str, li
         for _ in range(ROUNDS):
             before = list(weights)
             for source in range(1, len(weights)):
-                tried = {value: quality([*weights[:source], value, *weights[source + 1 :]]) for value in WEIGHTS}
-                weights[source] = max(tried, key=lambda value, tried=tried: (tried[value], -abs(np.log(value + 1e-9))))
+                choices = [[*weights[:source], value, *weights[source + 1 :]] for value in BY_DISTANCE]
+                weights = max(choices, key=quality)  # the first of equal ones
             if weights == before:
                 break
         if quality(weights) > best[2]:

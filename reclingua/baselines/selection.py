@@ -69,4 +69,5 @@ def fit_best(
         quality, model.settings = model_best
         if best is None or quality > best[1]:
             best = model, quality
+    assert best is not None  # no grid is empty
     return best

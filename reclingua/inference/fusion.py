@@ -116,8 +116,8 @@ class FusedRecommender:
         unfitted = cls(recommender, baselines, settings)
         candidates = unfitted.build_candidates(samples, histories, None, batch_size, show_progress)
         method, weights, quality = choose_weights(candidates, baselines.catalogue.encode_items(targets))
-        chosen = {"method": method, "weights": weights, "valid_ndcg": quality}
-        return cls(recommender, baselines, replace(settings, **chosen))
+        fitted = replace(settings, method=method, weights=weights, valid_ndcg=quality)
+        return cls(recommender, baselines, fitted)
 
     def build_candidates(
         self,
@@ -135,11 +135,12 @@ class FusedRecommender:
             ranked: the model's lists for the samples, if they were searched already.
         """
         settings, catalogue = self.settings, self.baselines.catalogue
-        options = {"batch_size": batch_size, "show_progress": show_progress, "score_over": settings.score_over}
         if ranked is None:
             excluded = histories if settings.excludes_seen else None
             prompts = self.recommender.encode(samples, settings.prompt_id)
-            ranked = self.recommender.search(prompts, settings.num_beams, excluded, **options)
+            ranked = self.recommender.search(
+                prompts, settings.num_beams, excluded, batch_size, settings.score_over, show_progress
+            )
         found = np.full((len(ranked), max(map(len, ranked), default=0)), -1)
         for row, entries in enumerate(ranked):
             found[row, : len(entries)] = catalogue.encode_items(entry.item for entry in entries)
@@ -148,7 +149,15 @@ class FusedRecommender:
         numbers = unite([found, *best])
         items = [[catalogue.items[number] for number in row[row >= 0]] for row in numbers]
         scores = np.zeros((1 + len(self.names), *numbers.shape), np.float32)
-        for row, values in enumerate(self.recommender.score(samples, items, prompt_id=settings.prompt_id, **options)):
+        exact = self.recommender.score(
+            samples,
+            items,
+            prompt_id=settings.prompt_id,
+            batch_size=batch_size,
+            score_over=settings.score_over,
+            show_progress=show_progress,
+        )
+        for row, values in enumerate(exact):
             scores[0, row, : len(values)] = values
         scores[1:] = score_candidates(self.baselines, self.names, encoded, numbers)
         return Candidates(numbers, scores)
@@ -256,8 +265,9 @@ def fuse_targets(
             fused = FusedRecommender(recommender, baselines, settings)
     is_new = fused is None
     if fused is None:
-        options = {"batch_size": batch_size, "show_progress": True}
-        fused = FusedRecommender.fit(recommender, baselines, names, **search, **options)
+        fused = FusedRecommender.fit(
+            recommender, baselines, names, batch_size=batch_size, show_progress=True, **search
+        )
     candidates = fused.build_candidates(samples, histories, ranked, batch_size, show_progress=True)
     if is_new and not (distributed.is_initialized() and distributed.get_rank()):
         save_fusion(folder, fused)

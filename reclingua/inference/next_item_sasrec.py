@@ -113,7 +113,8 @@ def train_sasrec(
         dataset_sha256=dataset.sha256("histories"),
         task="next_item",
     )
-    model = SASRec(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = SASRec(config)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
     baseline = NextItemSASRec(model, item_places(dataset, catalogue))
     train = np.split(baseline.ids[catalogue.train.items], catalogue.train.ends[:-1])
     valid, targets = valid_parts(dataset, catalogue)

@@ -43,14 +43,16 @@ class RatingFusion:
         if len(np.unique(labels)) < 2:
             raise InputError("--fuse: the valid ratings that fit its weights are all liked or all disliked; take more")
         features = np.stack(list(sources.values()), axis=1)
-        scale = np.maximum(features.std(0), 1e-9)
+        scale = features.std(0)
+        scale[scale == 0] = 1
         model = LogisticRegression(C=100.0).fit(features / scale, labels)
         weights = model.coef_[0] / scale
         return cls(dict(zip(sources, weights.tolist(), strict=True)), float(model.intercept_[0]))
 
     def log_odds(self, sources: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the fused log-odds, float64 [rows]."""
-        return self.intercept + sum(weight * sources[name] for name, weight in self.weights.items())
+        features = np.stack([sources[name] for name in self.weights], axis=1)
+        return features @ np.array(list(self.weights.values())) + self.intercept
 
 
 def rate_sources(rates: LikeRates, part: Dataset) -> dict[str, np.ndarray]:
