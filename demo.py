@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from reclingua import Recommender, Scorer
 from reclingua.demo.access import LOOPBACK, check_hosts, parse_auth
+from reclingua.inference.fusion import load_fusion
 from reclingua.inference.loading import load_metadata
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
@@ -98,7 +99,7 @@ def serve_page(args: argparse.Namespace, methods: dict[Path, str]) -> None:
         model: NextItem | YesOrNo
         if methods[folder] == "lcrec":
             recommender = Recommender.from_pretrained(folder, index_file=args.index_file, **shared)
-            model = NextItem(recommender, args.num_beams)
+            model = NextItem(recommender, args.num_beams, load_fusion(folder, recommender))
         else:
             model = YesOrNo(Scorer.from_pretrained(folder, cf_model=args.cf_model, **shared))
         models[name] = model

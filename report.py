@@ -14,10 +14,10 @@ import reclingua.utils.logging  # noqa: F401
 import argparse
 from pathlib import Path
 
+from reclingua.reporting.bootstrap import SIGNIFICANCE_NOTE
 from reclingua.reporting.compare import KINDS, check_comparable, comparison_sections, comparison_tables
 from reclingua.reporting.details import DETAILS_FILE, report_folder
 from reclingua.reporting.html import Table, write_page
-from reclingua.reporting.next_item import SIGNIFICANCE_NOTE
 from reclingua.reporting.single_run import load_checked_run, write_report
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import check_outputs, output_file

@@ -317,10 +317,11 @@ run_next_item() {
     tune "$GPUS" --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
     --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
 
-  # ---- 6. Test: leave-one-out, next to popularity and co-occurrence ----
+  # ---- 6. Test: leave-one-out, next to the baselines, and fused with EASE ----
   run_stage test "$RESULTS" "$INTER" "$INDEX" "${texts[@]}" "$CKPT/lcrec/run.json" $(list_code test.py) -- \
     python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
-    --num_beams 20 --exclude_seen --results_file "$RESULTS" --predictions_file "${RESULTS%.json}.predictions.jsonl"
+    --num_beams 20 --exclude_seen --fuse ease --results_file "$RESULTS" \
+    --predictions_file "${RESULTS%.json}.predictions.jsonl"
 }
 
 # ---- Yes/No prediction: TALLRec first, then the method with its collaborative model ----

@@ -35,6 +35,11 @@ def score(model: CollaborativeModel, inputs: dict[str, torch.Tensor], batch_size
     return torch.cat(scores).float().cpu().numpy()
 
 
+def score_rows(model: CollaborativeModel, part: Dataset) -> np.ndarray:
+    """Return the log-odds of rows of ratings, float64 [rows]: their order is that of the scores, ties included."""
+    return model.log_odds(score(model, model_inputs(part, model)).astype(np.float64))
+
+
 def auc_metrics(part: Dataset, scores: np.ndarray) -> dict[str, dict]:
     """Return {"test": ..., "warm": ..., "cold": ...}, each with auc, uauc, users_counted, users_left_out, samples.
 

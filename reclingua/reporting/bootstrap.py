@@ -13,6 +13,10 @@ import numpy as np
 
 NUM_RESAMPLES = 1000
 CONFIDENCE = 95  # percent
+SIGNIFICANCE_NOTE = (
+    f"Differences whose {CONFIDENCE}% bootstrap interval excludes 0 are marked significant (*), "
+    "not corrected for multiple comparisons."
+)
 CHUNK_SIZE = 4_000_000  # numbers in memory at a time
 
 Statistic = Callable[[np.ndarray], np.ndarray]

@@ -14,6 +14,7 @@ import test as test_script
 from convert import scratch
 from reclingua.methods import METHODS
 from reclingua.methods.yes_no import CF_METHODS
+from reclingua.reporting.console import print_users
 from reclingua.training.arguments import (
     Arguments,
     DataArguments,
@@ -218,8 +219,7 @@ def test_users_with_few_items_left_are_stated(capsys):
     dataset = SimpleNamespace(name="toy", item_ids=list("abcdefg"), too_short=[])
     histories = [list("abcdefg"), list("abcdefa"), list("abca")]
     for exclude_seen in (True, False):
-        args = SimpleNamespace(exclude_seen=exclude_seen, metrics="hit@1,hit@3")
-        test_script.log_users(args, dataset, histories, ["a", "g", "d"], "those of training")
+        print_users(dataset, histories, ["a", "g", "d"], 3 if exclude_seen else None, "those of training")
         out = capsys.readouterr().out
         assert ("1 users had every item: no item is left to recommend, which counts as a miss" in out) == exclude_seen
         assert ("1 users have at most 3 items left: a list of 3 has their target" in out) == exclude_seen

@@ -240,9 +240,11 @@ def test_map_states_the_number_of_sampled_items(search_run, tmp_path, script):
 def test_yes_no_page(preference_runs):
     names = ["warm-and-cold", "roc", "calibration", "users", "training"]
     page = check_page(report_folder(preference_runs[0]) / "report.html", names)
-    sections = ["Metrics: all, warm and cold", "ROC curve", "Calibration", "AUC by user", "Training"]
+    sections = ["Metrics: all, warm and cold", "Baselines", "ROC curve", "Calibration", "AUC by user", "Training"]
     assert page.headings == ["liked: mf", *sections]
     results = json.loads(preference_runs[0].read_text())
+    assert page.row("like-rates")[0].startswith(f"{results['baselines']['like-rates']['test']['auc']:.4f} [")
+    assert len(page.row("mf - like-rates")) == 6
     for part, name in (("test", "all"), ("warm", "warm"), ("cold", "cold")):
         cells = page.row(name)
         assert [cell.split()[0] for cell in cells[:2]] == [f"{results[part][key]:.4f}" for key in ("auc", "uauc")]
@@ -256,6 +258,7 @@ def test_part_without_ratings_is_shown_as_missing(preference_runs, tmp_path, scr
     details_file(file).write_text(json.dumps(details))
     results = json.loads(file.read_text())
     empty = {"auc": None, "uauc": None, "users_counted": 0, "users_left_out": 0, "samples": 0}
+    results["baselines"]["like-rates"] |= {"warm": results["baselines"]["like-rates"]["test"], "cold": empty}
     file.write_text(json.dumps({**results, "warm": results["test"], "cold": empty}))
     assert script(report.main, file)[0] == 0
     assert Page(report_folder(file) / "report.html").row("cold") == ["–", "–", "0", "0", "0"]
@@ -321,8 +324,10 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
         (json.dumps(json.loads(whole) | {"prompts": ["a", "b", "c", 4]}), "prompts is not a list of 4 texts"),
         (json.dumps(json.loads(whole) | {"ranks": [["a"]]}), "ranks has values of a wrong type or shape"),
         (json.dumps(json.loads(whole) | {"ranks": [[1, 2], [1]]}), "ranks has values of a wrong type or shape"),
-        (json.dumps(json.loads(whole) | {"popularity": [1]}), "lists differ in length"),
-        (json.dumps(json.loads(whole) | {"popularity": [1] * 60}), "metrics differ from the details"),
+        (json.dumps(json.loads(whole) | {"baselines": {"ease": [1]}}), "lists differ in length"),
+        (json.dumps(json.loads(whole) | {"baselines": {"popularity": [1] * 60}}), "metrics differ from the details"),
+        (json.dumps(json.loads(whole) | {"fused": {"ease": ["a"]}}), "fused: ease has values of a wrong type"),
+        (json.dumps(json.loads(whole) | {"fused": [1]}), "fused has values of a wrong type or shape"),
     ):
         details_file(edited).write_text(content)
         assert message in refuse(edited)
