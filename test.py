@@ -95,14 +95,9 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
     fused_names = parse_fuse(args)
     method = metadata.method if args.test_task == "SeqRec" else f"{metadata.method}-{task}"
+    where = {"dataset": args.dataset, "index_file": args.index_file, "base_model": args.base_model}
     recommender = Recommender.from_pretrained(
-        args.ckpt_path,
-        args.data_path,
-        dataset=args.dataset,
-        index_file=args.index_file,
-        task=task,
-        base_model=args.base_model,
-        device=device_of(args),
+        args.ckpt_path, args.data_path, task=task, device=device_of(args), **where
     )
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, recommender.prompt_ids)
 

@@ -61,7 +61,7 @@ def test_sasrec_learns_the_ring_and_is_a_baseline(script, refused, studio, tmp_p
     code, out, error = script(pretrain.main, *train)
     assert code == 0 and "valid NDCG@10" in out, error
     results, _ = measure(script, tmp_path, "toy", "--cf_model", tmp_path / "sasrec", "--metrics", "hit@1")
-    assert results["next_item"]["baselines"]["sasrec"]["hit@1"] > 0.9
+    assert results["next_item"]["baselines"]["sasrec"]["hit@1"] > 0.8
 
     write_toy(tmp_path, users=59)
     flags = ("--baselines_only", *where, "--results_file", tmp_path / "r.json", "--cf_model")
