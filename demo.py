@@ -3,7 +3,7 @@
 python demo.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k                      then open http://127.0.0.1:7860
 python demo.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ~/datasets
 
-It listens on 127.0.0.1 and makes no outbound requests.
+It listens on 127.0.0.1, answers pages of its own alone, and makes no outbound requests.
 """
 
 from reclingua.utils.logging import silence_third_party
@@ -18,8 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from reclingua import Recommender, Scorer
+from reclingua.demo.access import LOOPBACK, check_hosts, parse_auth
+from reclingua.inference.fusion import load_fusion
 from reclingua.inference.loading import load_metadata
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.text import unique_names
 
 HOST = "127.0.0.1"
@@ -35,16 +38,26 @@ def parse_args() -> argparse.Namespace:
     )
     model.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
     model.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
+    model.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one a model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
     data.add_argument(
-        "--index_file", default=".index.json",
-        help="semantic IDs: file suffix, or a path if it has a slash (default: %(default)s)",
+        "--index_file",
+        help="semantic IDs: file suffix, or a path if it has a slash (default: those in the checkpoint)",
     )  # fmt: skip
     page = parser.add_argument_group("page")
     page.add_argument("--num_beams", type=int, default=20, help="beam width (default: %(default)s)")
     page.add_argument("--port", type=int, help=f"default: the first that is free from {PORTS.start} on")
+    page.add_argument(
+        "--auth", metavar="USER:PASSWORD",
+        help="ask visitors for it, for machines that others log in to, too; or a file that holds it, since others can "
+        "read a command line",
+    )  # fmt: skip
+    page.add_argument(
+        "--allowed_hosts", nargs="+", default=[], metavar="HOST",
+        help=f"further names under which browsers reach the page, as through a proxy (default: {', '.join(LOOPBACK)})",
+    )  # fmt: skip
     page.add_argument("--timeout", type=float, default=60, help="seconds a request may take (default: %(default)s)")
     return one_line_errors(parser).parse_args()
 
@@ -53,12 +66,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     silence_third_party()
+    trust_remote_code(args.trust_remote_code)
     if args.num_beams < 1:
         raise InputError(f"--num_beams {args.num_beams}: should be 1 at least")
     if not 0 < args.timeout <= 86_400:
         raise InputError(f"--timeout {args.timeout:g}: should be more than 0 seconds, and a day at most")
     if len(set(args.ckpt_path)) < len(args.ckpt_path):
         raise InputError("--ckpt_path: a folder is given twice; name each once")
+    if args.auth is not None:
+        args.auth = parse_auth(args.auth)
     metadata = {folder: load_metadata(folder) for folder in args.ckpt_path}
     for folder, stated in metadata.items():
         if stated.method != "lcrec" and not stated.prompts:
@@ -83,7 +99,7 @@ def serve_page(args: argparse.Namespace, methods: dict[Path, str]) -> None:
         model: NextItem | YesOrNo
         if methods[folder] == "lcrec":
             recommender = Recommender.from_pretrained(folder, index_file=args.index_file, **shared)
-            model = NextItem(recommender, args.num_beams)
+            model = NextItem(recommender, args.num_beams, load_fusion(folder, recommender))
         else:
             model = YesOrNo(Scorer.from_pretrained(folder, cf_model=args.cf_model, **shared))
         models[name] = model
@@ -102,6 +118,8 @@ def serve_page(args: argparse.Namespace, methods: dict[Path, str]) -> None:
             run_history=False,
             enable_monitoring=False,
             max_file_size=1,
+            auth=args.auth,
+            app_kwargs={"lifespan": check_hosts([*LOOPBACK, *args.allowed_hosts])},
             **THEME,
         )
     except OSError as error:

@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,23 +29,31 @@ from reclingua.training.checkpoints import newest_checkpoint, report_disk_full
 from reclingua.training.throughput import format_throughput
 from reclingua.training.trainer import RecTrainer
 from reclingua.training.zero import check_zero3_support, saves_sharded_state, without_zero3_init
-from reclingua.utils.errors import InputError, cli_main
-from reclingua.utils.files import write_json
+from reclingua.utils.errors import InputError, cli_main, mask_flags
+from reclingua.utils.files import check_outputs, locked_folder, write_json
+from reclingua.utils.hub import trust_remote_code
 from reclingua.utils.metadata import run_metadata
 
 
 @cli_main
 def main() -> None:
-    # ---- Arguments ----
     started = time.monotonic()
     args = parse_arguments(__doc__)
-    method, training_args = METHODS[args.method.method], args.training
     check_required(args)
-    method.check_flags(args)
+    METHODS[args.method.method].check_flags(args)
     silence_third_party()
+    trust_remote_code(args.model.trust_remote_code)
+    set_seed(args.training.seed)
+    output_dir = Path(args.training.output_dir)
+    with locked_folder(output_dir) if args.training.process_index == 0 else nullcontext():
+        tune(args, started)
+
+
+def tune(args: Arguments, started: float) -> None:
+    """Build data and model, train, and save the tuned model; `started` is the time at which the run began."""
+    method, training_args = METHODS[args.method.method], args.training
     main_process = training_args.process_index == 0
     log = print if main_process else lambda *_: None
-    set_seed(training_args.seed)
 
     # ---- Data and model of the method ----
     with without_zero3_init(training_args):
@@ -113,6 +122,10 @@ def check_required(args: Arguments) -> None:
     for flag, value in required.items():
         if not value:
             raise InputError(f"--{flag} is required; see --help")
+    sources = {"--base_model": args.model.base_model, "--init_from": args.yes_no.init_from}
+    sources |= {"--cf_model": args.yes_no.cf_model}
+    paths = {flag: Path(path) for flag, path in sources.items() if path}
+    check_outputs({"--output_dir": Path(args.training.output_dir)}, paths)
     if args.training.per_device_eval_batch_size < 1 or not 0 <= args.training.seed < 2**32:
         raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
     if (args.data.max_eval_samples or 0) < 0:
@@ -152,8 +165,8 @@ def write_run(trainer: RecTrainer, args: Arguments, started: float, results: dic
 
 
 def resume_command() -> str:
-    """Return the command that resumes this run from its newest checkpoint."""
-    words = [word for word in sys.argv if not word.startswith("--resume_from_checkpoint=")]
+    """Return the command that resumes this run from its newest checkpoint, with *** for tokens and keys."""
+    words = [word for word in mask_flags(sys.argv) if not word.startswith("--resume_from_checkpoint=")]
     if "--resume_from_checkpoint" in words:
         position = words.index("--resume_from_checkpoint")
         del words[position : position + 2]

@@ -1,8 +1,10 @@
-"""Train a collaborative model on ratings: MF, LightGCN, SASRec, DIN, hashed MF.
+"""Train a collaborative model on ratings: MF, LightGCN, SASRec, DIN, hashed MF; or SASRec on next items.
 
 python pretrain.py --model mf --dataset ml-1m --data_path ~/datasets
 python pretrain.py --model sasrec --dataset ml-1m --data_path ~/datasets --sweep
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ~/datasets
+python pretrain.py --model sasrec --task next_item --dataset ml-100k --exclude_seen
+python test.py --dataset ml-100k --baselines_only --exclude_seen --cf_model ckpt/ml-100k/sasrec
 """
 
 import reclingua.utils.logging  # noqa: F401
@@ -14,7 +16,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +27,24 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
-from reclingua.inference.collaborative import auc_metrics, model_inputs, print_table, score
+from reclingua.inference.collaborative import auc_metrics, format_metric, model_inputs, print_table, score
+from reclingua.inference.next_item_sasrec import train_sasrec
 from reclingua.metrics.roc import auc, uauc
 from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.sasrec import SASRecConfig
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_file, output_folder, write_json
-from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata, run_metadata
+from reclingua.utils.files import check_outputs, output_file, output_folder, write_json
+from reclingua.utils.metadata import (
+    METADATA_FILE,
+    CheckpointMetadata,
+    default_results_file,
+    has_own_results,
+    run_metadata,
+)
+from reclingua.utils.provenance import check_replaceable, write_record
 
 METRICS = ("auc", "uauc")
 LOG_SECONDS = 20  # between two log lines where no terminal shows a progress bar
@@ -61,6 +72,7 @@ DEFAULTS = {
     "din": Settings(1e-3, 1e-3, 64, patience=10),
     "hash": Settings(1e-2, 1e-4, 32),
 }
+NEXT_ITEM = Settings(1e-3, 0.0, 64, batch_size=128, epochs=300, patience=15)  # of --task next_item
 # Values that --sweep tries where a flag gives none.
 GRID = {"learning_rate": [1e-2, 1e-3, 1e-4], "weight_decay": [1e-3, 1e-4, 1e-5], "embedding_size": [32, 64, 256]}
 
@@ -147,7 +159,7 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
             raise InputError(
                 f"{dataset.folder / 'valid.parquet'}: no user has both labels; use --metric_for_best_model auc"
             )
-        shown = {name: f"{line[name]:.4f}" for name in ("loss", *METRICS)}
+        shown = {name: format_metric(metrics[name]) for name in ("loss", *METRICS)}
         progress.set_postfix(shown)
         if progress.disable and curve[-1]["seconds"] - logged > LOG_SECONDS:
             logged = curve[-1]["seconds"]
@@ -163,11 +175,47 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
     return curve
 
 
+# ---- Next items ----
+
+
+def pretrain_next_item(args: argparse.Namespace) -> None:
+    """Train SASRec by a softmax over all items, and save the state with the best NDCG@10 on valid."""
+    if args.model != "sasrec" or args.sweep:
+        raise InputError("--task next_item: is for --model sasrec, without --sweep")
+    started, dataset = time.monotonic(), open_interactions(args.data_path, args.dataset)
+    (settings,) = combinations(args)
+    output_dir = output_folder(args.output_dir or Path("ckpt") / dataset.name / args.model)
+    made_with = {"model": args.model, "task": args.task, "histories_sha256": dataset.sha256("histories")}
+    made_with |= {"exclude_seen": args.exclude_seen, "settings": asdict(settings)}
+    check_replaceable(output_dir, made_with, args.force)
+    print(f"{dataset.name}: {len(dataset.histories):,} users, {len(dataset.item_ids):,} items")
+    baseline, curve = train_sasrec(
+        dataset,
+        args.exclude_seen,
+        embedding_size=settings.embedding_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        patience=settings.patience,
+        seed=settings.seed,
+    )
+    best = max(curve, key=lambda line: line["ndcg@10"])
+    run = run_metadata(vars(args), started) | {"settings": asdict(settings), "curve": curve}
+    save(baseline.model.cpu(), output_dir, made_with, run, ["next_item"])
+    print(f"valid NDCG@10 {best['ndcg@10']:.4f}, HR@10 {best['hit@10']:.4f} in epoch {best['epoch']} of {len(curve)}")
+    print(f"model in {output_dir}/")
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=COLLABORATIVE_MODELS, required=True, help="kind of model")
+    parser.add_argument(
+        "--task", default="ratings", choices=("ratings", "next_item"),
+        help="score ratings; or, sasrec alone, rank all items as the next one by a softmax (default: %(default)s)",
+    )  # fmt: skip
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="ml-1m", help="name of the ratings dataset (default: %(default)s)")
+    data.add_argument("--dataset", default="ml-1m", help="name of the dataset (default: %(default)s)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
     training = parser.add_argument_group("training")
     for name, kind, help in (
@@ -185,13 +233,13 @@ def parse_args() -> argparse.Namespace:
         + "; ".join(f"{name} {' '.join(format(v, 'g') for v in values)}" for name, values in GRID.items()),
     )  # fmt: skip
     training.add_argument(
-        "--batch_size", type=int, default=Settings.batch_size, help="ratings per batch (default: %(default)s)"
+        "--batch_size", type=int, help="ratings (default: 1024), or windows of histories (default: 128), per batch"
     )
-    training.add_argument("--epochs", type=int, default=Settings.epochs, help="most epochs (default: %(default)s)")
+    training.add_argument("--epochs", type=int, help="most epochs (default: 500; next_item: 300)")
     training.add_argument(
         "--patience",
         type=int,
-        help="stop after so many epochs without improvement on valid (default: 30; 10 for sasrec and din)",
+        help="stop after so many epochs without improvement on valid (default: 30; sasrec, din: 10; next_item: 15)",
     )
     training.add_argument(
         "--metric_for_best_model",
@@ -199,10 +247,14 @@ def parse_args() -> argparse.Namespace:
         default=Settings.metric_for_best_model,
         help="valid metric that selects the epoch (default: %(default)s)",
     )
+    training.add_argument(
+        "--exclude_seen", action="store_true", help="next_item: leave the user's own items out on valid"
+    )
     training.add_argument("--seed", type=int, default=Settings.seed, help="random seed (default: %(default)s)")
     results = parser.add_argument_group("results")
     results.add_argument("--output_dir", type=Path, help="default: ckpt/<dataset>/<model>")
-    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<model>.json")
+    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<name of --output_dir>.json")
+    results.add_argument("--force", action="store_true", help="replace a model of other ratings or settings")
     args = one_line_errors(parser).parse_args()
     for name, least in (("batch_size", 1), ("epochs", 1), ("patience", 1), ("seed", 0)):
         value = getattr(args, name)
@@ -213,16 +265,16 @@ def parse_args() -> argparse.Namespace:
 
 def combinations(args: argparse.Namespace) -> list[Settings]:
     """Return the settings to train with: one, or with --sweep every combination of the values."""
-    grid = []
+    grid, default = [], NEXT_ITEM if args.task == "next_item" else DEFAULTS[args.model]
     for name, defaults in GRID.items():
-        values = getattr(args, name) or (defaults if args.sweep else [getattr(DEFAULTS[args.model], name)])
+        values = getattr(args, name) or (defaults if args.sweep else [getattr(default, name)])
         if len(values) > 1 and not args.sweep:
             raise InputError(f"--{name} has {len(values)} values: give one, or add --sweep")
         if not all(math.isfinite(value) and (value > 0 or name == "weight_decay" and value == 0) for value in values):
             raise InputError(f"--{name} {' '.join(map(str, values))}: should be above 0")
         grid.append(values)
-    rest = {name: getattr(args, name) for name in ("batch_size", "epochs", "metric_for_best_model", "seed")}
-    rest["patience"] = args.patience or DEFAULTS[args.model].patience
+    rest = {name: getattr(args, name) or getattr(default, name) for name in ("batch_size", "epochs", "patience")}
+    rest |= {"metric_for_best_model": args.metric_for_best_model, "seed": args.seed}
     heads = SASRecConfig.num_heads
     if args.model == "sasrec" and (odd := [size for size in grid[2] if size % heads]):
         raise InputError(f"--embedding_size {odd[0]}: should be a multiple of {heads}, the attention heads of sasrec")
@@ -232,17 +284,30 @@ def combinations(args: argparse.Namespace) -> list[Settings]:
 @cli_main
 def main() -> None:
     args = parse_args()
+    if args.task == "next_item":
+        pretrain_next_item(args)
+        return
     settings_to_train = combinations(args)
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
 
     # ---- Data ----
     dataset = open_ratings(args.data_path, args.dataset)
-    output_dir = output_folder(args.output_dir or Path("ckpt") / dataset.name / args.model)
-    results_file = args.results_file or Path("results") / dataset.name / f"{args.model}.json"
+    output_dir = args.output_dir = args.output_dir or Path("ckpt") / dataset.name / args.model
+    made_with = {"model": args.model, "ratings_sha256": dataset.sha256()}
+    made_with |= {"settings": [asdict(settings) for settings in settings_to_train]}
+    check_replaceable(output_folder(output_dir), made_with, args.force)
+    results_file = args.results_file or default_results_file(output_dir, dataset.name)
+    model_files = ("model.safetensors", "config.json", "run.json", METADATA_FILE)
+    written = {f"{name} of --output_dir": output_dir / name for name in model_files}
+    check_outputs({"--results_file": results_file, **written})
     output_file(results_file)
+    if not args.results_file:
+        has_own_results(results_file, output_dir)
     sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in dataset.parts.items())
     print(f"{dataset.name}: {sizes} ratings; ids: users to {dataset.num_users - 1}, items to {dataset.num_items - 1}")
+    for remark in dataset.remarks:
+        print(f"  {remark}")
 
     # ---- Train, with each of the settings ----
     runs, best = [], None
@@ -261,7 +326,8 @@ def main() -> None:
         if best is None or selected[args.metric_for_best_model] > best[0][args.metric_for_best_model]:
             best = selected, model, curve, settings
         print(
-            f"{label}: valid AUC {selected['auc']:.4f}, UAUC {selected['uauc']:.4f} in epoch {selected['epoch']} of "
+            f"{label}: valid AUC {format_metric(selected['auc'])}, UAUC {format_metric(selected['uauc'])} "
+            f"in epoch {selected['epoch']} of "
             f"{len(curve)} ({runs[-1]['seconds']:.0f} s)"
         )
     if best is None:
@@ -273,14 +339,14 @@ def main() -> None:
     # ---- Save the best, measure it once on test ----
     results = auc_metrics(dataset.parts["test"], score(model, model_inputs(dataset.parts["test"], model)))
     metadata = run_metadata(vars(args), started) | {"settings": asdict(settings)}
-    save(model.cpu(), output_dir, metadata | {"sweep": runs, "curve": curve})
+    save(model.cpu(), output_dir, made_with, metadata | {"sweep": runs, "curve": curve})
     write_json(results_file, {**results, **metadata}, indent=1)
     print_table({args.model: results})
     print(f"\nmodel in {output_dir}/, results in {results_file}")
 
 
-def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
-    """Write model, run.json and metadata, each atomically; a folder that holds the metadata is complete."""
+def save(model: CollaborativeModel, folder: Path, made_with: dict, run: dict, tasks: Sequence[str] = ()) -> None:
+    """Write model, its record and metadata, each atomically; a folder that holds the metadata is complete."""
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             model.save_pretrained(temporary)
@@ -289,8 +355,8 @@ def save(model: CollaborativeModel, folder: Path, run: dict) -> None:
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from None
-    write_json(folder / "run.json", run, indent=1)
-    CheckpointMetadata(model.config.model_type, model.config.dataset).save(folder)
+    write_record(folder, made_with, run)
+    CheckpointMetadata(model.config.model_type, model.config.dataset, tasks=list(tasks)).save(folder)
 
 
 def print_sweep(runs: list[dict], metric_for_best_model: str) -> None:
@@ -299,7 +365,7 @@ def print_sweep(runs: list[dict], metric_for_best_model: str) -> None:
     for run in sorted(runs, key=lambda run: -run[metric_for_best_model]):
         print(
             f"{run['learning_rate']:>8g}{run['weight_decay']:>8g}{run['embedding_size']:>7}"
-            f"{run['auc']:>9.4f}{run['uauc']:>9.4f}{run['epoch']:>7}{run['seconds']:>6.0f}"
+            f"{format_metric(run['auc']):>9}{format_metric(run['uauc']):>9}{run['epoch']:>7}{run['seconds']:>6.0f}"
         )
 
 

@@ -14,13 +14,13 @@ import reclingua.utils.logging  # noqa: F401
 import argparse
 from pathlib import Path
 
+from reclingua.reporting.bootstrap import SIGNIFICANCE_NOTE
 from reclingua.reporting.compare import KINDS, check_comparable, comparison_sections, comparison_tables
-from reclingua.reporting.details import report_folder
+from reclingua.reporting.details import DETAILS_FILE, report_folder
 from reclingua.reporting.html import Table, write_page
-from reclingua.reporting.next_item import SIGNIFICANCE_NOTE
 from reclingua.reporting.single_run import load_checked_run, write_report
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_file
+from reclingua.utils.files import check_outputs, output_file
 from reclingua.utils.text import unique_names
 
 
@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="path of the page (default: beside the first results file)")
     args = one_line_errors(parser).parse_args()
     if args.output:
+        files = {f"results file {path}": path for path in args.results}
+        details = {f"{DETAILS_FILE} of {path}": report_folder(path) / DETAILS_FILE for path in args.results}
+        check_outputs({"--output": args.output}, files | details)
         output_file(args.output)
     if len(args.results) == 1:
         print(f"report in {write_report(args.results[0], output=args.output)}")

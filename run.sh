@@ -9,15 +9,16 @@
 #                                                      Yes/No prediction: tallrec, collm, binllm, cora, softprompt or
 #                                                      personprompt; --cf_model mf (default), lightgcn, sasrec or din
 #
-# A stage is skipped if its output exists and neither its inputs nor its command changed. An interrupted run resumes at
-# the stage where it stopped, fine-tuning at its newest checkpoint. Headings show the number of the stage, the elapsed
-# time and, if known from an earlier run, the time left. --setup_only makes .venv and stops. --seed and --config
-# preset.yaml are those of finetune.py. Relative paths are relative to the folder of this script. The environment variable
-# PYTHON chooses the Python of .venv (3.11, 3.12 or 3.13), e.g. PYTHON=python3.13 bash run.sh.
+# A stage is skipped if its output exists and neither its inputs, its code nor its command changed. An interrupted run
+# resumes at the stage where it stopped, fine-tuning at its newest checkpoint; a finished model stays in place until the
+# next one is finished. Headings show the number of the stage, the elapsed time and, if known from an earlier run, the
+# time left. --setup_only makes .venv and stops. --seed and --config preset.yaml are those of finetune.py. Relative paths
+# are relative to the folder of this script. The environment variable PYTHON chooses the Python of .venv (3.11, 3.12 or
+# 3.13), e.g. PYTHON=python3.13 bash run.sh. Where several GPUs are visible, fine-tuning uses all of them.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' run.sh; }
 die() { echo "error: $*" >&2; exit 2; }
 
 # ---- Arguments ----
@@ -61,12 +62,16 @@ make_environment() {
     fi
   done
   [[ -n $python ]] || die "${PYTHON:+$PYTHON: }Python 3.11, 3.12 or 3.13 is needed; see PYTHON in bash run.sh --help"
+  exec 9>.venv.lock
+  flock 9 # another run.sh could be making it
+  [[ ! -f .venv/requirements.sha256 || $(cat .venv/requirements.sha256) != "$checksum" ]] || return 0
   echo "making .venv: this takes a few minutes, once"
   "$python" -m venv .venv || die "$python cannot make a virtual environment (on Debian: apt install python3-venv)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-assets.txt
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
   echo "$checksum" >.venv/requirements.sha256
+  exec 9>&-
 }
 make_environment
 [[ -z $SETUP_ONLY ]] || exit 0
@@ -80,18 +85,36 @@ RUN=$METHOD${CF_MODEL:+-$CF_MODEL}     # name of the tuned model and its results
 RESULTS=results/$DATASET/$RUN.json
 PREPARE=""                             # set if the dataset is made here: MovieLens-100k comes with the packages
 [[ -n $DATA_PATH || $DATASET != ml-100k ]] || PREPARE=1
-# Code behind a tuned model and behind its results: a stage is run again when its code changed. reclingua/utils is in
-# neither, nor is reclingua/reporting, since `python -m report` makes a page again without a test.
-TUNING=(finetune.py reclingua/{datasets,methods,models,training} reclingua/inference/loading.py)
-TESTING=(test.py reclingua/{baselines,decoding,inference,metrics})
 SECONDS=0
 
+# list_code COMMAND.py: print the Python files that a command runs. Of a room of reclingua/ that it imports, directly or
+# not, these are all files, since some are loaded by their path; of data/, index/ and convert/ those that are imported.
+list_code() {
+  local pending=("$1") path module
+  local -A listed=()
+  while [[ ${#pending[@]} -gt 0 ]]; do
+    path=${pending[0]} pending=("${pending[@]:1}")
+    [[ -e $path && -z ${listed[$path]:-} ]] || continue
+    listed[$path]=1
+    echo "$path"
+    while IFS=. read -r room module _; do
+      if [[ $room != reclingua ]]; then
+        pending+=("$room/$module.py")
+      else
+        pending+=("reclingua/${module:-__init__.py}")
+      fi
+    done < <(grep -rhoE --include="*.py" "^ *(from|import) (reclingua|data|index|convert)[a-z_.]*" "$path" |
+      sed -E "s/^ *(from|import) //" | sort -u)
+  done
+}
+
 # run_stage NAME OUTPUT INPUT... -- COMMAND...: run COMMAND, unless it made OUTPUT before from the same inputs.
-# The stamp file holds a hash of the command and of the files in the inputs; while the stage runs it is STAMP.running.
-# A folder that is made again stays as OUTPUT.before until its successor is complete. STAMP.seconds is the duration.
+# The stamp file lists the command and the hash of every file in the inputs; while the stage runs it is STAMP.running.
+# A folder, which takes long, is made as OUTPUT.unfinished-ID, with the ID of its inputs, and takes the place of OUTPUT
+# when it is complete; with the same inputs the stage resumes in it. STAMP.seconds is the duration.
 run_stage() {
-  local name=$1 output=$2 stamp=$WORK/.stages/$1 inputs=() before="" stamped="" running="" began=$SECONDS key code=0
-  local is_resumed=""
+  local name=$1 output=$2 stages=$WORK/.stages inputs=() command=() unfinished="" stamped="" changed="" is_resumed=""
+  local began=$SECONDS stamp key word code=0
   NUMBER=$((NUMBER + 1))
   shift 2
   while [[ $1 != -- ]]; do
@@ -100,8 +123,13 @@ run_stage() {
     shift
   done
   shift
-  mkdir -p "$WORK/.stages" || die "$WORK: cannot be written"
-  key=$({ echo "$@"; find -L "${inputs[@]}" -type f ! -name "*.pyc" -exec sha256sum {} + | sort; } | sha256sum | cut -d' ' -f1)
+  [[ $output != ckpt/base/* ]] || stages=ckpt/base/.stages # that model is shared by all datasets
+  stamp=$stages/$name
+  mkdir -p "$stages" "$WORK/.stages" || die "$stages: cannot be written"
+  key=$(echo "the command: $*"; find -L "${inputs[@]}" -type f ! -name "*.pyc" -exec sha256sum {} + | sort -k 2)
+  if [[ -e $output.before && ! -e $output ]]; then
+    mv "$output.before" "$output" # a run was killed between the two steps of the replacement below
+  fi
   if [[ -z $FORCE && -e $output && -f $stamp && $(cat "$stamp") == "$key" ]]; then
     print_heading "$name: up to date, skipped"
     return
@@ -109,53 +137,77 @@ run_stage() {
   if [[ -e $output && ! -f $stamp && ! -f $stamp.running ]]; then
     die "$output: was not made by run.sh; move it away, and run.sh will make its own"
   fi
-  if [[ -d $output && (-n $FORCE || ! -f $stamp.running || $(cat "$stamp.running") != "$key") ]]; then
-    before=$output.before # its stage could resume from a folder made from other inputs
-    rm -rf "$before"
-    mv "$output" "$before"
+  if [[ $output == ckpt/* ]]; then
+    unfinished=$output.unfinished-$(sha256sum <<<"$key" | cut -c1-8)
+    [[ -z $FORCE ]] || rm -rf "$unfinished"
+    [[ ! -d $unfinished ]] || is_resumed=1
   fi
-  [[ ! -d $output ]] || is_resumed=1
-  [[ ! -f $stamp ]] || stamped=$(cat "$stamp")
-  [[ ! -f $stamp.running ]] || running=$(cat "$stamp.running")
-  rm -f "$stamp"
+  for word in "$@"; do
+    [[ -z $unfinished || $word != "$output" ]] || word=$unfinished
+    command+=("$word")
+  done
+  if [[ -f $stamp ]]; then
+    stamped=$(cat "$stamp")
+    changed=$(comm -13 <(sort "$stamp") <(sort <<<"$key") |
+      sed -nE "1{s/^[0-9a-f]{64}  //; s/^(the command): .*/\1/; p}")
+    [[ -n $unfinished ]] || rm -f "$stamp" # the command replaces the file itself
+  fi
   echo "$key" >"$stamp.running"
   [[ -z $is_resumed ]] || unset "HERE[$name]" "ELSEWHERE[$name]" # the time left is unknown
   print_heading "$name · $(format_time "$began") elapsed$(format_time_left)"
-  "$@" || code=$?
-  if [[ $code -eq 2 ]]; then # bad input: nothing was written, so the earlier output is put back, with its stamp
-    [[ -z $before ]] || { rm -rf "$output"; mv "$before" "$output"; }
-    [[ -z $before || -z $running ]] || echo "$running" >"$stamp.running"
+  [[ -z $changed ]] || echo "   made again, since $changed changed"
+  "${command[@]}" || code=$?
+  if [[ $code -eq 2 ]]; then # bad input: nothing was written, so the earlier stamp is put back
+    [[ -z $unfinished ]] || rmdir "$unfinished" 2>/dev/null || true
     [[ -z $stamped ]] || { echo "$stamped" >"$stamp"; rm -f "$stamp.running"; }
   fi
   if [[ $code -ne 0 ]]; then
     echo "   stage $name failed; earlier stages are kept${FORCE:+ (run again without --force)}"
     exit "$code"
   fi
+  if [[ -n $unfinished ]]; then
+    find "$unfinished" -type f -exec sync {} +
+    rm -rf "$stamp" "$output.before"
+    [[ ! -e $output ]] || mv "$output" "$output.before"
+    mv "$unfinished" "$output"
+  fi
   mv "$stamp.running" "$stamp"
-  rm -rf "$output.before"
+  rm -rf "$output.before" "$output".unfinished-*
   printf '   (%d s)\n' $((SECONDS - began))
-  [[ -n $is_resumed ]] || echo "$((SECONDS - began)) $SETTINGS" >"$stamp.seconds"
+  [[ -n $is_resumed ]] || echo "$((SECONDS - began)) $SETTINGS" >"$WORK/.stages/$name.seconds"
   if [[ -n ${ELSEWHERE[$name]:-} ]]; then
     EXPECTED=$((EXPECTED + ${ELSEWHERE[$name]})) TOOK=$((TOOK + SECONDS - began))
   fi
 }
 
-# Run finetune.py. On SIGTERM it saves, prints how to resume and exits with 0, but has not written run.json: code 143.
+# Run a stage whose output is shared by all datasets, one run.sh at a time.
+run_shared_stage() {
+  mkdir -p ckpt/base/.stages
+  exec 8>>ckpt/base/.stages/lock
+  flock --nonblock 8 || { echo "waiting for the run.sh of another dataset, which is making $2" && flock 8; }
+  run_stage "$@"
+  exec 8>&-
+}
+
+# tune GPUS FLAGS...: run finetune.py, with a process for each GPU. On SIGTERM it saves, prints how to resume and exits
+# with 0, but has not written run.json: code 143.
 tune() {
-  local output
+  local output start=()
+  (($1 < 2)) || start=(-m torch.distributed.run --standalone --nproc_per_node "$1")
+  shift
   output=$(printf '%s\n' "$@" | grep -A1 -x -e --output_dir | tail -1)
   rm -f "$output/run.json"
-  python finetune.py "$@" || return
+  python "${start[@]}" finetune.py "$@" || return
   [[ -f $output/run.json ]] || return 143
 }
 
 # ---- Preset: the dataset's own, else the method's; a smaller model or fewer rows without a GPU ----
 # Importing torch takes seconds, so it is asked only where there is a device of NVIDIA, AMD or WSL.
 if [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg ]] &&
-  python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  GPUS=$(python -c 'import sys, torch; print(torch.cuda.device_count()); sys.exit(not torch.cuda.is_available())'); then
   DEVICE=gpu SUFFIX=""
 else
-  DEVICE=cpu SUFFIX=-cpu
+  DEVICE=cpu SUFFIX=-cpu GPUS=0
 fi
 if [[ -z $CONFIG && $METHOD == lcrec ]]; then
   CONFIG=config/lcrec-$DATASET$SUFFIX.yaml
@@ -216,57 +268,60 @@ make_base_model() {
   [[ -z $BASE_MODEL ]] || return 0
   if [[ $DEVICE == gpu || $METHOD != lcrec ]]; then
     BASE_MODEL=ckpt/base/SmolLM2-135M-Instruct
-    run_stage base "$BASE_MODEL" convert/smollm2.py -- python -m convert.smollm2 --output_dir "$BASE_MODEL"
+    run_shared_stage base "$BASE_MODEL" $(list_code convert/smollm2.py) -- python -m convert.smollm2 --output_dir "$BASE_MODEL"
   else
     BASE_MODEL=$CKPT/base
-    run_stage base "$BASE_MODEL" "$INTER" convert/scratch.py config/prompts/lcrec.yaml -- \
+    run_stage base "$BASE_MODEL" "$INTER" "${texts[@]}" $(list_code convert/scratch.py) config/prompts/lcrec.yaml -- \
       python -m convert.scratch --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$BASE_MODEL" --seed "$SEED"
   fi
 }
 
 # ---- Next-item recommendation: lcrec ----
 run_next_item() {
+  local texts=() base=() code
+  code="$(list_code finetune.py) config/prompts/lcrec.yaml"
   # ---- 1. Raw ratings -> histories and item texts ----
   if [[ -n $PREPARE ]]; then
-    run_stage prepare "$WORK/$DATASET.inter.json" data/{prepare,readers,raw_files,cleaning,filtering}.py -- \
+    run_stage prepare "$WORK/$DATASET.inter.json" $(list_code data/prepare.py) -- \
       python -m data.prepare --source recbole --dataset "$DATASET"
   fi
   INTER=$SOURCE/$DATASET/$DATASET.inter.json ITEM=$SOURCE/$DATASET/$DATASET.item.json
   [[ -f $INTER ]] || die "$INTER: no such file; see --data_path, and python -m data.prepare"
+  [[ ! -f $ITEM ]] || texts=("$ITEM")
 
   # ---- 2. Item texts -> embeddings; 3. embeddings -> semantic IDs ----
   EMBEDDINGS=$WORK/$DATASET.emb-minilm-td.npy INDEX=$WORK/$DATASET.index.json
   if [[ -n $PREPARE || -f $ITEM ]]; then
-    run_stage embed "$EMBEDDINGS" "$INTER" "$ITEM" index/embed.py -- \
-      python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS"
-    run_stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" index/train.py index/rqvae.py index/kmeans.py index/codes.py -- \
+    run_stage embed "$EMBEDDINGS" "$INTER" "$ITEM" $(list_code index/embed.py) -- \
+      python -m index.embed --dataset "$DATASET" --data_path "$SOURCE" --collab_weight 0.5 --output "$EMBEDDINGS" --force
+    run_stage rqvae "$CKPT/rqvae" "$EMBEDDINGS" $(list_code index/train.py) -- \
       python -m index.train --embeddings "$EMBEDDINGS" --output_dir "$CKPT/rqvae" --seed "$SEED"
-    run_stage index "$INDEX" "$CKPT/rqvae" "$EMBEDDINGS" index/generate.py index/collisions.py index/codes.py -- \
+    run_stage index "$INDEX" "$CKPT/rqvae" "$EMBEDDINGS" $(list_code index/generate.py) -- \
       python -m index.generate --dataset "$DATASET" --data_path "$SOURCE" --rqvae "$CKPT/rqvae" \
-      --embeddings "$EMBEDDINGS" --output "$INDEX"
+      --embeddings "$EMBEDDINGS" --output "$INDEX" --force
   else
     OWN=$SOURCE/$DATASET/$DATASET.index.json
     echo "there are no item texts ($ITEM): using the semantic IDs of the dataset, $OWN"
     [[ -f $OWN ]] || die "$OWN: no such file; a dataset needs item texts or semantic IDs"
     INDEX=$WORK/$DATASET.unique.index.json
-    run_stage index "$INDEX" "$OWN" index/repair.py -- python -m index.repair "$OWN" --output "$INDEX"
+    run_stage index "$INDEX" "$OWN" $(list_code index/repair.py) -- python -m index.repair "$OWN" --output "$INDEX" --force
   fi
 
   # ---- 4. Base model ----
   make_base_model
 
   # ---- 5. Tune ----
-  BASE_FILES=()
-  [[ ! -d $BASE_MODEL ]] || BASE_FILES=("$BASE_MODEL")
-  run_stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" config/prompts/lcrec.yaml "${TUNING[@]}" \
-    "${BASE_FILES[@]}" -- \
-    tune --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
+  [[ ! -d $BASE_MODEL ]] || base=("$BASE_MODEL")
+  [[ ! -f ${ITEM%.item.json}.user.json ]] || base+=("${ITEM%.item.json}.user.json")
+  run_stage finetune "$CKPT/lcrec" "$INTER" "$INDEX" "$CONFIG" "${texts[@]}" "${base[@]}" $code -- \
+    tune "$GPUS" --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
     --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
 
-  # ---- 6. Test: leave-one-out, next to popularity and co-occurrence ----
-  run_stage test "$RESULTS" "$INTER" "$INDEX" "$CKPT/lcrec/run.json" "${TESTING[@]}" -- \
+  # ---- 6. Test: leave-one-out, next to the baselines, and fused with EASE ----
+  run_stage test "$RESULTS" "$INTER" "$INDEX" "${texts[@]}" "$CKPT/lcrec/run.json" $(list_code test.py) -- \
     python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
-    --num_beams 20 --exclude_seen --results_file "$RESULTS" --predictions_file "${RESULTS%.json}.predictions.jsonl"
+    --num_beams 20 --exclude_seen --fuse ease --results_file "$RESULTS" \
+    --predictions_file "${RESULTS%.json}.predictions.jsonl"
 }
 
 # ---- Yes/No prediction: TALLRec first, then the method with its collaborative model ----
@@ -275,7 +330,7 @@ run_yes_no() {
   [[ $METHOD != binllm ]] || kind=hash
   make_base_model
   if [[ -n $PREPARE ]]; then
-    run_stage prepare-preference "$WORK/train.parquet" data/{prepare,readers,raw_files,cleaning,filtering}.py -- \
+    run_stage prepare-preference "$WORK/train.parquet" $(list_code data/prepare.py) -- \
       python -m data.prepare --task preference --source recbole --dataset "$DATASET" --months 6 1 1
   fi
   for part in train.parquet valid.parquet test.parquet item.json; do
@@ -291,28 +346,30 @@ run_yes_no() {
   fi
   [[ ! -d $BASE_MODEL ]] || base=("$BASE_MODEL")
   local rows=("$folder/train.parquet" "$folder/valid.parquet" "$folder/item.json")
-  local code=(config/prompts/yes_no.yaml "${TUNING[@]}")
+  local tested=("$folder/test.parquet" "$folder/item.json")
+  local code
+  code="$(list_code finetune.py) config/prompts/yes_no.yaml"
 
-  run_stage tallrec "$first" "${rows[@]}" config/tallrec.yaml "${code[@]}" "${base[@]}" -- \
-    tune --config config/tallrec.yaml --base_model "$BASE_MODEL" --dataset "$DATASET" \
+  run_stage tallrec "$first" "${rows[@]}" config/tallrec.yaml $code "${base[@]}" -- \
+    tune "$GPUS" --config config/tallrec.yaml --base_model "$BASE_MODEL" --dataset "$DATASET" \
     --data_path "$SOURCE" --output_dir "$first" --resume_from_checkpoint auto --seed "$SEED" "${tune[@]}"
-  run_stage test-tallrec "results/$DATASET/tallrec.json" "$folder/test.parquet" "$first/run.json" "${TESTING[@]}" -- \
+  run_stage test-tallrec "results/$DATASET/tallrec.json" "${tested[@]}" "$first/run.json" $(list_code test.py) -- \
     python test.py --ckpt_path "$first" --dataset "$DATASET" --data_path "$SOURCE" \
     --results_file "results/$DATASET/tallrec.json" "${test[@]}"
   [[ $METHOD != tallrec ]] || return 0
 
   if [[ -n $kind ]]; then
     cf_model=$CKPT/$kind
-    run_stage "pretrain-$kind" "$cf_model" "${rows[@]}" pretrain.py "reclingua/models/collaborative/$kind.py" -- \
+    run_stage "pretrain-$kind" "$cf_model" "${rows[@]}" $(list_code pretrain.py) -- \
       python pretrain.py --model "$kind" --dataset "$DATASET" --data_path "$SOURCE" --output_dir "$cf_model" --seed "$SEED"
     start=(--cf_model "$cf_model")
   fi
   # The preset has the rank for MF.
   [[ $METHOD != cora || $kind == mf || $CONFIG != config/cora.yaml ]] || rank=(--lora_r 64 --lora_alpha 128)
-  run_stage "$RUN" "$CKPT/$RUN" "${rows[@]}" "$CONFIG" "${code[@]}" "$first/run.json" -- \
-    tune --config "$CONFIG" --init_from "$first" "${start[@]}" --dataset "$DATASET" --data_path "$SOURCE" \
+  run_stage "$RUN" "$CKPT/$RUN" "${rows[@]}" "$CONFIG" $code "$first/run.json" -- \
+    tune "$GPUS" --config "$CONFIG" --init_from "$first" "${start[@]}" --dataset "$DATASET" --data_path "$SOURCE" \
     --output_dir "$CKPT/$RUN" --resume_from_checkpoint auto --seed "$SEED" "${rank[@]}" "${tune[@]}"
-  run_stage "test-$RUN" "$RESULTS" "$folder/test.parquet" "$CKPT/$RUN/run.json" "${TESTING[@]}" -- \
+  run_stage "test-$RUN" "$RESULTS" "${tested[@]}" "$CKPT/$RUN/run.json" $(list_code test.py) -- \
     python test.py --ckpt_path "$CKPT/$RUN" --dataset "$DATASET" --data_path "$SOURCE" --results_file "$RESULTS" \
     --predictions_file "${RESULTS%.json}.predictions.jsonl" "${test[@]}"
 }
@@ -320,7 +377,7 @@ run_yes_no() {
 # ---- Name the stages, by a run_stage that only prints the name and a die that does nothing; then run them ----
 RUN_STAGES=run_yes_no
 [[ $METHOD != lcrec ]] || RUN_STAGES=run_next_item
-PLAN=$(run_stage() { echo "$1" >&3; }; die() { :; }; $RUN_STAGES 3>&1 >/dev/null)
+PLAN=$(run_stage() { echo "$1" >&3; }; run_shared_stage() { run_stage "$@"; }; die() { :; }; $RUN_STAGES 3>&1 >/dev/null)
 NAMES=($PLAN) NUMBER=0 EXPECTED=0 TOOK=0
 
 # Seconds of each stage: HERE when it last ran with these settings; ELSEWHERE, for the default run, on two CPU cores.
@@ -328,13 +385,17 @@ declare -A HERE=() ELSEWHERE=()
 if [[ -n $PREPARE && $DEVICE == cpu && -z $BASE_MODEL && $CONFIG == config/lcrec-ml-100k-cpu.yaml ]]; then
   ELSEWHERE=([prepare]=1 [embed]=11 [rqvae]=20 [index]=7 [base]=5 [finetune]=439 [test]=13)
 fi
-SETTINGS=$({ echo "$DEVICE $SOURCE $BASE_MODEL"; cat "$CONFIG"; } | sha256sum | cut -d' ' -f1)
+SETTINGS=$({ echo "$DEVICE$GPUS $SOURCE $BASE_MODEL"; cat "$CONFIG"; } | sha256sum | cut -d' ' -f1)
 for name in "${NAMES[@]}"; do
   if [[ -f $WORK/.stages/$name.seconds ]] && read -r seconds settings <"$WORK/.stages/$name.seconds"; then
     [[ $settings != "$SETTINGS" ]] || HERE[$name]=$seconds
   fi
 done
 
+# ---- Run the stages, unless another run.sh is at work on this dataset ----
+mkdir -p "$WORK/.stages" || die "$WORK: cannot be written"
+exec 9>>"$WORK/.stages/lock" # also held by the commands: one that outlives a killed run.sh still writes
+flock --nonblock 9 || die "$WORK: another run.sh is at work on $DATASET; wait until it has ended"
 $RUN_STAGES
 DATA_FLAGS=""
 [[ -z $DATA_PATH ]] || DATA_FLAGS=" --data_path $DATA_PATH${INDEX:+ --index_file $INDEX}"

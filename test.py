@@ -1,7 +1,9 @@
 """Measure a model: hit rate and NDCG of next items, or AUC and UAUC of what test users liked.
 
-The results file, results/D/lcrec.json, gets a report beside it, results/D/lcrec/report.html (see report.py).
+The results file, results/D/lcrec.json, gets a report beside it, results/D/lcrec/report.html (see report.py). Every
+result stands beside baselines, whose settings are chosen on valid.
 
+python test.py --dataset ml-100k --baselines_only --exclude_seen        what there is to beat, without any model
 python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen
 python test.py --ckpt_path ckpt/ml-100k/lcrec --test_prompt_ids all --num_beams 20 --predictions_file out.jsonl
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ~/datasets
@@ -13,7 +15,8 @@ from reclingua.utils.logging import silence_third_party
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,102 +25,45 @@ from datasets import Dataset
 from torch import distributed
 
 from reclingua import Recommender, Scorer
-from reclingua.baselines import fit_baselines
-from reclingua.datasets.interactions import InteractionDataset, dataset_file
-from reclingua.datasets.ratings import sample_ratings
+from reclingua.baselines import Baselines, fit_baselines
+from reclingua.baselines.fusion import fused_alone, rank_by_all
+from reclingua.baselines.rates import LikeRates
+from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions
+from reclingua.datasets.ratings import open_ratings, sample_ratings
 from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples
 from reclingua.datasets.user_texts import read_user_texts
-from reclingua.decoding.beam_search import SCORE_OVER, ScoredItem
+from reclingua.inference.arguments import build_test_parser, parse_fuse
 from reclingua.inference.collaborative import auc_metrics, print_table
-from reclingua.inference.loading import load_metadata
+from reclingua.inference.fusion import fuse_targets
+from reclingua.inference.loading import check_histories, check_ratings, load_metadata
+from reclingua.inference.next_item_sasrec import NextItemSASRec
 from reclingua.inference.predictions import write_rankings, write_scores
-from reclingua.metrics import parse_metrics, ranking_metrics
-from reclingua.models.registry import YES_NO_METHODS
+from reclingua.inference.rating_fusion import rating_rows, save_rating_fusion
+from reclingua.metrics import metrics_of_ranks, parse_metrics, ranking_metrics
 from reclingua.reporting.codebook import codebook_details
-from reclingua.reporting.details import next_item_details, training_curves, yes_no_details
+from reclingua.reporting.console import print_examples, print_metrics, print_rows, print_users, summarize
+from reclingua.reporting.details import check_result_files, next_item_details, training_curves, yes_no_details
 from reclingua.reporting.single_run import write_report
-from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_file, write_json
-from reclingua.utils.metadata import CheckpointMetadata, run_metadata
+from reclingua.utils.errors import InputError, cli_main
+from reclingua.utils.files import write_json
+from reclingua.utils.hub import trust_remote_code
+from reclingua.utils.metadata import (
+    METADATA_FILE,
+    CheckpointMetadata,
+    default_results_file,
+    has_own_results,
+    run_metadata,
+)
 
-
-def test_task(name: str) -> str:
-    """Return the test of that name, in whatever case."""
-    return next((task for task in TEST_TASKS if task.lower() == name.lower()), name)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py or pretrain.py")
-    model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
-    model.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
-    model.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights keep their dtype")
-    model.add_argument(
-        "--lora", action="store_true", help="ignored; detected from the checkpoint (LC-Rec compatibility)"
-    )
-    model.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
-    data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
-    data.add_argument(
-        "--index_file", default=".index.json",
-        help="semantic IDs: file suffix, or a path if it has a slash (default: %(default)s)",
-    )  # fmt: skip
-    data.add_argument(
-        "--user_file", default=".user.json",
-        help="user texts (preferences, intentions): file suffix or path (default: %(default)s)",
-    )  # fmt: skip
-    data.add_argument(
-        "--test_task", default="SeqRec", choices=list(TEST_TASKS), type=test_task,
-        help="of a next-item model: SeqRec (history of semantic IDs), FusionSeqRec (history of titles), ItemSearch "
-        "(a user's intention); default: %(default)s",
-    )  # fmt: skip
-    data.add_argument(
-        "--test_prompt_ids", default="0", help="prompts: all, or numbers like 0,3 (default: %(default)s)"
-    )
-    data.add_argument(
-        "--sample_num",
-        type=int,
-        default=-1,
-        help="measure only the first n users, or up to n ratings drawn at random (8 of a user at most); -1: all "
-        "(default: %(default)s)",
-    )
-    data.add_argument(
-        "--test_batch_size", type=int, default=32, help="users or ratings per batch (default: %(default)s)"
-    )
-    search = parser.add_argument_group("beam search (next-item models)")
-    search.add_argument("--num_beams", type=int, default=20, help="beam width (default: %(default)s)")
-    search.add_argument(
-        "--score_over", default="vocabulary", choices=SCORE_OVER,
-        help="normalize log-probabilities over the whole vocabulary or over the tokens that the trie allows "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    search.add_argument("--exclude_seen", action="store_true", help="leave the user's own items out of the candidates")
-    search.add_argument(
-        "--filter_items", action="store_true", help="ignored; only items are ever returned (LC-Rec compatibility)"
-    )
-    questions = parser.add_argument_group("ratings (Yes/No models)")
-    questions.add_argument(
-        "--cold_text_only", action="store_true",
-        help="ask by titles alone where training knew nothing of the user or of the item",
-    )  # fmt: skip
-    results = parser.add_argument_group("results")
-    results.add_argument(
-        "--metrics",
-        default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10",
-        help="hit@k and ndcg@k, separated by commas (default: %(default)s)",
-    )
-    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<method>.json")
-    results.add_argument("--predictions_file", type=Path, help="JSON lines: one for each user or rating, and prompt")
-    return one_line_errors(parser).parse_args()
+Rows = dict[str, dict[str, np.ndarray]]  # "baselines" and "fused" -> name -> rank of each target, score of each rating
 
 
 @cli_main
 def main() -> None:
     """Measure; with the other processes where `test_ddp.py` has made a process group."""
-    args = parse_args()
+    args = build_test_parser(__doc__).parse_args()
     silence_third_party()
+    trust_remote_code(args.trust_remote_code)
     if args.sample_num != -1 and args.sample_num < 1:
         raise InputError(f"--sample_num {args.sample_num}: should be 1 at least, or -1 for all")
     if args.test_batch_size < 1:
@@ -126,6 +72,11 @@ def main() -> None:
         args.gpu_id = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
         raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
+    if args.baselines_only:
+        test_baselines(args)
+        return
+    if args.ckpt_path is None:
+        raise InputError("--ckpt_path: name a folder written by finetune.py or pretrain.py, or use --baselines_only")
     metadata = load_metadata(args.ckpt_path)
     if metadata.method == "lcrec":
         test_next_item(args, metadata)
@@ -142,24 +93,23 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     task, metrics = TEST_TASKS[args.test_task], parse_metrics(args.metrics)
     if args.num_beams < max(k for _, k in metrics):
         raise InputError(f"--num_beams {args.num_beams}: --metrics {args.metrics} needs lists at least that long")
+    fused_names = parse_fuse(args)
     method = metadata.method if args.test_task == "SeqRec" else f"{metadata.method}-{task}"
+    where = {"dataset": args.dataset, "index_file": args.index_file, "base_model": args.base_model}
     recommender = Recommender.from_pretrained(
-        args.ckpt_path,
-        args.data_path,
-        dataset=args.dataset,
-        index_file=args.index_file,
-        task=task,
-        base_model=args.base_model,
-        device=device_of(args),
+        args.ckpt_path, args.data_path, task=task, device=device_of(args), **where
     )
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, recommender.prompt_ids)
 
     # ---- Users ----
     samples, dataset = test_samples(args, recommender, task), recommender.dataset
-    results_file = results_file_of(args, dataset.name, method)
+    results_file = results_file_of(args, dataset.name, "" if args.test_task == "SeqRec" else task)
     users = list(samples["user"])
     histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
-    log_users(args, dataset, histories, targets)
+    relation = check_histories(args.ckpt_path, recommender.metadata, dataset, users, args.allow_other_histories)
+    if is_main_process():
+        print_users(dataset, histories, targets, largest_k(args) if args.exclude_seen else None, relation)
+    baselines = fit_all_baselines(args, dataset) if fused_names or is_main_process() else None
 
     # ---- Search, one prompt after another ----
     excluded = histories if args.exclude_seen else None
@@ -171,36 +121,47 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
             )
             for prompt_id, encoded in prompts.items()
         }
-    if not is_main_process():
+        is_fused = bool(baselines and fused_names) and all(name in baselines.models for name in fused_names)
+        if baselines and is_fused:
+            fused, fused_ranks = fuse_targets(
+                args.ckpt_path, recommender, baselines, fused_names, samples, histories, rankings[prompt_ids[0]],
+                excludes_seen=args.exclude_seen, num_beams=args.num_beams, prompt_id=prompt_ids[0],
+                score_over=args.score_over, batch_size=args.test_batch_size,
+            )  # fmt: skip
+    if not is_main_process() or not baselines:
         return
 
     # ---- Metrics, of the baselines as well ----
-    lists = {prompt_id: [items_of(ranked) for ranked in ranking] for prompt_id, ranking in rankings.items()}
+    lists = {key: [[scored.item for scored in ranked] for ranked in ranking] for key, ranking in rankings.items()}
     by_prompt = {prompt_id: ranking_metrics(items, targets, metrics) for prompt_id, items in lists.items()}
-    baselines = fit_baselines(dataset)
-    baseline_lists = {
-        name: [
-            baseline.recommend(history, args.num_beams, set(history) if args.exclude_seen else set())
-            for history in histories
-        ]
-        for name, baseline in baselines.items()
-    }
-    baseline_metrics = {name: ranking_metrics(items, targets, metrics) for name, items in baseline_lists.items()}
+    baseline_ranks, fusion = rank_by_all(
+        dataset, baselines, histories, targets, args.num_beams, args.exclude_seen, fused_alone(fused_names)
+    )
+    fusions = {fusion.name: fusion.describe()} if fusion else {}
+    rows: Rows = {"baselines": baseline_ranks, "fused": {}}
+    if is_fused:
+        rows["fused"], fusions[fused.name] = {fused.name: fused_ranks}, asdict(fused.settings)
+        print(fused.describe())
+    row_metrics = measure_rows(rows, lambda ranks: metrics_of_ranks(ranks, metrics))
 
     # ---- Results and report ----
-    write_next_item_results(args, results_file, by_prompt, baseline_metrics, len(users), started)
+    about = {"users": len(users), "histories": relation}
+    more = {**row_metrics, "baseline_settings": baselines.describe(), "fusions": fusions, **about}
+    write_next_item_results(args, results_file, by_prompt, more, started)
     if args.predictions_file:
         write_rankings(args.predictions_file, dataset, users, targets, rankings)
-    print_metrics(method, by_prompt, baseline_metrics)
-    print_examples(dataset, users, targets, histories, rankings[prompt_ids[0]])
+    print_metrics(method, by_prompt, row_metrics["baselines"], row_metrics["fused"])
+    print_examples(dataset, users, targets, histories, lists[prompt_ids[0]])
     print(f"\nresults in {results_file}")
-    popularity = baselines["popularity"].counts
-    details = next_item_details(dataset, method, users, histories, targets, lists, baseline_lists, popularity)
-    folder = dataset_file(dataset.folder, dataset.name, args.index_file).parent
-    embeddings = recommender.model.get_input_embeddings()
-    details["index"] = codebook_details(dataset, folder, embeddings, recommender.token_ids, popularity)
-    details["curves"] = training_curves(args.ckpt_path)
-    details["prompts"] = [recommender.templates[prompt_id].prompt for prompt_id in prompt_ids]
+    details = next_item_details(dataset, method, users, histories, targets, lists, baselines.popularity, rows)
+    folder = dataset_file(dataset.folder, dataset.name, args.index_file or "").parent
+    embeddings, token_ids = recommender.model.get_input_embeddings(), recommender.token_ids
+    details |= {
+        "index": codebook_details(dataset, folder, embeddings, token_ids, baselines.popularity),
+        "worth": [fused.name, fusion.name] if is_fused and fusion else [],
+        "curves": training_curves(args.ckpt_path),
+        "prompts": [recommender.templates[prompt_id].prompt for prompt_id in prompt_ids],
+    }
     print(f"report in {write_report(results_file, details)}")
 
 
@@ -218,85 +179,36 @@ def test_samples(args: argparse.Namespace, recommender: Recommender, task: str) 
     return samples
 
 
-def log_users(
-    args: argparse.Namespace, dataset: InteractionDataset, histories: Sequence, targets: Sequence[str]
-) -> None:
-    """Print how many users are measured, and who is left out."""
-    if not is_main_process():
-        return
-    print(f"{dataset.name}: {len(targets):,} test users, {len(dataset.item_ids):,} items")
-    if dataset.too_short:
-        print(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out")
-    repeated = sum(target in history for history, target in zip(histories, targets, strict=True))
-    if args.exclude_seen and repeated:
-        print(f"  {repeated:,} users had their target before: with --exclude_seen it counts as a miss")
-
-
-def items_of(ranked: list[ScoredItem]) -> list[str]:
-    """Return the items of a list without their scores."""
-    return [scored.item for scored in ranked]
-
-
-def summarize(by_prompt: dict[int, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the metrics over all prompts: "mean", "min" and "max"."""
-    names = next(iter(by_prompt.values()))
-    values = {name: [metrics[name] for metrics in by_prompt.values()] for name in names}
-    return {
-        "mean": {name: sum(numbers) / len(numbers) for name, numbers in values.items()},
-        "min": {name: min(numbers) for name, numbers in values.items()},
-        "max": {name: max(numbers) for name, numbers in values.items()},
-    }
+def fit_all_baselines(args: argparse.Namespace, dataset: InteractionDataset) -> Baselines:
+    """Fit the baselines of next items, and load the SASRec of --cf_model as a further one."""
+    baselines = fit_baselines(dataset, args.exclude_seen)
+    if args.cf_model:
+        sasrec = NextItemSASRec.from_pretrained(Path(args.cf_model), dataset, baselines.catalogue)
+        baselines.models["sasrec"] = sasrec
+    if is_main_process():
+        for name, reason in baselines.left_out.items():
+            print(f"{name} is left out, and so is its fusion: {reason}")
+    return baselines
 
 
 def write_next_item_results(
     args: argparse.Namespace,
     results_file: Path,
     by_prompt: dict[int, dict[str, float]],
-    baselines: dict[str, dict[str, float]],
-    users: int,
+    more: dict[str, object],
     started: float,
 ) -> None:
-    """Write the results file, with LC-Rec's keys."""
+    """Write the results file: LC-Rec's keys and `more`."""
     content = {
         "test_task": args.test_task,
         "test_prompt_ids": list(by_prompt),
         **{f"{name}_results": metrics for name, metrics in summarize(by_prompt).items()},
         "all_prompt_results": list(by_prompt.values()),
-        "baselines": baselines,
-        "users": users,
+        **more,
         "num_beams": args.num_beams,
         **run_metadata(vars(args), started),
     }
     write_json(results_file, content, indent=1)
-
-
-def print_metrics(method: str, by_prompt: dict[int, dict[str, float]], baselines: dict[str, dict[str, float]]) -> None:
-    """Print the metrics of the model, and its worst and best prompt where there are several, below the baselines."""
-    summary = summarize(by_prompt)
-    rows = baselines | {method: summary["mean"]}
-    if len(by_prompt) > 1:
-        rows |= {f"{method}, worst prompt": summary["min"], f"{method}, best prompt": summary["max"]}
-    width = max(map(len, rows))
-    print("\n" + " " * width + "".join(f"{name:>10}" for name in summary["mean"]))
-    for row, metrics in rows.items():
-        print(f"{row:<{width}}" + "".join(f"{value:>10.4f}" for value in metrics.values()))
-
-
-def print_examples(
-    dataset: InteractionDataset,
-    users: list[str],
-    targets: Sequence[str],
-    histories: Sequence,
-    lists: list[list[ScoredItem]],
-) -> None:
-    """Print three users, spread over the list: the end of the history, the five best items, the item taken."""
-    for row in sorted({0, len(users) // 2, len(users) - 1}):
-        recent = "; ".join(dataset.title(item)[:50] for item in histories[row][-5:])
-        print(f"\nuser {users[row]} had {len(histories[row])} items, the last: {recent}")
-        for rank, scored in enumerate(lists[row][:5], start=1):
-            mark = "   <- taken" if scored.item == targets[row] else ""
-            print(f"  {rank}. {dataset.title(scored.item)[:70]}{mark}")
-        print(f"  taken: {dataset.title(targets[row])[:70]}")
 
 
 # ---- Ratings ----
@@ -304,7 +216,7 @@ def print_examples(
 
 def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None:
     """Measure a model that scores ratings: AUC and UAUC of all, warm and cold test ratings."""
-    is_yes_no = metadata.method in YES_NO_METHODS
+    is_yes_no = bool(metadata.prompts)
     if not (is_yes_no or is_main_process()):
         return  # a collaborative model takes seconds: the first process measures it alone
     started = time.monotonic()
@@ -317,37 +229,100 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
         device=device_of(args),
     )
     dataset, name = scorer.dataset, scorer.name
-    results_file = results_file_of(args, dataset.name, name)
+    if args.fuse not in (None, "like-rates"):
+        raise InputError(f"--fuse {args.fuse}: a model of ratings is fused with like-rates")
+    results_file = results_file_of(args, dataset.name)
     part = sample_ratings(dataset.parts["test"], max(0, args.sample_num))
+    relation = check_ratings(args.ckpt_path, metadata, dataset, part, args.allow_other_histories)
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, range(len(scorer.templates))) if is_yes_no else [None]
 
     # ---- Scores, one prompt after another ----
     options = {"batch_size": args.test_batch_size, "show_progress": True}
+    scores, num_truncated = {}, []
     with torch.autocast(scorer.model.device.type, torch.bfloat16, enabled=args.bf16 and is_yes_no):
-        scores = {
-            prompt_id: scorer.score(part, prompt_id=prompt_id, cold_text_only=args.cold_text_only, **options)
-            for prompt_id in prompt_ids
-        }
+        for prompt_id in prompt_ids:
+            scores[prompt_id] = scorer.score(part, prompt_id=prompt_id, cold_text_only=args.cold_text_only, **options)
+            num_truncated.append(scorer.num_truncated)
+        untuned = scorer.untuned().score(part, **options) if args.untuned else None
+        valid = None
+        if args.fuse:
+            valid_part = sample_ratings(dataset.parts["valid"], max(0, args.sample_num))
+            of_valid = scorer.score(valid_part, prompt_id=prompt_ids[0], cold_text_only=args.cold_text_only, **options)
+            valid = valid_part, scorer.model.log_odds(of_valid.astype(np.float64))
     if not is_main_process():
         return
 
     # ---- Results and report ----
     metrics = {prompt_id: auc_metrics(part, values) for prompt_id, values in scores.items()}
     by_prompt = {"test_prompt_ids": prompt_ids, "all_prompt_results": list(metrics.values())} if is_yes_no else {}
-    content = {**metrics[prompt_ids[0]], **by_prompt, **run_metadata(vars(args), started)}
-    write_json(results_file, content, indent=1)
+    by_prompt |= {"num_truncated": num_truncated} if is_yes_no else {}
+    log_odds = scorer.model.log_odds(scores[prompt_ids[0]].astype(np.float64))  # keeps the order, ties included
+    rows, fusion = rating_rows(scorer, part, log_odds, valid, args.count_valid)
+    if untuned is not None:
+        rows["baselines"] = {"untuned": untuned.astype(np.float64), **rows["baselines"]}
+    if fusion:
+        shown = ", ".join(f"{source} {weight:.3f}" for source, weight in fusion.weights.items())
+        print(f"fusion: weights {shown}, fitted on valid, in {save_rating_fusion(args.ckpt_path, dataset, fusion)}")
+    row_metrics = measure_rows(rows, lambda values: auc_metrics(part, values))
+    content = {**metrics[prompt_ids[0]], **by_prompt, **row_metrics, "ratings": relation}
+    write_json(results_file, content | run_metadata(vars(args), started), indent=1)
     if args.predictions_file:
         write_scores(args.predictions_file, part, scores)
-    print_table({f"{name}, prompt {key}" if len(metrics) > 1 else name: value for key, value in metrics.items()})
+    if max(num_truncated):
+        print(f"{max(num_truncated):,} of {len(part):,} prompts are too long: their oldest titles are left out")
+    table = {f"{name}, prompt {key}" if len(metrics) > 1 else name: value for key, value in metrics.items()}
+    print_table({**row_metrics["baselines"], **table, **row_metrics["fused"]})
     print(f"\nresults in {results_file}")
-    # In float64 log-odds keep the order of the scores, ties included.
-    log_odds = scorer.model.log_odds(scores[prompt_ids[0]].astype(np.float64))
-    details = yes_no_details(dataset.name, name, part, log_odds) | {"curves": training_curves(args.ckpt_path)}
+    details = yes_no_details(dataset.name, name, part, log_odds, rows) | {"curves": training_curves(args.ckpt_path)}
+    details["worth"] = [*rows["fused"], *list(rows["baselines"])[-1:]] if args.fuse else []
     details["prompts"] = [scorer.templates[prompt_id].prompt for prompt_id in prompt_ids if is_yes_no]
     print(f"report in {write_report(results_file, details)}")
 
 
+# ---- Baselines alone ----
+
+
+def test_baselines(args: argparse.Namespace) -> None:
+    """Measure all baselines of a dataset: of next items, of ratings, or of both if its folder has both."""
+    started = time.monotonic()
+    if not args.dataset or args.ckpt_path:
+        raise InputError("--baselines_only: name the data by --dataset, and no --ckpt_path")
+    if not is_main_process():
+        return
+    results_file = results_file_of(args, args.dataset)
+    folder, content = Path(args.data_path) / args.dataset, {}
+    has_ratings = (folder / "train.parquet").exists()
+    if (folder / f"{args.dataset}.inter.json").exists() or not has_ratings:
+        dataset, metrics = open_interactions(args.data_path, args.dataset), parse_metrics(args.metrics)
+        users = dataset.test_users[: args.sample_num if args.sample_num > 0 else None]
+        histories, targets = zip(*(dataset.split(user, "test") for user in users), strict=True)
+        print_users(dataset, histories, targets, largest_k(args) if args.exclude_seen else None)
+        baselines = fit_all_baselines(args, dataset)
+        ranks, fusion = rank_by_all(dataset, baselines, histories, targets, args.num_beams, args.exclude_seen)
+        results = {name: metrics_of_ranks(ranks_of, metrics) for name, ranks_of in ranks.items()}
+        content["next_item"] = {
+            "baselines": results,
+            "baseline_settings": baselines.describe(),
+            "fusions": {fusion.name: fusion.describe()} if fusion else {},
+            "users": len(users),
+        }
+        print_rows(results)
+    if has_ratings:
+        ratings = open_ratings(args.data_path, args.dataset)
+        part = sample_ratings(ratings.parts["test"], max(0, args.sample_num))
+        scores = LikeRates(ratings, args.count_valid).scores(part)
+        content["ratings"] = {"baselines": {name: auc_metrics(part, values) for name, values in scores.items()}}
+        print_table(content["ratings"]["baselines"])
+    write_json(results_file, content | run_metadata(vars(args), started), indent=1)
+    print(f"\nresults in {results_file}")
+
+
 # ---- Both ----
+
+
+def measure_rows(rows: Rows, measure: Callable[[np.ndarray], dict]) -> dict[str, dict[str, dict]]:
+    """Return the metrics of each row, `measure` of its ranks or scores."""
+    return {part: {name: measure(values) for name, values in named.items()} for part, named in rows.items()}
 
 
 def is_main_process() -> bool:
@@ -360,11 +335,27 @@ def device_of(args: argparse.Namespace) -> str:
     return f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu"
 
 
-def results_file_of(args: argparse.Namespace, dataset: str, method: str) -> Path:
-    """Return where results go; InputError, before anything is measured, if an output file cannot be written."""
-    results_file = args.results_file or Path("results") / dataset / f"{method}.json"
-    for file in filter(None, (results_file, args.predictions_file)):
-        output_file(file)
+def largest_k(args: argparse.Namespace) -> int:
+    """Return the largest k of --metrics."""
+    return max(k for _, k in parse_metrics(args.metrics))
+
+
+def results_file_of(args: argparse.Namespace, dataset: str, task: str = "") -> Path:
+    """Return where results go, before anything is measured.
+
+    Raises:
+        InputError: an output file cannot be written; the default one has results of another checkpoint.
+    """
+    if args.baselines_only:
+        results_file = args.results_file or Path("results") / dataset / "baselines.json"
+        check_result_files(results_file, args.predictions_file, {})
+        return results_file
+    results_file = args.results_file or default_results_file(args.ckpt_path, dataset, task)
+    inputs = {f"{name} of --ckpt_path": args.ckpt_path / name for name in (METADATA_FILE, "config.json", "run.json")}
+    inputs |= {f"--{flag}": Path(file) for flag in ("index_file", "user_file") if (file := getattr(args, flag))}
+    check_result_files(results_file, args.predictions_file, inputs)
+    if not args.results_file and has_own_results(results_file, args.ckpt_path) and is_main_process():
+        print(f"{results_file}: earlier results of this checkpoint will be replaced")
     return results_file
 
 

@@ -11,6 +11,7 @@ import numpy
 import torch
 import transformers
 
+from reclingua.utils.errors import mask_flags
 from reclingua.utils.files import output_folder, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,7 +92,7 @@ def write_results(name: str, device: torch.device, figures: dict) -> Path:
     )
     path = results_path(name, device)
     content = {
-        "command": " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"bench.{name}", *mask_flags(sys.argv[1:])]),
         "machine": {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "gpu": gpu},
         "versions": {
             "python": platform.python_version(),

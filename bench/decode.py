@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from bench.common import Peak, remove_duplicates, synchronise, write_results
 from reclingua import Recommender
@@ -71,7 +71,7 @@ def main() -> None:
     args = parse_args()
     silence_third_party()
     device = torch.device(args.device)
-    set_seed(0)
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(args, device, Path(folder))
         figures = compare(setup, args) | measure_trie_share(setup, args) | measure_trie(args.trie_items, device)

@@ -1,44 +1,57 @@
 """Model folders: atomic creation, and the files other than weights."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import output_folder
-from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
+from reclingua.utils.files import output_folder, sync, temporary_path
+from reclingua.utils.metadata import FILES, METADATA_FILE, CheckpointMetadata
+from reclingua.utils.provenance import record_path
 
-# Suffixes of tokenizer, config and metadata. Pickles and subfolders are never copied.
-COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-SKIPPED_FILES = ("trainer_state.json", "run.json", "delta.json", "adapter_config.json")  # describe other folders
+# What goes along with the weights, and the metadata, without local paths. Anything else in a folder can be private.
+COPIED_FILES = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 PATHS = ("base_model", "cf_model", "init_from")  # metadata keys with paths or hub names
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` on success, and deleted after an exception.
 
+    Args:
+        replaces: files in `path` of the same names are replaced, the record last; others stay.
+
     Raises:
-        InputError: `path` exists and is not empty, or cannot be written.
+        InputError: `path` exists and is not empty, unless it `replaces`, or cannot be written.
     """
     path = Path(path).absolute()
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(path.iterdir()) and not replaces:
         raise InputError(f"{path}: exists and is not empty; choose another output folder")
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; choose another output folder")
     path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     output_folder(path.parent)
     try:
         temporary.mkdir()
         yield temporary
-        temporary.replace(path)
+        for file in temporary.rglob("*"):
+            sync(file)
+        if path.is_dir():
+            for file in sorted(temporary.iterdir(), key=lambda file: file == record_path(temporary)):
+                file.replace(path / file.name)
+        else:
+            temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
@@ -74,12 +87,15 @@ def copy_rest(source: Path, folder: Path) -> None:
     """Copy tokenizer, configs and metadata, without local paths in the metadata.
 
     Raises:
+        InputError: a file is a link, which could lead to any file of this machine.
         OSError: a file cannot be copied.
     """
-    for file in sorted(source.iterdir()):
-        is_skipped = file.name in SKIPPED_FILES or file.name.endswith(".index.json")
-        if file.suffix in COPIED_SUFFIXES and not is_skipped and file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    for name in (*COPIED_FILES, METADATA_FILE, *FILES.values()):
+        if (source / name).is_symlink():
+            raise InputError(f"{source / name}: is a link, which is not followed; make a folder of copies: cp -rL")
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     if (source / METADATA_FILE).exists():
         save_public_metadata(CheckpointMetadata.load(source), folder)
 
@@ -92,4 +108,5 @@ def save_public_metadata(metadata: CheckpointMetadata, folder: Path) -> None:
         return {key: public_name(path) for key, path in paths.items() if Path(path).is_absolute()}
 
     training = metadata.training | without_paths(metadata.training)
-    replace(metadata, training=training, **without_paths(asdict(metadata))).save(folder)
+    public = {"training": training, "training_histories": {}, **without_paths(vars(metadata))}
+    replace(metadata, **public).save(folder)

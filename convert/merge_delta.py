@@ -20,7 +20,7 @@ import torch
 
 from convert.deltas import CORRECTIONS, DELTA, Entry, pair_tensors, read_delta
 from convert.folders import atomic_folder, copy_rest, model_folder, public_name
-from convert.publish import add_flags, push, validated_metrics, write_card
+from convert.model_card import add_flags, push, validated_metrics, write_card
 from convert.shards import CODES, StoredTensor, Writer, paired_chunks, read_safetensors, shard_layout_like
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 
@@ -63,7 +63,7 @@ def main() -> None:
                 "give that model as --base-model-path"
             ) from None
         copy_rest(delta, folder)
-        write_card(folder, "merged", args.push_to_hub or args.target_model_path, base_name, metrics)
+        write_card(folder, "complete", args.push_to_hub or args.target_model_path, base_name, metrics)
     print(f"{delta} added to {base}: {len(pairs):,} tensors -> {args.target_model_path}/")
     push(args.push_to_hub, args.target_model_path)
 

@@ -25,12 +25,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from convert.folders import atomic_folder, copy_rest, model_folder, public_name, save_public_metadata
-from convert.publish import add_flags, push, validated_metrics, write_card
-from reclingua.models.language import DTYPES, base_fingerprint, load_model, load_tokenizer
+from convert.model_card import add_flags, push, validated_metrics, write_card
+from reclingua.models.language import DTYPES, check_base_model, load_model, load_tokenizer
 from reclingua.models.lora import load_lora
 from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.metadata import CheckpointMetadata
 
 # Values in the metadata of a merged model that replace those of the adapter.
@@ -49,8 +50,10 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=DTYPES, help="dtype of the merged model (default: %(default)s)"
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     add_flags(parser)
     args = one_line_errors(parser).parse_args()
+    trust_remote_code(args.trust_remote_code)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     adapter = model_folder(args.ckpt_path)
@@ -70,7 +73,7 @@ def main() -> None:
         copy_rest(adapter, folder)
         save_public_metadata(replace(metadata, **MERGED), folder)
         model.to(getattr(torch, args.dtype)).save_pretrained(folder)
-        write_card(folder, "merged", args.push_to_hub or args.output_dir, public_name(base_model), metrics)
+        write_card(folder, "complete", args.push_to_hub or args.output_dir, public_name(base_model), metrics)
     print(f"{adapter} merged into {base_model} -> {args.output_dir}/")
     push(args.push_to_hub, args.output_dir)
 
@@ -81,21 +84,13 @@ def merge_next_item(adapter: Path, metadata: CheckpointMetadata, base_model: str
         raise InputError(f"{adapter}: has no LoRA weights, it is a complete model already")
     if not metadata.base_sha256:
         raise InputError(f"{adapter}: was tuned by another version of finetune.py; tune it again")
-    dtype = getattr(torch, metadata.base_dtype)
-    base = load_model(base_model, dtype, metadata.load_in_4bit, metadata.load_in_8bit)
-    if base_fingerprint(base) != metadata.base_sha256:
-        raise InputError(f"{base_model}: is not the base model that {adapter} was tuned on; see --base_model")
-    if metadata.load_in_4bit or metadata.load_in_8bit or metadata.base_dtype != "float32":
-        del base
-        base = load_model(base_model)
+    base = load_model(base_model)
+    check_base_model(base_model, metadata.checked_base_sha256, adapter)
     return load_lora(base, load_tokenizer(adapter), adapter).merge_and_unload()
 
 
 def merge_yes_no(adapter: Path, method: str, base_model: str | None, cf_model: str | None) -> YesNoModel:
-    """Merge the adapter of a Yes/No model, in float32; the result includes base and collaborative model.
-
-    These adapters store no fingerprint of their base: another base of the same shapes is not detected.
-    """
+    """Merge the adapter of a Yes/No model, in float32; the result includes base and collaborative model."""
     full_precision = {"base_dtype": "float32", "load_in_4bit": False}
     model = load_yes_no_model(adapter, method, base_model=base_model, cf_model=cf_model, **full_precision)
     config = model.config

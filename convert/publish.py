@@ -1,136 +1,94 @@
-"""Model cards of converted folders, and their upload to the hub on request."""
+"""Make a folder for others of a checkpoint: weights, tokenizer, prompts, semantic IDs, a model card, no local paths.
+
+python -m convert.publish --ckpt_path ckpt/D/lcrec --output_dir D-lcrec
+python -m convert.publish --ckpt_path ckpt/D/lcrec --output_dir D-lcrec --push_to_hub me/D-lcrec
+
+It takes what finetune.py and pretrain.py write: full weights, adapters, and the trained weights of Yes/No models.
+Adapters and Yes/No models still need their base model, by whose public name the folder refers to it. Paths of this
+machine in configs and metadata are replaced by public names.
+"""
+
+import reclingua.utils.logging  # noqa: F401
 
 import argparse
-import sys
+import json
+import shutil
 from pathlib import Path
 
-import httpx2
-from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from convert.folders import atomic_folder, copy_rest, model_folder, public_name
+from convert.model_card import add_flags, push, validated_metrics, write_card
+from reclingua.models.registry import YES_NO_METHODS
+from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import read_json, write_json
+from reclingua.utils.metadata import CheckpointMetadata
 
-from reclingua.utils.errors import InputError
-from reclingua.utils.files import read_json
-from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
-
-CARD, RESULTS = "README.md", "results of test.py"
-KINDS = {
-    "delta": "These are delta weights, fine-tuned minus base weights; the base model is `{base}`. RecLingua adds them "
-    "to the base and restores the fine-tuned model bit by bit:",
-    "merged": "This is a complete model, fine-tuned from `{base}`. To evaluate it with RecLingua:",
-}
-COMMANDS = {
-    "delta": "python -m convert.merge_delta --base-model-path BASE --delta-path DELTA --target-model-path tuned\n",
-    "merged": "",
-}
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Configs, and their keys that can have a path of this machine.
+CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
+PATH_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "base_model", "cf_model", "init_from")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for publishing a folder to a parser."""
-    group = parser.add_argument_group("publishing")
-    group.add_argument(
-        "--push_to_hub", "--hub-repo-id", "--hub_repo_id", metavar="REPO_ID",
-        help="upload the folder to this repository, with the token of `hf auth login` or HF_TOKEN "
-        "(default: no upload)",
-    )  # fmt: skip
-    group.add_argument(
-        "--results_file", type=Path,
-        help="results of test.py for the model card (default: results/<dataset>/<method>.json if it is of this model)",
-    )  # fmt: skip
-
-
-def validated_metrics(args: argparse.Namespace, tuned: Path) -> dict[str, float]:
-    """Return the metrics of the model in `tuned`, {} if unknown, and validate the flags of `add_flags`.
-
-    Scripts call it first, so that a wrong flag does not fail after the work.
-
-    Raises:
-        InputError: the repository name is invalid, no token exists, or the results file is none.
-    """
-    if args.push_to_hub:
-        try:
-            validate_repo_id(args.push_to_hub)
-        except HFValidationError as error:
-            raise InputError(f"--push_to_hub {args.push_to_hub}: is no valid repository name ({error})") from None
-        if not get_token():
-            raise InputError("--push_to_hub needs a token: hf auth login, or the environment variable HF_TOKEN")
-    if args.results_file:
-        return extract_metrics(read_json(args.results_file, RESULTS), args.results_file)
-    if not (tuned / METADATA_FILE).exists():
-        return {}
-    metadata = CheckpointMetadata.load(tuned)
-    file = Path("results") / metadata.dataset / f"{metadata.method}.json"
-    if not file.exists():
-        return {}
-    results = read_json(file, RESULTS)
-    arguments = results.get("arguments")
-    checkpoint = arguments.get("ckpt_path") if isinstance(arguments, dict) else None
-    is_same = isinstance(checkpoint, str) and Path(checkpoint).resolve() == tuned.resolve()
-    return extract_metrics(results, file) if is_same else {}
-
-
-def extract_metrics(results: dict, file: Path) -> dict[str, float]:
-    """Return metric -> value from next-item or Yes/No results; InputError for other files."""
-    metrics = results.get("mean_results") or results.get("test")
-    if not isinstance(metrics, dict):
-        raise InputError(f"{file}: should be results of test.py, with mean_results or test")
-    metrics = {name: value for name, value in metrics.items() if "@" in name or name in ("auc", "uauc")}
-    if wrong := next((name for name, value in metrics.items() if not isinstance(value, float | int | None)), None):
-        raise InputError(f"{file}: {wrong} should be a number")
-    return {name: value for name, value in metrics.items() if value is not None}
-
-
-def write_card(folder: Path, kind: str, name: str | Path, base: str, metrics: dict[str, float]) -> None:
-    """Write the model card of `folder`: kind, metrics, usage.
-
-    Args:
-        kind: one of KINDS.
-        name: path or repository name of the model.
-        base: name of the base model.
-
-    Raises:
-        OSError: the card cannot be written.
-    """
-    metadata = CheckpointMetadata.load(folder) if (folder / METADATA_FILE).exists() else None
-    method, dataset = (metadata.method, metadata.dataset) if metadata else ("", "DATASET")
-    name = Path(name).absolute().name
-    task = {"task_type": "recommendation", "dataset_type": dataset, "dataset_name": dataset}
-    data = ModelCardData(
-        base_model=base,
-        library_name="transformers" if method in ("lcrec", "") else "reclingua",
-        pipeline_tag="text-generation",
-        tags=["recommendation", "reclingua", *filter(None, [method]), *(["delta-weights"] if kind == "delta" else [])],
-        model_name=name,
-        eval_results=[
-            EvalResult(**task, metric_type=metric, metric_value=round(value, 4)) for metric, value in metrics.items()
-        ]
-        or None,
+@cli_main
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ckpt_path", type=Path, required=True, metavar="FOLDER", help="written by finetune.py or pretrain.py"
     )
-    test_command = f"python test.py --ckpt_path {'tuned' if kind == 'delta' else 'FOLDER'} --dataset {dataset}"
-    lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", KINDS[kind].format(base=base), ""]
-    lines += ["```bash", COMMANDS[kind] + test_command, "```"]
-    if method == "lcrec":
-        index = f"`{dataset}.index.json`"
-        lines += ["", f"It generates semantic IDs of the dataset {dataset}; evaluation needs the same file {index}."]
-    if metrics:
-        lines += ["", f"Results on the test users of {dataset}:", "", "| metric | |", "|---|---|"]
-        lines += [f"| {metric} | {value:.4f} |" for metric, value in metrics.items()]
-    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def push(repo: str | None, folder: Path) -> None:
-    """Upload a folder to the hub as repository `repo`, unless it is None; after an InputError the folder is kept."""
-    if not repo:
-        return
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        hub = HfApi()
-        hub.create_repo(repo, exist_ok=True)
-        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{folder.name} by RecLingua")
-    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(get_token() or "\n", "***")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="folder for others")
+    add_flags(parser)
+    args = one_line_errors(parser).parse_args()
+    checkpoint = model_folder(args.ckpt_path)
+    metrics, metadata = validated_metrics(args, checkpoint), CheckpointMetadata.load(checkpoint)
+    files = [file for pattern in WEIGHTS for file in sorted(checkpoint.glob(pattern))]
+    if not files:
         raise InputError(
-            f"{repo}: upload to the hub failed ({reason}); {folder} is complete, retry with: hf upload {repo} {folder}"
-        ) from None
-    print(f"{folder} -> {hub.endpoint}/{repo}")
+            f"{checkpoint}: contains no weights as safetensors; for a training state of DeepSpeed see "
+            "python -m convert.zero_to_fp32"
+        )
+
+    with atomic_folder(args.output_dir) as folder:
+        copy_rest(checkpoint, folder)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        for name in CONFIGS:
+            if (checkpoint / name).exists():
+                content = read_json(checkpoint / name, "a config")
+                write_json(folder / name, without_paths(content), indent=2)
+        base = public_name(metadata.base_model) if metadata.base_model else None
+        name = args.push_to_hub or args.output_dir
+        write_card(folder, kind_of(checkpoint, metadata), name, base, metrics, cf_model_name(folder))
+    print(f"{checkpoint}: {len(files)} files of weights -> {args.output_dir}/")
+    push(args.push_to_hub, args.output_dir)
+
+
+def kind_of(checkpoint: Path, metadata: CheckpointMetadata) -> str:
+    """Return the kind of the model card, one of `convert.model_card.KINDS`."""
+    if not metadata.base_model:
+        return "collaborative"
+    if metadata.method in YES_NO_METHODS:
+        config = read_json(checkpoint / "config.json", "the config of a tuned model")
+        return "complete" if config.get("base_config") else "adapter"
+    return "adapter" if metadata.lora else "complete"
+
+
+def cf_model_name(folder: Path) -> str | None:
+    """Return the public name of the collaborative model that a Yes/No model needs beside its folder; None: none."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return None if "cf_model" in (config.get("saved") or []) else config.get("cf_model")
+
+
+def without_paths(content: dict) -> dict:
+    """Return a config with the public names of models instead of absolute paths, at any depth."""
+    return {
+        key: without_paths(value)
+        if isinstance(value, dict)
+        else public_name(value)
+        if key in PATH_KEYS and isinstance(value, str) and Path(value).is_absolute()
+        else value
+        for key, value in content.items()
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -11,14 +11,16 @@ import reclingua.utils.logging  # noqa: F401
 import argparse
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from convert.folders import atomic_folder
 from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_folder
+from reclingua.utils.provenance import check_replaceable, fingerprint, write_record
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -57,6 +59,7 @@ def main() -> None:
         "--attention_dropout", type=float, default=0.2, help="dropout of attention weights (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace a model of other titles or settings")
     args = one_line_errors(parser).parse_args()
     if args.vocab_size < 300:
         raise InputError(f"--vocab_size {args.vocab_size}: at least 300, for the 256 bytes and the special tokens")
@@ -69,8 +72,11 @@ def main() -> None:
     prompts = read_prompts(LCREC_PROMPT_FILE, {task: FIELDS[task] for task in ("seqrec", "seqrec_history")})
     templates = [template for task in prompts.values() for template in task]
     texts = [dataset.title(item) for item in dataset.item_ids] + [p.prompt.replace("{history}", "") for p in templates]
+    settings = {flag: value for flag, value in vars(args).items() if flag not in ("data_path", "output_dir", "force")}
+    made_with = {"texts_sha256": fingerprint(texts), **settings}
+    check_replaceable(args.output_dir, made_with, args.force)
     tokenizer = train_tokenizer(texts, args.vocab_size, args.max_length)
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -86,10 +92,11 @@ def main() -> None:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    output_folder(args.output_dir)
     disable_progress_bar()
-    tokenizer.save_pretrained(args.output_dir)
-    model.save_pretrained(args.output_dir)
+    with atomic_folder(args.output_dir, replaces=True) as folder:
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        write_record(folder, made_with, {})  # no duration: the same settings give the same files
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens -> {args.output_dir}/")
 
 

@@ -1,6 +1,8 @@
 """Cleaning of catalogue texts: no HTML, no entities, no repeated white space."""
 
+import ast
 import html
+import json
 import re
 
 # The semicolon is required: "R&D" is no entity.
@@ -24,6 +26,39 @@ def clean_text(text: str) -> str:
     if "<" in text:
         text = _TAG.sub(" ", _INLINE_TAG.sub("", _INVISIBLE.sub(" ", text)))
     return " ".join(text.split())
+
+
+def clean_value(value: object, separator: str = " ") -> str:
+    """Return a text, a number or a (nested) list of them as one clean text; "" for None.
+
+    A text that is a list of texts as Python or JSON writes it, "['Good', '<b>pen</b>']", counts as that list.
+    """
+    if isinstance(value, str):
+        parts = parse_list(value)
+        if parts is None:
+            return clean_text(value)
+        value = parts
+    if isinstance(value, list | tuple):
+        return separator.join(filter(None, (clean_value(part, separator) for part in value)))
+    return "" if value is None else clean_text(str(value))
+
+
+def parse_list(text: str) -> list | None:
+    """Return the list of texts that a text writes out, None if it is another text, such as "[REC]" or "[1984]"."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parts = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return parts if isinstance(parts, list) and all(map(_is_text, parts)) else None
+    return None
+
+
+def _is_text(part: object) -> bool:
+    return part is None or isinstance(part, str) or isinstance(part, list | tuple) and all(map(_is_text, part))
 
 
 def natural_title(title: str) -> str:

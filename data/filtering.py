@@ -1,6 +1,6 @@
 """Filters of raw ratings: first of duplicates, time window, k-core; and the assignment of ids.
 
-All filters run in DuckDB, which spills to disk. The table `ratings` of `data.readers` becomes
+All filters run in DuckDB, which spills to disk. The table `ratings` of `data.ingestion` becomes
     rated: u, i (INTEGER, numbers of user and item), rating, timestamp (DOUBLE, seconds), place (BIGINT, order in time,
         within one second the order of the file).
 """
@@ -12,6 +12,16 @@ def fetch_one(con: DuckDBPyConnection, query: str) -> tuple | None:
     """Run a query and return its first row, None if there is none."""
     rows = con.execute(query).fetchall()
     return rows[0] if rows else None
+
+
+def has_labels(con: DuckDBPyConnection) -> bool:
+    """Return whether the ratings are labels, 0 and 1."""
+    return fetch_one(con, "SELECT min(rating) = 0 AND max(rating) = 1 AND count(DISTINCT rating) = 2 FROM ratings")[0]
+
+
+def drop_negatives(con: DuckDBPyConnection) -> int:
+    """Drop ratings that are labels 0, items that a user was shown and did not take; return their number."""
+    return con.execute("DELETE FROM ratings WHERE rating = 0").fetchone()[0]
 
 
 def number_ratings(con: DuckDBPyConnection, only_known: bool) -> int:

@@ -27,8 +27,10 @@ from reclingua.datasets.interactions import InteractionDataset, open_interaction
 from reclingua.datasets.prompts import PROMPTS, Fields, PromptTemplate, read_prompts
 from reclingua.datasets.user_texts import PARTS, Intention, UserTexts, intention_context, write_user_texts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_file, read_json, write_json
+from reclingua.utils.files import atomic_write, check_outputs, output_file, read_json
+from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.metadata import run_metadata
+from reclingua.utils.provenance import record_path, write_record
 
 LCREC_PROMPT_FILE = PROMPTS / "intentions.yaml"
 LOCAL_MODEL = "ckpt/base/SmolLM2-135M-Instruct"
@@ -153,6 +155,7 @@ def collect(dataset: InteractionDataset, plan: Plan, texts: dict[str, str]) -> t
 def main() -> None:
     args = parse_args()
     started = time.monotonic()
+    trust_remote_code(args.trust_remote_code)
     disable_progress_bar()  # for loading weights; asking shows its own
 
     # ---- Data, prompts, and the check whether the output exists already ----
@@ -161,7 +164,9 @@ def main() -> None:
     users = list(dataset.histories)[: args.users]
     output = args.output or dataset.folder / f"{dataset.name}.user.json"
     output_file(output)
-    run_file, journal_path = output.with_suffix(".run.json"), output.with_suffix(".journal.jsonl")
+    run_file, journal_path = record_path(output), output.with_suffix(".journal.jsonl")
+    outputs = {"--output": output, "the file of the run": run_file, "the journal": journal_path}
+    check_outputs(outputs, {"--prompt_file": args.prompt_file, **dataset.files})
     made_with = {
         "histories": dataset.sha256("histories"),
         "items": dataset.sha256("items"),
@@ -191,19 +196,16 @@ def main() -> None:
 
     # ---- Write ----
     counts = {"preferences": len(texts.preferences)} | {part: len(texts.intentions[part]) for part in PARTS}
-    write_json(
-        run_file,
-        {
-            "made_with": {**made_with, "users": len(users)},
-            "users_with": counts,
-            "users_without": dict(num_missing),
-            "answers": len(journal),
-            "answers_rejected": dict(journal.reasons.most_common()),
-            **run_metadata(vars(args), started),
-        },
-        indent=1,
-    )
-    write_user_texts(output, texts)
+    run = {
+        "users_with": counts,
+        "users_without": dict(num_missing),
+        "answers": len(journal),
+        "answers_rejected": dict(journal.reasons.most_common()),
+        **run_metadata(vars(args), started),
+    }
+    with atomic_write(output) as temporary:
+        write_user_texts(temporary, texts)
+        write_record(output, {**made_with, "users": len(users)}, run, written=temporary)
     journal_path.unlink()
 
     print(f"{len(journal):,} answers, {journal.reasons.total():,} of them rejected ({reasons})")
@@ -231,6 +233,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--model", help=f"chat model: folder, hub name, or its name at the endpoint (default: {LOCAL_MODEL})"
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.0,

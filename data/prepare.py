@@ -3,6 +3,7 @@
 python -m data.prepare --source recbole --dataset ml-100k
 python -m data.prepare --source recbole --dataset mydata --raw_path ~/raw/mydata --min_interactions 5
 python -m data.prepare --source amazon2018 --dataset Books --raw_path ~/raw/Books --start 2016-10-01 --end 2018-10-31
+python -m data.prepare --source amazon2014 --dataset Beauty --raw_path ~/raw/Beauty
 python -m data.prepare --source amazon2023 --dataset Video_Games --raw_path ~/raw/Video_Games
 python -m data.prepare --source csv --dataset shop --raw_path sales.csv --user_column customer --item_column sku \\
     --time_column sold_at --items_path catalogue.csv --title_column name
@@ -16,12 +17,10 @@ A line of an id map is a raw id, a tab and its number; in the raw id \\\\, \\t, 
 tab and line ends. Files are streamed; data beyond --memory_gb is spilled to the disk of the dataset.
 """
 
-import argparse
 import json
-import math
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -33,25 +32,33 @@ from duckdb import DuckDBPyConnection
 
 from data.filtering import (
     assign_ids,
+    drop_negatives,
     fetch_one,
     filter_core,
     filter_duplicates,
     filter_window,
+    has_labels,
     num_ratings,
     number_ratings,
 )
+from data.flags import parse_args
+from data.ingestion import Ingestion
+from data.published import PUBLISHED
 from data.raw_files import DISK_ERRORS
 from data.readers import SOURCES
+from reclingua.datasets.derived_files import print_stale_files
+from reclingua.datasets.item_texts import complete_titles, describe_untitled
 from reclingua.datasets.ratings import COLUMNS, PARTS
-from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import atomic_write, output_folder
+from reclingua.utils.errors import InputError, cli_main
+from reclingua.utils.files import atomic_files, output_folder
 
+DOMINANT_SHARE = 0.05  # of all ratings; a user with more of them is shown
 RATED_WITH_IDS = "rated JOIN users ON u = users.number JOIN items_kept ON i = items_kept.number"
 
 
 @contextmanager
-def workspace(data_path: Path, memory_gb: float) -> Iterator[DuckDBPyConnection]:
-    """Open a DuckDB database in a temporary folder beside the dataset, deleted at the end.
+def workspace(data_path: Path, memory_gb: float) -> Iterator[tuple[DuckDBPyConnection, Path]]:
+    """Open a DuckDB database in a temporary folder beside the dataset, deleted at the end; yield both.
 
     Raises:
         InputError: `memory_gb` or the disk space is too small.
@@ -62,7 +69,7 @@ def workspace(data_path: Path, memory_gb: float) -> Iterator[DuckDBPyConnection]
             settings = {"memory_limit": f"{memory_gb}GB", "temp_directory": f"{folder}/spilled"}
             with duckdb.connect(f"{folder}/ratings.duckdb", config=settings) as con:
                 con.execute("SET TimeZone = 'UTC'")
-                yield con
+                yield con, Path(folder)
     except RuntimeError as error:
         if str(error) != "Query interrupted":
             raise
@@ -77,33 +84,18 @@ def workspace(data_path: Path, memory_gb: float) -> Iterator[DuckDBPyConnection]
 # ---- Shared by both tasks ----
 
 
-def reduce_to_core(con: DuckDBPyConnection, args: argparse.Namespace, k: int, first_id: int, need_title: bool) -> int:
+def reduce_to_core(ingestion: Ingestion, k: int, first_id: int) -> int:
     """Reduce the ratings to the k-core and assign ids; return the number of dropped ratings.
 
     Raises:
-        InputError: the core is empty, or an item has no texts, or no title if `need_title`.
+        InputError: the core is empty.
     """
+    con = ingestion.con
     num_dropped = filter_core(con, k)
     if not num_ratings(con):
-        raise InputError(f"{args.dataset}: the {k}-core is empty; lower --min_interactions")
+        raise InputError(f"{ingestion.args.dataset}: the {k}-core is empty; lower --min_interactions")
     assign_ids(con, first_id)
-    kept = "items_kept LEFT JOIN items ON item = name"
-    lacking = fetch_one(
-        con,
-        f"""SELECT name, texts IS NULL FROM {kept}
-        WHERE texts IS NULL OR ({need_title} AND texts ->> '$.title' = '') ORDER BY id LIMIT 1""",
-    )
-    if lacking and has_texts(args):
-        item, unknown = lacking
-        if unknown:
-            raise InputError(f"{args.dataset}: item {item[:80]!r} has ratings but no line in the item file; add one")
-        raise InputError(f"{args.dataset}: item {item[:80]!r} has no title; add one or remove its ratings")
     return num_dropped
-
-
-def has_texts(args: argparse.Namespace) -> bool:
-    """Return whether the raw files include item texts."""
-    return args.source != "csv" or args.items_path is not None
 
 
 def fetch_rows(con: DuckDBPyConnection, query: str) -> Iterator[tuple]:
@@ -131,9 +123,9 @@ def id_lines(con: DuckDBPyConnection, table: str) -> Iterator[str]:
 
 def write_files(folder: Path, content: dict[str, Iterable[str] | pa.RecordBatchReader]) -> None:
     """Write the files of a dataset atomically as a group: all of them are replaced at the end, or none."""
-    with ExitStack() as files:
+    with atomic_files(folder, content) as temporaries:
         for name, pieces in content.items():
-            temporary = files.enter_context(atomic_write(folder / name))
+            temporary = temporaries[name]
             if isinstance(pieces, pa.RecordBatchReader):
                 schema = pa.schema(COLUMNS.items())
                 with pq.ParquetWriter(temporary, schema) as writer:
@@ -144,8 +136,9 @@ def write_files(folder: Path, content: dict[str, Iterable[str] | pa.RecordBatchR
                     file.writelines(pieces)
 
 
-def print_summary(con: DuckDBPyConnection, name: str, dropped: dict[str, int]) -> None:
+def print_summary(ingestion: Ingestion, dropped: dict[str, int]) -> None:
     """Print how many ratings were read, dropped (reason -> number) and kept, and statistics of the dataset."""
+    con, name = ingestion.con, ingestion.args.dataset
     kept = num_ratings(con)
     users, items, *lengths = fetch_one(
         con,
@@ -154,20 +147,33 @@ def print_summary(con: DuckDBPyConnection, name: str, dropped: dict[str, int]) -
         FROM (SELECT count(*) AS n FROM rated GROUP BY u)""",
     )
     print(f"{name}: {kept + sum(dropped.values()):,} ratings read, {kept:,} kept")
+    print(*(f"  {note}\n" for note in ingestion.notes), sep="", end="")
     for reason, count in dropped.items():
         if count:
             print(f"  dropped: {count:,} ratings {reason}")
     print(f"  users {users:,}   items {items:,}   density {kept / users / items:.2%}")
     print("  ratings per user: min {:,}, median {:,.0f}, mean {:,.1f}, max {:,}".format(*lengths))
+    most, owner = lengths[-1], "SELECT name FROM users WHERE number = (SELECT mode(u) FROM rated)"
+    if most > DOMINANT_SHARE * kept and most > 5 * lengths[1]:
+        user = fetch_one(con, owner)[0]
+        print(f"  user {user[:80]!r} has {most / kept:.1%} of all ratings; if it is no person, see --na_values")
+    query = "SELECT id, texts FROM items_kept JOIN items ON item = name WHERE texts ->> '$.title' = ''"
+    untitled = complete_titles({str(item): json.loads(texts) for item, texts in fetch_rows(con, query)})
+    if untitled:
+        print(f"  {describe_untitled(untitled.values())}, wherever the dataset is opened")
 
 
 # ---- Next-item prediction ----
 
 
-def prepare_sequential(con: DuckDBPyConnection, args: argparse.Namespace, only_known: bool) -> None:
+def prepare_sequential(ingestion: Ingestion) -> None:
     """Write histories in time order, the files of LC-Rec."""
+    con, args = ingestion.con, ingestion.args
     name, k = args.dataset, args.min_interactions or 5
-    dropped = {"of items without a title": number_ratings(con, only_known)}
+    dropped = {}
+    if has_labels(con):
+        dropped["with label 0: shown or asked, but not taken"] = drop_negatives(con)
+    dropped["of items that the items file lacks"] = number_ratings(con, ingestion.has_texts)
     if args.start or args.end:
         span = data_span(con)
         first = args.start or pd.Timestamp.min
@@ -176,11 +182,11 @@ def prepare_sequential(con: DuckDBPyConnection, args: argparse.Namespace, only_k
         if not num_ratings(con):
             raise InputError(f"{name}: no ratings from --start to --end; {span}")
     dropped["with user, item and time of another"] = filter_duplicates(con, "u, i, timestamp")
-    dropped[f"of users or items with fewer than {k}"] = reduce_to_core(con, args, k, first_id=0, need_title=False)
+    dropped[f"of users or items with fewer than {k}"] = reduce_to_core(ingestion, k, first_id=0)
 
     folder = args.data_path / name
     content: dict[str, Iterable[str] | pa.RecordBatchReader] = {f"{name}.inter.json": history_texts(con)}
-    if has_texts(args):
+    if ingestion.has_texts:
         content[f"{name}.item.json"] = item_texts(con)
     elif (folder / f"{name}.item.json").exists():
         raise InputError(
@@ -188,8 +194,9 @@ def prepare_sequential(con: DuckDBPyConnection, args: argparse.Namespace, only_k
         )
     content |= {f"{name}.user2id": id_lines(con, "users"), f"{name}.item2id": id_lines(con, "items_kept")}
     write_files(output_folder(folder), content)
-    print_summary(con, name, dropped)
+    print_summary(ingestion, dropped)
     print(f"  written to {folder}/")
+    print_stale_files(args.data_path, name)
 
 
 def history_texts(con: DuckDBPyConnection) -> Iterator[str]:
@@ -226,15 +233,16 @@ def time_window(last: float, start: pd.Timestamp | None, months: list[float]) ->
     return boundaries
 
 
-def prepare_preference(con: DuckDBPyConnection, args: argparse.Namespace, only_known: bool) -> None:
+def prepare_preference(ingestion: Ingestion) -> None:
     """Write likes and dislikes split by time, the files of CoLLM, BinLLM and CoRA; ids start at 1."""
+    con, args = ingestion.con, ingestion.args
     name, k = args.dataset, args.min_interactions or 1
-    unrated = "SELECT min(rowid) FROM ratings WHERE NOT coalesce(isfinite(rating), false)"
-    if (row := fetch_one(con, unrated)[0]) is not None:
-        raise InputError(
-            f"{name}: interaction {row + 1:,} of the raw file has no rating, which --task preference needs"
-        )
-    dropped = {"of items without a title": number_ratings(con, only_known)}
+    if not ingestion.has_texts:
+        raise InputError(f"{name}: --task preference needs item texts; see --items_path, --source")
+    liked_above = args.liked_above
+    if liked_above is None:
+        liked_above = 0.5 if has_labels(con) else 3
+    dropped = {"of items that the items file lacks": number_ratings(con, only_known=True)}
     span = data_span(con)
     (last,) = fetch_one(con, "SELECT max(timestamp) FROM rated")
     boundaries = time_window(last, args.start, args.months)
@@ -244,18 +252,18 @@ def prepare_preference(con: DuckDBPyConnection, args: argparse.Namespace, only_k
         raise InputError(f"{name}: no ratings {window}; {span}; see --start, --months")
     # Only the first rating of an item by a user counts: the history of a later one would contain the answer.
     dropped["of items that the user had rated before"] = filter_duplicates(con, "u, i")
-    dropped[f"of users or items with fewer than {k}"] = reduce_to_core(con, args, k, first_id=1, need_title=True)
-    create_parts(con, boundaries, args.liked_above)
+    dropped[f"of users or items with fewer than {k}"] = reduce_to_core(ingestion, k, first_id=1)
+    create_parts(con, boundaries, liked_above)
     lines = []
     for part, (begin, end) in zip(PARTS, pairwise(boundaries), strict=True):
         count, liked, warm = fetch_one(con, f"SELECT count(*), avg(label), avg(not_cold) FROM {part}")
         period = _format_span(begin, end)
         if liked in (None, 0, 1):
-            has = "no ratings" if not count else f"only ratings {'above' if liked else 'up to'} {args.liked_above:g}"
+            has = "no ratings" if not count else f"only ratings {'above' if liked else 'up to'} {liked_above:g}"
             raise InputError(f"{name}: {part}, {period}, has {has}; {span}; see --start, --months, --liked_above")
         lines.append(f"  {part:<5} {period}: {count:>9,} ratings, {liked:.1%} liked, {1 - warm:.1%} cold")
 
-    folder = output_folder(args.data_path / name)
+    folder = args.data_path / name
     columns = ", ".join(COLUMNS)
     content: dict[str, Iterable[str] | pa.RecordBatchReader] = {}
     for part in PARTS:
@@ -263,7 +271,7 @@ def prepare_preference(con: DuckDBPyConnection, args: argparse.Namespace, only_k
         content[f"{part}.parquet"] = rows.to_arrow_reader(100_000)
     content["item.json"] = item_texts(con)
     write_files(folder, content | {"user2id": id_lines(con, "users"), "item2id": id_lines(con, "items_kept")})
-    print_summary(con, name, dropped)
+    print_summary(ingestion, dropped)
     print(*lines, f"  written to {folder}/", sep="\n")
 
 
@@ -300,94 +308,21 @@ def _format_span(begin: pd.Timestamp, end: pd.Timestamp) -> str:
     return f"{begin:%Y-%m-%d} to {end - pd.Timedelta(seconds=1):%Y-%m-%d}"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--task", choices=("sequential", "preference"), default="sequential",
-        help="histories for next-item prediction, or likes and dislikes split by time (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--source", choices=sorted(SOURCES), default="recbole", help="format of the raw files (default: %(default)s)"
-    )
-    parser.add_argument("--dataset", default="ml-100k", help="name of the dataset (default: %(default)s)")
-    parser.add_argument(
-        "--raw_path", type=Path,
-        help="folder of the raw files; with --source csv file of ratings (default: example of the recbole package)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data_path", type=Path, default=Path("data"), help="parent folder of <dataset>/ (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--min_interactions", type=int,
-        help="k of the k-core of users and items, within the window (default: 5; 1 with --task preference)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--start", metavar="DAY",
-        help="first day of the window, like 2001-06-01, UTC (default: all; with --task preference the last months)",
-    )  # fmt: skip
-    parser.add_argument("--memory_gb", type=float, default=4, help="memory limit of DuckDB, GB (default: %(default)s)")
-    sequential = parser.add_argument_group("--task sequential")
-    sequential.add_argument("--end", metavar="DAY", help="last day of the window (default: all)")
-    preference = parser.add_argument_group("--task preference")
-    preference.add_argument(
-        "--months", type=float, nargs=3, default=[10, 5, 5], metavar=("TRAIN", "VALID", "TEST"),
-        help="months of each part; .5 is half the days of a month (default: 10 5 5, the papers' for MovieLens-1M)",
-    )  # fmt: skip
-    preference.add_argument(
-        "--liked_above", type=float, default=3, help="ratings above this value are likes (default: %(default)s)"
-    )
-    csv = parser.add_argument_group("--source csv", "Tables with a header, delimited by , ; | or tabs, .gz or not")
-    for name, default in (("user", "user"), ("item", "item"), ("time", "timestamp"), ("title", "title")):
-        csv.add_argument(f"--{name}_column", default=default, help=f"column of the {name} (default: %(default)s)")
-    csv.add_argument("--rating_column", help="column of the rating, required by --task preference")
-    csv.add_argument("--description_column", help="column of the description (default: no descriptions)")
-    csv.add_argument(
-        "--time_unit", choices=("s", "ms"), default="s",
-        help="unit of times; s: seconds or dates, ms: milliseconds (default: %(default)s)",
-    )  # fmt: skip
-    csv.add_argument("--items_path", type=Path, help="file of item titles (default: no item texts)")
-    return parser
-
-
-def parse_args() -> argparse.Namespace:
-    args = one_line_errors(build_parser()).parse_args()
-    if args.min_interactions is not None and args.min_interactions < 1:
-        raise InputError(f"--min_interactions {args.min_interactions}: should be at least 1")
-    if not all(0 < months <= 240 for months in args.months):
-        raise InputError(f"--months {' '.join(f'{months:g}' for months in args.months)}: should be above 0, up to 240")
-    if not 0.1 <= args.memory_gb < 10_000:
-        raise InputError(f"--memory_gb {args.memory_gb:g}: should be at least 0.1")
-    if not math.isfinite(args.liked_above):
-        raise InputError(f"--liked_above {args.liked_above:g}: should be a number")
-    args.start, args.end = _parse_day("--start", args.start), _parse_day("--end", args.end)
-    if args.raw_path is None and args.source != "recbole":
-        raise InputError(
-            f"--source {args.source} needs --raw_path, {'a file' if args.source == 'csv' else 'a folder'}"
-        )
-    if args.task == "preference":
-        if args.end:
-            raise InputError("--end has no effect with --task preference; see --months")
-        if args.source == "csv" and not (args.rating_column and args.items_path):
-            raise InputError("--task preference needs --rating_column and --items_path")
-    return args
-
-
-def _parse_day(flag: str, text: str | None) -> pd.Timestamp | None:
-    if text is None:
-        return None
-    day = pd.to_datetime(text, format="%Y-%m-%d", errors="coerce")
-    if pd.isna(day) or day.year > 2200:
-        raise InputError(f"{flag} {text}: should be a day, like 2001-06-01")
-    return day
-
-
 @cli_main
 def main() -> None:
-    args = parse_args()
-    with workspace(args.data_path, args.memory_gb) as con:
-        only_known = SOURCES[args.source](con, args)
+    args = parse_args(__doc__)
+    if args.source in PUBLISHED:
+        publication = PUBLISHED[args.source](args)
+        folder = output_folder(args.data_path / args.dataset)
+        write_files(folder, publication.content)
+        print(f"{args.dataset}: {publication.summary}")
+        print(*(f"  {note}" for note in publication.notes), f"  written to {folder}/", sep="\n")
+        return
+    with workspace(args.data_path, args.memory_gb) as (con, folder):
+        ingestion = Ingestion(con, args, folder)
+        SOURCES[args.source](ingestion)
         prepare = prepare_preference if args.task == "preference" else prepare_sequential
-        prepare(con, args, only_known)
+        prepare(ingestion)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,48 @@
-"""Raw files for DuckDB to stream, gzipped or not, and the line numbers of their errors.
+"""Raw files for DuckDB to stream, gzipped or not; files with lines that it cannot read are normalized first.
 
-DuckDB reports an error, but not reliably its line: a file with an error is read again, line by line.
+DuckDB stops at the first line that it cannot read, and reads UTF-8 alone. Such a file is read line by line in Python,
+and its readable records are written to a temporary file, which DuckDB then reads.
 """
 
+import ast
 import csv
 import glob
 import gzip
 import json
 import sys
 import zlib
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import duckdb
 
 from reclingua.utils.errors import InputError
+from reclingua.utils.text import shorten
 
 DISK_ERRORS = (duckdb.IOException, duckdb.TransactionException)  # raised for a full disk, and for unreadable files
+MAX_RECORD = 2_000_000  # bytes; DuckDB's own limit for a line of a table
+MAX_RECORD_LINES = 200  # a quote that is not closed within so many lines is a stray one
+
+
+class Record(NamedTuple):
+    """A record of a raw file: its last line, its text, and its fields, or None and what is wrong with it."""
+
+    line: int
+    text: str
+    fields: dict | list[str] | None
+    fault: str = ""
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """File with one JSON object per line; `fields` are its columns, as text, or as JSON if `as_json`."""
+    """File with one JSON object per line; `fields` are its columns, as text, or as JSON if `as_json`.
+
+    A line can also be a Python dictionary, as in Amazon's metadata of 2014.
+    """
 
     path: Path
     fields: tuple[str, ...]
@@ -37,15 +55,25 @@ class JsonLines:
         columns = ", ".join(f"{literal(field)}: '{'JSON' if self.as_json else 'VARCHAR'}'" for field in self.fields)
         return f"read_json({_source(self.path)}, format='newline_delimited', columns={{{columns}}})"
 
-    def check(self, lines: Iterator[str]) -> Iterator[tuple[bool, int]]:
-        """Yield (whether the line is a row, its number) of each line; ValueError at one that is no JSON object."""
+    def records(self, lines: Iterator[str]) -> Iterator[Record]:
+        """Yield the records; empty lines are skipped."""
         for number, text in enumerate(lines, start=1):
-            if text.strip():
-                record = json.loads(text)
-                if not isinstance(record, dict):
-                    raise ValueError("no JSON object")
-                json.dumps(record, ensure_ascii=False).encode()  # fails on lone surrogates
-            yield bool(text.strip()), number
+            if not text.strip():
+                continue
+            record, fault = parse_object(text), ""
+            if record is None:
+                fault = "is no JSON object"
+            elif r"\u" in text and not _is_encodable(json.dumps(record, ensure_ascii=False, default=str)):
+                record, fault = None, "has half a character"
+            yield Record(number, text, record, fault)
+
+    def normalized(self, path: Path) -> "JsonLines":
+        """Return the description of the file that `normalize` writes."""
+        return replace(self, path=path, encoding="utf-8")
+
+    def write_record(self, fields: dict) -> str:
+        """Return a record as a line of JSON."""
+        return json.dumps({key: fields.get(key) for key in self.fields}, ensure_ascii=False, default=str) + "\n"
 
 
 @dataclass(frozen=True)
@@ -68,26 +96,116 @@ class Table:
         return (
             f"read_csv({_source(self.path)}, auto_detect=false, columns={{{columns}}}, "
             f"delim={literal(self.delimiter)}, quote='{quote}', escape='{quote}', header={self.header}, "
-            f"null_padding={self.padded}, encoding='{self.encoding}')"
+            f"null_padding={self.padded})"
         )
 
-    def check(self, lines: Iterator[str]) -> Iterator[tuple[bool, int]]:
-        """Yield (whether it is a row, its last line) of each row or empty line; ValueError at a wrong field count."""
+    def records(self, lines: Iterator[str]) -> Iterator[Record]:
+        """Yield the records after the header; empty lines are skipped."""
+        rows = self._quoted_rows(lines) if self.quoted else self._plain_rows(lines)
+        is_header = self.header
+        for line, text, row, fault in rows:
+            if row in ([], [""]):
+                continue
+            if is_header:
+                is_header = False
+            elif row is None:
+                yield Record(line, text, None, fault)
+            elif len(row) > self.width or len(row) < self.width and not self.padded:
+                yield Record(line, text, None, f"has {len(row)} fields, not {self.width}")
+            else:
+                yield Record(line, text, row + [""] * (self.width - len(row)))
+
+    def _plain_rows(self, lines: Iterator[str]) -> Iterator[Record]:
+        for number, line in enumerate(lines, start=1):
+            text = line.rstrip("\r\n")
+            yield Record(number, text, text.split(self.delimiter))
+
+    def _quoted_rows(self, lines: Iterator[str]) -> Iterator[Record]:
+        """Yield rows; a line with a quote that is not closed, or not where a field ends, is a row without fields.
+
+        A field can contain line ends, so a line that is no row by itself is tried together with the next ones. If
+        they make no row either, it alone is at fault, and reading goes on at the line after it.
+        """
         csv.field_size_limit(sys.maxsize)
-        reader = csv.reader(lines, delimiter=self.delimiter, strict=True) if self.quoted else None
-        rows = reader or (line.rstrip("\r\n").split(self.delimiter) for line in lines)
-        header = self.header
-        for number, row in enumerate(rows, start=1):
-            is_empty = row in ([], [""])
-            if not is_empty and (len(row) > self.width or len(row) < self.width and not self.padded):
-                raise ValueError(f"it has {len(row)} fields, not {self.width}")
-            yield not is_empty and not header, reader.line_num if reader else number
-            header = header and is_empty
+        number, ahead = 0, deque[str]()
+        while ahead or (line := next(lines, None)) is not None:
+            text, taken = ahead.popleft() if ahead else line, 0
+            number += 1
+            if (row := self._split(text)) is None:
+                row, text, taken = self._join(text, _look_ahead(lines, ahead))
+            for _ in range(taken):
+                ahead.popleft()
+            number += taken
+            yield Record(number, text, row, "" if row is not None else "has a quote that is not closed")
+
+    def _join(self, text: str, following: Iterator[str]) -> tuple[list[str] | None, str, int]:
+        """Return (row of a line and the next ones, its text, number of these); (None, text, 0) if there is none."""
+        joined = text
+        for count, line in enumerate(following, start=1):
+            joined += line
+            if '"' in line and (row := self._split(joined)) is not None:
+                return (row, joined, count) if len(row) == self.width else (None, text, 0)
+        return None, text, 0
+
+    def _split(self, text: str) -> list[str] | None:
+        """Return the fields of a row, None if its quotes do not match."""
+        try:
+            return next(csv.reader([text], delimiter=self.delimiter, strict=True), [])
+        except csv.Error:
+            return None
+
+    def normalized(self, path: Path) -> "Table":
+        """Return the description of the file that `normalize` writes."""
+        return Table(path, self.width, ",", quoted=True, header=False)
+
+    def write_record(self, fields: list[str]) -> str:
+        """Return a record as a line, every field in quotes."""
+        return ",".join('"' + field.replace('"', '""') + '"' for field in fields) + "\n"
+
+
+RawFile = JsonLines | Table
+
+
+def _look_ahead(lines: Iterator[str], ahead: deque[str]) -> Iterator[str]:
+    """Yield up to MAX_RECORD_LINES lines that come next, and keep them in `ahead`."""
+    for position in range(MAX_RECORD_LINES):
+        if position == len(ahead):
+            if (line := next(lines, None)) is None:
+                return
+            ahead.append(line)
+        yield ahead[position]
+
+
+def parse_object(text: str) -> dict | None:
+    """Return the dictionary that a line of JSON or a Python literal describes, None if it is none."""
+    try:
+        record = json.loads(text, parse_constant=lambda _: None)  # NaN is a missing value
+    except (ValueError, RecursionError):
+        if not text.lstrip().startswith("{"):
+            return None
+        try:
+            record = ast.literal_eval(text.strip())  # builds values only, and runs no code
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def literal(text: str) -> str:
     """Return text as an SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def identifier(name: str) -> str:
+    """Return a name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _source(path: Path) -> str:
@@ -103,55 +221,94 @@ def require_file(path: Path) -> Path:
     return path
 
 
-def execute_on_file(con: duckdb.DuckDBPyConnection, statement: str, raw: JsonLines | Table) -> None:
-    """Run a statement that reads the raw file; InputError names the first line that cannot be read."""
-    try:
-        con.execute(statement)
-    except duckdb.OutOfMemoryException:
-        raise
-    except duckdb.Error as error:
-        for _ in _row_lines(raw):
-            pass
-        if isinstance(error, DISK_ERRORS) and raw.path.name not in str(error):
-            raise
-        reason = str(error).partition("\n")[0][:300]
-        raise InputError(f"{raw.path}: cannot be read ({reason}); repair the file") from None
+def first_file(folder: Path, names: list[str]) -> Path:
+    """Return the first of these files that the folder has; InputError if it has none."""
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: has none of {', '.join(names)}; see --raw_path")
+    return path
 
 
-def line_of(raw: JsonLines | Table, row: int) -> str:
-    """Return 'line 7', the last line of 0-based row `row`."""
-    line = next(islice(_row_lines(raw), row, None), None)
-    return f"row {row + 1:,}" if line is None else f"line {line}"
-
-
-def _row_lines(raw: JsonLines | Table) -> Iterator[int]:
-    """Yield the last line of each row; InputError at the first line that cannot be read."""
+def read_records(raw: RawFile) -> Iterator[Record]:
+    """Yield the records of a raw file, also those that cannot be read; InputError if the file is cut short."""
     line = 0
+
+    def lines(file: BinaryIO) -> Iterator[str]:
+        nonlocal line
+        # Bytes that are no text become surrogates, which `records` cannot write and `_checked` reports.
+        encoding = "utf-8-sig" if raw.encoding == "utf-8" else raw.encoding
+        for text in TextIOWrapper(file, encoding, errors="surrogateescape", newline="\n"):
+            line += 1
+            yield text
+
     try:
-        with _open(raw.path) as file:
-            for is_row, line in raw.check(text.decode(raw.encoding) for text in file):
-                if is_row:
-                    yield line
+        with open_raw(raw.path) as file:
+            for record in raw.records(lines(file)):
+                yield _checked(record, raw.encoding)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{raw.path}: line {line + 1} cannot be read ({error}); get the file again") from None
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{raw.path}: line {line + 1} cannot be read ({error}); repair the file or remove the line"
-        ) from None
+    except (UnicodeError, LookupError) as error:
+        raise InputError(f"{raw.path}: is not in the encoding {raw.encoding} ({error}); see --encoding") from None
 
 
-def header_of(path: Path, delimiters: str, quoted: bool) -> dict[str, list[str]]:
-    """Return the column names of the first line, split at each of the possible `delimiters`."""
+def _checked(record: Record, encoding: str) -> Record:
+    if not record.text.isascii() and not _is_encodable(record.text):
+        return record._replace(fields=None, fault=f"is not in {encoding}; see --encoding, such as latin-1")
+    if len(record.text) > MAX_RECORD // 4 and len(record.text.encode()) > MAX_RECORD:
+        return record._replace(fields=None, fault="is longer than 2 MB")
+    return record
+
+
+def normalize(raw: RawFile, path: Path) -> tuple[RawFile, Iterator[Record]]:
+    """Return a description of the readable records, which are written to `path` while the faulty ones are iterated."""
+
+    def write() -> Iterator[Record]:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for record in read_records(raw):
+                if record.fields is None:
+                    yield record
+                else:
+                    file.write(raw.write_record(record.fields))  # type: ignore[arg-type]
+
+    return raw.normalized(path), write()
+
+
+def find_records(raw: RawFile, rows: set[int]) -> dict[int, Record]:
+    """Return the records at 0-based positions among the readable ones."""
+    records, last = {}, max(rows, default=-1)
+    readable = (record for record in read_records(raw) if record.fields is not None)
+    for row, record in enumerate(readable):
+        if row in rows:
+            records[row] = record
+        if row >= last:
+            break
+    return records
+
+
+def excerpt(text: str) -> str:
+    """Return the beginning of a line, for messages."""
+    return shorten(" ".join(text.encode("utf-8", "replace").decode().split()), 60)
+
+
+def header_of(path: Path, delimiters: str, quoted: bool, encoding: str = "utf-8") -> dict[str, list[str]]:
+    """Return the column names of the first line without white space, split at each of the possible `delimiters`."""
     try:
-        with _open(require_file(path)) as file:
-            line = file.readline(2**20).decode("utf-8-sig").rstrip("\r\n")
+        with open_raw(require_file(path)) as file:
+            text = TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline="\n")
+            line = text.readline(2**20).rstrip("\r\n")
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         return {
-            delimiter: next(csv.reader([line], delimiter=delimiter, quoting=quoting), []) for delimiter in delimiters
+            delimiter: [name.strip() for name in next(csv.reader([line], delimiter=delimiter, quoting=quoting), [])]
+            for delimiter in delimiters
         }
+    except (UnicodeError, LookupError) as error:
+        raise InputError(
+            f"{path}: line 1 is not in {encoding} ({error}); name the encoding with --encoding, such as latin-1"
+        ) from None
     except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
         raise InputError(f"{path}: line 1 cannot be read ({error}); it should contain the column names") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+def open_raw(path: Path) -> BinaryIO:
+    """Open a raw file, gzipped or not, for bytes."""
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")  # type: ignore[return-value]

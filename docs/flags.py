@@ -19,7 +19,7 @@ COMMANDS = {
     "Semantic IDs": ("index.embed", "index.train", "index.generate", "index.repair", "index.report"),
     "Weights": (
         "convert.smollm2", "convert.scratch", "convert.merge_lora", "convert.make_delta", "convert.merge_delta",
-        "convert.zero_to_fp32",
+        "convert.publish", "convert.zero_to_fp32",
     ),
 }  # fmt: skip
 HEAD = """# Flags

@@ -1,7 +1,7 @@
 """Resolve collisions of semantic IDs: reassign colliding items by Sinkhorn, then move the rest to free codes."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+import math
+from collections import Counter, defaultdict
 
 import numpy as np
 import torch
@@ -75,21 +75,41 @@ def resolve_collisions(model: RQVAE, latents: torch.Tensor, codes: np.ndarray) -
     codebooks = [book.numpy() for book in model.codebooks]
     check_sizes([len(book) for book in codebooks], len(codes))
     codes, points = codes.copy(), latents.numpy()
-    occupied = set(map(tuple, codes.tolist()))
+    occupied = _OccupiedCodes(codebooks, codes)
     for group in collision_groups(codes):
         centre = sum(book[codes[group[0], level]] for level, book in enumerate(codebooks))
         _, *displaced = group[np.argsort(((points[group] - centre) ** 2).sum(1), kind="stable")]
         for row in displaced:
-            codes[row] = next(ids for ids in _nearest_semantic_ids(points[row], codebooks) if ids not in occupied)
-            occupied.add(tuple(codes[row].tolist()))
+            codes[row] = occupied.take_nearest(points[row])
     return codes
 
 
-def _nearest_semantic_ids(point: np.ndarray, codebooks: list[np.ndarray]) -> Iterator[tuple[int, ...]]:
-    """Yield all semantic IDs, nearest code first on each level, the last level varying fastest."""
-    if not codebooks:
-        yield ()
-        return
-    for code in np.argsort(((codebooks[0] - point) ** 2).sum(1), kind="stable").tolist():
-        for suffix in _nearest_semantic_ids(point - codebooks[0][code], codebooks[1:]):
-            yield (code, *suffix)
+class _OccupiedCodes:
+    """Semantic IDs in use, as a count below each prefix, so that a search passes over full prefixes at once.
+
+    Args:
+        codebooks: float32 [size, code_dim] of each level.
+        codes: int64 [items, levels], the semantic IDs of the items; the same one can occur more than once.
+    """
+
+    def __init__(self, codebooks: list[np.ndarray], codes: np.ndarray):
+        self.codebooks = codebooks
+        sizes = [len(book) for book in codebooks]
+        self.capacity = [math.prod(sizes[level:]) for level in range(len(sizes) + 1)]  # below a prefix of each length
+        self.counts: Counter[tuple[int, ...]] = Counter()
+        for semantic_id in set(map(tuple, codes.tolist())):
+            self._occupy(semantic_id)
+
+    def take_nearest(self, point: np.ndarray) -> tuple[int, ...]:
+        """Occupy the first free semantic ID of a depth-first search, nearest code first on each level; return it."""
+        prefix: tuple[int, ...] = ()
+        for level, book in enumerate(self.codebooks):
+            order = np.argsort(((book - point) ** 2).sum(1), kind="stable").tolist()
+            # A prefix that is not full leads to a free semantic ID, so that the search never goes back a level.
+            code = next(code for code in order if self.counts[(*prefix, code)] < self.capacity[level + 1])
+            prefix, point = (*prefix, code), point - book[code]
+        self._occupy(prefix)
+        return prefix
+
+    def _occupy(self, semantic_id: tuple[int, ...]) -> None:
+        self.counts.update(semantic_id[:length] for length in range(1, len(semantic_id) + 1))

@@ -8,6 +8,7 @@ import reclingua.utils.logging  # noqa: F401
 
 import argparse
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from sklearn.decomposition import TruncatedSVD
 
 from reclingua.datasets.interactions import InteractionDataset, open_interactions
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import atomic_write
+from reclingua.utils.files import atomic_write, check_outputs
+from reclingua.utils.hub import hub_options
+from reclingua.utils.metadata import run_metadata
+from reclingua.utils.provenance import check_replaceable, write_record
 
 
 def packaged_encoder() -> str:
@@ -40,7 +44,7 @@ def embed_text(texts: list[str], plm: str, batch_size: int = 64) -> np.ndarray:
     disable_progress_bar()  # for loading weights; encoding shows its own on a terminal
 
     try:
-        encoder = SentenceTransformer(plm)
+        encoder = SentenceTransformer(plm, **hub_options(plm))
     except (OSError, ValueError) as error:
         raise InputError(f"--plm {plm}: no sentence encoder could be loaded ({error})") from None
     return encoder.encode(
@@ -63,6 +67,16 @@ def embed_interactions(dataset: InteractionDataset, width: int, seed: int = 0) -
     rows, columns, values = zip(*entries, strict=True)
     matrix = csr_matrix((values, (rows, columns)), shape=(len(row_of), len(dataset.histories)))
     return TruncatedSVD(width, n_iter=10, random_state=seed).fit_transform(matrix).astype(np.float32)
+
+
+def record_settings(args: argparse.Namespace, dataset: InteractionDataset) -> dict:
+    """Return what the embeddings are made with; the collaborative part depends on training histories, too."""
+    settings = {"texts": dataset.sha256("texts"), "plm": args.plm, "collab_weight": args.collab_weight}
+    if Path(args.plm).is_dir():
+        settings["plm"] = str(Path(args.plm).absolute())
+    if args.collab_weight:
+        settings |= {"collab_dim": args.collab_dim, "train_histories": dataset.sha256("train_histories")}
+    return settings
 
 
 def combine(text: np.ndarray, interactions: np.ndarray, weight: float) -> np.ndarray:
@@ -95,12 +109,19 @@ def main() -> None:
         "--collab_dim", type=int, default=64, help="width of the collaborative part (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="default: <data_path>/<dataset>/<dataset>.emb-<plm>-td.npy")
+    parser.add_argument("--force", action="store_true", help="replace a file that was made from something else")
     args = one_line_errors(parser).parse_args()
     if not 0 <= args.collab_weight <= 1:
         raise InputError(f"--collab_weight {args.collab_weight}: should be between 0 and 1")
 
+    started = time.monotonic()
     dataset = open_interactions(args.data_path, args.dataset, needs=["items"])
+    for remark in dataset.remarks:
+        print(remark)
     output = args.output or dataset.folder / f"{dataset.name}.emb-{Path(args.plm).name}-td.npy"
+    check_outputs({"--output": output}, dataset.files)
+    made_with = record_settings(args, dataset)
+    check_replaceable(output, made_with, args.force)
     with atomic_write(output) as temporary:
         texts = [dataset.text(item) for item in dataset.item_ids]
         embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)
@@ -113,6 +134,7 @@ def main() -> None:
             embeddings = combine(embeddings, embed_interactions(dataset, width), args.collab_weight)
         with temporary.open("wb") as file:
             np.save(file, embeddings, allow_pickle=False)
+        write_record(output, made_with, run_metadata(vars(args), started), written=temporary)
     print(f"{len(embeddings):,} items, embedding width {embeddings.shape[1]} -> {output}")
 
 

@@ -8,12 +8,16 @@ first free code of that level; a new code is added to the level only if none is 
 
 import argparse
 import re
+import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 from reclingua.datasets.interactions import read_codes
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import write_json
+from reclingua.utils.files import atomic_write, check_outputs, write_json
+from reclingua.utils.metadata import run_metadata
+from reclingua.utils.provenance import check_replaceable, file_sha256, read_record, write_record
 
 
 def deduplicate(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -25,14 +29,18 @@ def deduplicate(index: Mapping[str, list[str]]) -> dict[str, list[str]]:
         last_codes[depth] = sorted(distinct, key=lambda code: (len(code), code))
     repaired: dict[str, list[str]] = {}
     assigned: set[str] = set()
+    # Position in the level before which all codes after a prefix are occupied: they never become free again.
+    positions: dict[tuple[str, ...], int] = defaultdict(int)
     for item, codes in index.items():
         if "".join(codes) in assigned:
             prefix, level = codes[:-1], last_codes[len(codes)]
-            code = next((code for code in level if "".join([*prefix, code]) not in occupied), None)
-            if code is None:
-                code = next_code(level[-1])
-                level.append(code)
-            codes = [*prefix, code]
+            position = positions[*prefix]
+            while position < len(level) and "".join([*prefix, level[position]]) in occupied:
+                position += 1
+            if position == len(level):
+                level.append(next_code(level[-1]))
+            positions[*prefix] = position + 1
+            codes = [*prefix, level[position]]
             occupied.add("".join(codes))
         assigned.add("".join(codes))
         repaired[item] = codes
@@ -51,10 +59,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="index file, D.index.json")
     parser.add_argument("--output", type=Path, required=True, help="repaired index file")
+    parser.add_argument("--force", action="store_true", help="replace an index that was made from another one")
     args = one_line_errors(parser).parse_args()
+    started = time.monotonic()
+    check_outputs({"--output": args.output}, {"the index to repair": args.index})
     index = read_codes(args.index)
+    made_with = {"index_sha256": file_sha256(args.index)}
+    if texts := (read_record(args.index) or {}).get("texts"):
+        made_with["texts"] = texts  # the items that the index was made for
+    check_replaceable(args.output, made_with, args.force)
     repaired = deduplicate(index)
-    write_json(args.output, repaired)
+    with atomic_write(args.output) as temporary:
+        write_json(temporary, repaired)
+        write_record(args.output, made_with, run_metadata(vars(args), started), written=temporary)
     num_changed = sum(repaired[item] != codes for item, codes in index.items())
     print(f"{num_changed:,} of {len(index):,} items have a new last code -> {args.output}")
 

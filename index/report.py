@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from reclingua.datasets.interactions import read_codes
+from reclingua.datasets.interactions import read_codes, read_items
 from reclingua.metrics.index import index_statistics
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import atomic_write, output_folder, read_json, write_json
+from reclingua.utils.files import atomic_write, output_folder, write_json
 from reclingua.utils.metadata import run_metadata
 from reclingua.utils.text import unique_names
 
@@ -28,7 +28,7 @@ from reclingua.utils.text import unique_names
 CATEGORY_KEYS = {"categories": ",", "class": " ", "brand": None}
 
 
-def read_categories(path: Path, key: str | None) -> tuple[str, dict[str, set[str]]]:
+def read_categories(path: Path, key: str | None) -> tuple[str | None, dict[str, set[str]]]:
     """Read the categories of the items.
 
     A list has one category per element; a text is one category, except `categories` (separated by commas) and
@@ -38,24 +38,22 @@ def read_categories(path: Path, key: str | None) -> tuple[str, dict[str, set[str
         key: key of the categories; None: the first of CATEGORY_KEYS with informative values.
 
     Returns:
-        (the key, item -> its categories; without those of one item or of more than half of the items).
+        (the key, None if no category is informative, item -> its categories; without those of one item or of more
+        than half of the items).
 
     Raises:
-        InputError: the file is no item file, or has no such categories.
+        InputError: the file is no item file, or no item has the key.
     """
-    items = read_json(path, "item -> title, description and a category")
-    if (wrong := next((item for item, record in items.items() if not isinstance(record, dict)), None)) is not None:
-        raise InputError(f"{path}: item {wrong!r} should be an object with a title and a description")
+    items = read_items(path)
+    if key and not any(key in record for record in items.values()):
+        raise InputError(f"{path}: no item has the key {key!r}; see --category_key")
     for name in [key] if key else CATEGORY_KEYS:
         categories = {item: _split(record.get(name), CATEGORY_KEYS.get(name)) for item, record in items.items()}
         members = Counter(category for names in categories.values() for category in names)
         informative = {category for category, count in members.items() if 2 <= count <= len(items) / 2}
         if informative:
             return name, {item: names & informative for item, names in categories.items()}
-    searched = f"the key {key!r}" if key else f"any of the keys {', '.join(CATEGORY_KEYS)}"
-    raise InputError(
-        f"{path}: no category in {searched} is shared by two or more items, up to half of them; see --category_key"
-    )
+    return None, {item: set() for item in items}
 
 
 def _split(value: object, separator: str | None) -> set[str]:
@@ -165,8 +163,11 @@ def main() -> None:
                 f"{path}: item {missing!r} of {args.item} has no semantic ID; give files of the same dataset"
             )
 
-    statistics = {name: index_statistics(index, categories) for name, index in indices.items()}
+    statistics = {name: index_statistics(index, categories if key else None) for name, index in indices.items()}
     print(format_table(statistics))
+    if args.item and key is None:
+        searched = args.category_key or ", ".join(CATEGORY_KEYS)
+        print(f"no lifts: no category in {searched} of {args.item} is shared by two or more items, up to half of them")
     output_folder(args.output)
     with atomic_write(args.output / "report.png") as temporary:
         plot(statistics, key, temporary)

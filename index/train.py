@@ -7,7 +7,8 @@ python -m index.train --method kmeans --embeddings data/D/D.emb-minilm-td.npy --
 --method kmeans            every level clusters the residuals of the levels before it
 --method balanced-kmeans   the same with equally large clusters
 
-The output is an RQ-VAE folder; with k-means the model has no encoder and no decoder.
+The output is an RQ-VAE folder; with k-means the model has no encoder and no decoder. Its run.json names the embeddings
+and holds their SHA-256: index.generate reads these and no others.
 """
 
 import reclingua.utils.logging  # noqa: F401
@@ -28,8 +29,9 @@ from index.kmeans import fill_codebooks
 from index.rqvae import RQVAE, RQVAEConfig
 from reclingua.datasets.interactions import read_embeddings
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_folder, write_json
+from reclingua.utils.files import output_folder
 from reclingua.utils.metadata import run_metadata
+from reclingua.utils.provenance import check_replaceable, file_sha256, write_record
 
 METHODS = ("rqvae", "kmeans", "balanced-kmeans")
 RQVAE_FLAGS = ("code_dim", "hidden_sizes", "epochs", "batch_size", "learning_rate", "weight_decay")
@@ -122,6 +124,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
     parser.add_argument("--weight_decay", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace an RQ-VAE of other embeddings or settings")
     args = one_line_errors(parser).parse_args()
     for flag in RQVAE_FLAGS if args.method != "rqvae" else ():
         if getattr(args, flag) != parser.get_default(flag):
@@ -139,6 +142,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def record_settings(args: argparse.Namespace) -> dict:
+    """Return what the model is made with: the SHA-256 of the embeddings, and every setting."""
+    settings = {flag: value for flag, value in vars(args).items() if flag not in ("embeddings", "output_dir", "force")}
+    return {"embeddings_sha256": file_sha256(args.embeddings), **settings}
+
+
 @cli_main
 def main() -> None:
     args = parse_args()
@@ -152,6 +161,8 @@ def main() -> None:
             f"{args.embeddings}: {len(embeddings):,} items, fewer than the {max(args.codebook_sizes)} codes of a "
             "level; give smaller --codebook_sizes"
         )
+    made_with = record_settings(args)
+    check_replaceable(args.output_dir, made_with, args.force)
     output_folder(args.output_dir)
     disable_progress_bar()
     config = RQVAEConfig(
@@ -168,7 +179,8 @@ def main() -> None:
     else:
         model, curve = cluster(embeddings, config, args.seed)
     model.save_pretrained(args.output_dir)
-    write_json(args.output_dir / "run.json", {**run_metadata(vars(args), started), "curve": curve}, indent=1)
+    run = {"embeddings": str(args.embeddings.absolute()), **run_metadata(vars(args), started), "curve": curve}
+    write_record(args.output_dir, made_with, run)
     print(f"{args.method} of {sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
 
 

@@ -1,47 +1,42 @@
 """Co-occurrence baseline: items that followed the user's latest items in other histories."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+from typing import Self
 
-from reclingua.baselines.popularity import Popularity
-from reclingua.datasets.interactions import InteractionDataset
+import numpy as np
+from scipy import sparse
+
+from reclingua.baselines.base import Baseline
+from reclingua.baselines.histories import Histories
 
 WINDOW = 3  # largest distance of two items that count as co-occurring
 RECENT = 5  # number of a user's latest items that vote
 
 
-class CoOccurrence:
+class CoOccurrence(Baseline):
     """Recommender by first-order co-occurrence: candidates followed the user's latest items in other histories.
 
     A training pair (earlier, later) at most WINDOW places apart weighs 1 / distance, summed over all histories:
 
         weight(a -> c) = sum over pairs (a, c) of 1 / distance
         score(c)       = sum over the RECENT latest items a of weight(a -> c) / recency rank of a / sqrt(count(c))
-
-    Items that never followed any of the latest ones come last, by popularity.
     """
 
-    def __init__(self, dataset: InteractionDataset):
-        self.popularity = Popularity(dataset)
-        self.counts = self.popularity.counts
-        # item -> later item -> weight
-        self.followers: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for user in dataset.histories:
-            history = dataset.train_history(user)
-            for index, earlier in enumerate(history, start=1):
-                for distance, later in enumerate(history[index : index + WINDOW], start=1):
-                    self.followers[earlier][later] += 1 / distance
+    name = "co-occurrence"
 
-    def scores(self, history: list[str]) -> Mapping[str, float]:
-        """Return item -> score after `history`, oldest first; 0 for missing items."""
-        scores: defaultdict[str, float] = defaultdict(float)
-        for rank, item in enumerate(reversed(history[-RECENT:]), start=1):
-            for candidate, weight in self.followers.get(item, {}).items():
-                scores[candidate] += weight / rank / self.popularity.counts[candidate] ** 0.5
-        return scores
+    def fit(self, train: Histories) -> Self:
+        size = train.num_items
+        followers = sparse.csr_array((size, size))
+        for distance in range(1, WINDOW + 1):
+            earlier, later = train.pairs(distance)
+            weights = np.full(len(earlier), 1 / distance)
+            followers += sparse.csr_array((weights, (earlier, later)), shape=(size, size))
+        counts = np.bincount(train.items, minlength=size)
+        self.followers = followers @ sparse.diags_array(1 / np.sqrt(np.maximum(counts, 1)))
+        return self
 
-    def recommend(self, history: list[str], k: int, excluded: set[str]) -> list[str]:
-        """Return the best `k` items that are not in `excluded` for a user with `history`, oldest first."""
-        scores = self.scores(history)
-        best = sorted((item for item in scores if item not in excluded), key=lambda item: -scores[item])[:k]
-        return best + self.popularity.recommend(history, k - len(best), excluded | set(best))
+    def scores(self, histories: Histories) -> np.ndarray:
+        weights = np.where(histories.ages < RECENT, 1 / (histories.ages + 1), 0)
+        votes = histories.matrix(weights)
+        votes.eliminate_zeros()
+        # float64 until here, so that equal sums in another order stay equal
+        return (votes.astype(np.float64) @ self.followers).toarray().astype(np.float32)

@@ -1,28 +1,21 @@
 """Popularity baseline: items ranked by their number of training interactions."""
 
-from collections import Counter
-from collections.abc import Mapping
+from typing import Self
 
-from reclingua.datasets.interactions import InteractionDataset
+import numpy as np
+
+from reclingua.baselines.base import Baseline
+from reclingua.baselines.histories import Histories
 
 
-class Popularity:
-    """Recommender that ranks items by their number of training interactions, the same list for every user."""
+class Popularity(Baseline):
+    """Scores are the number of training interactions, the same for every history."""
 
-    def __init__(self, dataset: InteractionDataset):
-        self.counts = Counter(item for user in dataset.histories for item in dataset.train_history(user))
-        self.ranked = sorted(dataset.item_ids, key=lambda item: -self.counts[item])
+    name = "popularity"
 
-    def scores(self, history: list[str]) -> Mapping[str, float]:
-        """Return item -> score, 0 for missing items; `history` is ignored."""
-        return self.counts
+    def fit(self, train: Histories) -> Self:
+        self.counts = np.bincount(train.items, minlength=train.num_items).astype(np.float32)
+        return self
 
-    def recommend(self, history: list[str], k: int, excluded: set[str]) -> list[str]:
-        """Return the best `k` items that are not in `excluded`; `history` is ignored."""
-        best: list[str] = []
-        for item in self.ranked:
-            if len(best) == k:
-                break
-            if item not in excluded:
-                best.append(item)
-        return best
+    def scores(self, histories: Histories) -> np.ndarray:
+        return np.tile(self.counts, (len(histories), 1))

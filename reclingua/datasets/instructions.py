@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from reclingua.datasets.collators import IGNORE, encode_prompt, sanitizer
-from reclingua.datasets.interactions import TEXT_KEYS, InteractionDataset
+from reclingua.datasets.interactions import InteractionDataset
+from reclingua.datasets.item_texts import TEXT_KEYS
 from reclingua.datasets.prompts import INTENTION_FIELDS, TARGET, PromptTemplate
 from reclingua.datasets.tasks import history_segment
 from reclingua.utils.errors import InputError

@@ -67,8 +67,11 @@ def read_prompts(
     path: str | Path = LCREC_PROMPT_FILE, tasks: dict[str, Fields] = FIELDS
 ) -> dict[str, list[PromptTemplate]]:
     """Read task -> its prompt templates; InputError names the file, the task and the number of an invalid template."""
-    path = Path(path)
-    content = read_yaml(path, "prompt file")
+    return parse_prompts(path, read_yaml(path, "prompt file"), tasks)
+
+
+def parse_prompts(path: str | Path, content: object, tasks: dict[str, Fields]) -> dict[str, list[PromptTemplate]]:
+    """Return task -> its prompt templates from the content of a prompt file or of a checkpoint's metadata, `path`."""
     if not isinstance(content, dict):
         raise InputError(f"{path}: should map each task to a list of prompt templates")
     prompts = {}
@@ -80,7 +83,25 @@ def read_prompts(
     return prompts
 
 
-def _check(path: Path, task: str, number: int, template: object, fields: Fields) -> PromptTemplate:
+def check_prompts(path: str | Path, content: dict[str, list]) -> None:
+    """Check the prompt templates of a checkpoint's metadata, of whatever tasks, as those of a prompt file."""
+    known = FIELDS | YES_NO_FIELDS
+    if unknown := sorted(content.keys() - known.keys()):
+        raise InputError(f"{path}: has prompt templates of the unknown task {unknown[0]!r}")
+    # A template without a response is stored with an empty one.
+    written = {
+        task: [
+            {key: text for key, text in template.items() if (key, text) != ("response", "")}
+            if isinstance(template, dict)
+            else template
+            for template in (templates if isinstance(templates, list) else [])
+        ]
+        for task, templates in content.items()
+    }
+    parse_prompts(path, written, {task: known[task] for task in content})
+
+
+def _check(path: str | Path, task: str, number: int, template: object, fields: Fields) -> PromptTemplate:
     where = f"{path}: {task} prompt template {number}"
     keys = {"prompt", "response"} if fields.response else {"prompt"}
     if (

@@ -16,8 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from reclingua.datasets.formats import conversion_hint
+from reclingua.datasets.item_texts import complete_titles, describe_untitled
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import read_json
+from reclingua.utils.files import check_complete, read_json
+from reclingua.utils.provenance import fingerprint
 
 PARTS = ("train", "valid", "test")
 # Columns of a row. Ids start at 1; 0 is padding. his: the items that the user has liked so far, oldest first.
@@ -40,13 +43,15 @@ class RatingsDataset:
 
     Args:
         parts: "train", "valid", "test" -> rows with COLUMNS.
-        items: item id -> texts by key.
+        items: item id -> texts by key; every item has a title.
+        remarks: sentences on items without a title of their own.
     """
 
     name: str
     folder: Path
     parts: dict[str, Dataset]
     items: dict[str, dict]
+    remarks: tuple[str, ...] = ()
 
     @property
     def num_users(self) -> int:
@@ -64,6 +69,18 @@ class RatingsDataset:
         for name in ("uid", "iid", "label"):
             digest.update(to_numpy(self.parts["train"], name).astype(np.int64).tobytes())
         return digest.hexdigest()
+
+    def items_sha256(self) -> str:
+        """Return the fingerprint of the items and their titles."""
+        return fingerprint({item: str(texts.get("title")) for item, texts in self.items.items()})
+
+    def num_trained(self, part: Dataset) -> int:
+        """Return how many rows of a part are of a user and an item that train has together."""
+        pairs = [
+            to_numpy(rows, "uid").astype(np.int64) << 32 | to_numpy(rows, "iid")
+            for rows in (part, self.parts["train"])
+        ]
+        return int(np.isin(*pairs).sum())
 
 
 def to_numpy(part: Dataset, name: str) -> np.ndarray:
@@ -116,15 +133,41 @@ def open_ratings(data_path: str | Path, name: str) -> RatingsDataset:
             f"{folder}: no such dataset folder; make it with python -m data.prepare --task preference, "
             "or see --data_path"
         )
-    items = read_json(folder / "item.json", "item -> title and description")
+    check_complete(folder)
+    missing = next((file for file in ("item.json", "train.parquet") if not (folder / file).is_file()), None)
+    if missing and (hint := conversion_hint(folder, name)):
+        raise InputError(f"{folder / missing}: no such file; {hint}")
+    items = read_items(folder / "item.json")
+    untitled = complete_titles(items)
+    item_ids = np.array([int(item) for item in items])
+    tables = {part: _read_part(folder / f"{part}.parquet", item_ids) for part in PARTS}
+    if not all("not_cold" in table.column_names for table in tables.values()):
+        tables = mark_warm(tables)
+    parts = {part: Dataset(table.select(list(COLUMNS))) for part, table in tables.items()}
+    remark = describe_untitled(untitled.values())
+    return RatingsDataset(name, folder, parts, items, (remark,) if remark else ())
+
+
+def read_items(path: Path) -> dict[str, dict]:
+    """Read item -> texts by key from item.json, as they are; InputError if an id is no number from 1 to 999999999."""
+    items = read_json(path, "item -> title and description")
     for item, record in items.items():
         if not item.isdecimal() or len(item) > 9 or item != str(int(item)) or item == "0":
-            raise InputError(f"{folder / 'item.json'}: item {item[:50]!r} should be a number from 1 to 999999999")
-        if not isinstance(record, dict) or not str(record.get("title") or "").strip():
-            raise InputError(f"{folder / 'item.json'}: item {item!r} should be an object with a title")
-    item_ids = np.array([int(item) for item in items])
-    parts = {part: _read_part(folder / f"{part}.parquet", item_ids) for part in PARTS}
-    return RatingsDataset(name, folder, parts, items)
+            raise InputError(f"{path}: item {item[:50]!r} should be a number from 1 to 999999999")
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: item {item!r} should be an object with a title")
+    return items
+
+
+def mark_warm(tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    """Replace or add the column `not_cold`: whether train has both the user and the item of a row."""
+    train = tables["train"]
+    marked = {}
+    for part, table in tables.items():
+        warm = pc.and_(*(pc.is_in(table[name], train[name].combine_chunks()) for name in ("uid", "iid")))
+        table = table.drop_columns("not_cold") if "not_cold" in table.column_names else table
+        marked[part] = table.append_column("not_cold", warm.cast(pa.int8()))
+    return marked
 
 
 def make_ratings(
@@ -153,8 +196,8 @@ def make_ratings(
             raise InputError(f"row {row}: should have a list of item ids, not the text {history[:50]!r}")
         if unknown := next((name for name in (item, *history) if name not in dataset.items), None):
             raise InputError(f"row {row}: item {unknown!r} is not in item.json of {dataset.name}")
-        if user is not None and (not str(user).isdecimal() or int(user) >= num_users):
-            raise InputError(f"row {row}: user {user!r} is not in {dataset.name}; give None for a new user")
+        if user is not None and (not str(user).isdecimal() or len(str(user)) > 9 or int(user) >= num_users):
+            raise InputError(f"row {row}: user {str(user)[:50]!r} is not in {dataset.name}; give None for a new user")
         numbers.append((int(user or 0), int(item), [int(liked) for liked in history]))
     uid, iid = (np.array([number[column] for number in numbers], dtype=np.int64) for column in (0, 1))
     zeros = np.zeros(len(numbers), dtype=np.int64)
@@ -167,43 +210,67 @@ def make_ratings(
     return Dataset(pa.table({name: pa.array(columns[name], kind) for name, kind in COLUMNS.items()}))
 
 
-def _read_part(path: Path, item_ids: np.ndarray) -> Dataset:
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; make it with python -m data.prepare --task preference") from None
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not a readable parquet file ({error})") from None
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
+def _read_part(path: Path, item_ids: np.ndarray) -> pa.Table:
+    """Return a part with the types of COLUMNS; `not_cold` can be missing, in files of CoLLM's authors."""
+    table = read_table(path)
+    names = [name for name in COLUMNS if name != "not_cold" or name in table.column_names]
+    if missing := [name for name in names if name not in table.column_names]:
         raise InputError(f"{path}: has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
     if not len(table):
         raise InputError(f"{path}: has no rows")
     columns = {}
-    for name, kind in COLUMNS.items():
-        values = table.column(name)
+    for name in names:
+        values, kind = table.column(name), COLUMNS[name]
         if values.null_count:
             raise InputError(f"{path}: row {pc.is_null(values).to_numpy().argmax()} has no {name}")
         try:
             columns[name] = values.cast(kind).combine_chunks()
         except pa.ArrowException as error:
             raise InputError(f"{path}: column {name!r} should be {kind}, not {values.type} ({error})") from None
-    numbers = {name: columns[name].to_numpy(zero_copy_only=False) for name in COLUMNS if name != "his"}
-
-    def refuse(is_invalid: np.ndarray, fault: str) -> None:
+    columns["his"] = without_padding(columns["his"])
+    for fault, is_invalid in row_faults(columns, item_ids).items():
         if is_invalid.any():
             row = int(is_invalid.argmax())
-            raise InputError(f"{path}: row {row} has {fault.format(**{k: v[row] for k, v in numbers.items()})}")
+            numbers = {name: column[row] for name, column in columns.items()}
+            raise InputError(f"{path}: row {row} has {fault.format(**numbers)}")
+    if len(pc.unique(columns["label"])) == 1:
+        raise InputError(f"{path}: all labels are {columns['label'][0]}; AUC needs both 0 and 1")
+    return pa.table(columns)
 
-    for name in ("label", "not_cold"):
-        refuse(~np.isin(numbers[name], (0, 1)), f"{name} {{{name}}}; it should be 0 or 1")
-    refuse((numbers["uid"] < 1) | (numbers["uid"] > 999_999_999), "user {uid}; ids go from 1 to 999999999")
-    refuse(~np.isin(numbers["iid"], item_ids), "item {iid}, which is not in item.json")
+
+def read_table(path: Path) -> pa.Table:
+    """Read a parquet file; InputError if it is none."""
+    try:
+        return pq.read_table(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; make it with python -m data.prepare --task preference") from None
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: not a readable parquet file ({error})") from None
+
+
+def without_padding(his: pa.ListArray) -> pa.ListArray:
+    """Remove the zeros from histories: CoLLM's authors publish them padded to one length."""
+    items = his.flatten()
+    is_padding = pc.fill_null(pc.equal(items, 0), False).to_numpy(zero_copy_only=False)
+    if not is_padding.any():
+        return his
+    ends = np.cumsum(pc.list_value_length(his).to_numpy(zero_copy_only=False))
+    kept_before = np.concatenate([[0], np.cumsum(~is_padding)])
+    offsets = pa.array(kept_before[np.concatenate([[0], ends])], pa.int32())
+    return pa.ListArray.from_arrays(offsets, items.filter(pa.array(~is_padding)))
+
+
+def row_faults(columns: dict[str, pa.Array], item_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the rows that have each kind of fault, bool [rows]; a key is a format string of the row's values."""
+    numbers = {name: column.to_numpy(zero_copy_only=False) for name, column in columns.items() if name != "his"}
     his = columns["his"]
     liked = pc.fill_null(his.flatten(), 0).to_numpy()
     rows_of_liked = np.repeat(np.arange(len(his)), pc.list_value_length(his).to_numpy(zero_copy_only=False))
     has_unknown = np.zeros(len(his), bool)
     has_unknown[rows_of_liked[~np.isin(liked, item_ids)]] = True
-    refuse(has_unknown, "a history with an item that is not in item.json")
-    if len(np.unique(numbers["label"])) == 1:
-        raise InputError(f"{path}: all labels are {numbers['label'][0]}; AUC needs both 0 and 1")
-    return Dataset(pa.table(columns))
+    flags = [name for name in ("label", "not_cold") if name in numbers]
+    return {f"{name} {{{name}}}; it should be 0 or 1": ~np.isin(numbers[name], (0, 1)) for name in flags} | {
+        "user {uid}; ids go from 1 to 999999999": (numbers["uid"] < 1) | (numbers["uid"] > 999_999_999),
+        "item {iid}, which is not in item.json": ~np.isin(numbers["iid"], item_ids),
+        "a history with an item that is not in item.json": has_unknown,
+    }

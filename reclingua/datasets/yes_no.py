@@ -317,7 +317,7 @@ class YesNoDataset(torch.utils.data.Dataset):
             elif field in ("user", "item") and self.codes:
                 owner, number = (USER, self.users[row]) if field == "user" else (ITEM, self.items[row])
                 ids += self._encode(gap + self.codes[owner][int(number)])
-            elif field in self.row_texts:
+            elif field is not None and field in self.row_texts:
                 ids += self._encode(gap + self.row_texts[field][row])
             elif field is not None:
                 soft += [0] * (len(ids) - len(soft))

@@ -78,7 +78,7 @@ def beam_search(
         children, exists = trie.children(states, level)
         gains = logits.gather(2, trie.token[children].long()).float()
         if score_over == "vocabulary":
-            gains -= _log_normaliser(logits)
+            gains -= log_normaliser(logits)
         else:
             gains -= gains.masked_fill(~exists, -torch.inf).logsumexp(2, keepdim=True)
         if not gains.masked_fill(~exists, 0).isfinite().all():
@@ -107,7 +107,7 @@ def beam_search(
     ]
 
 
-def _log_normaliser(logits: torch.Tensor) -> torch.Tensor:
+def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
     """Return the log-sum-exp, float32 [batch, beams, 1], 32 rows at a time: all at once would double the memory."""
     rows = logits.flatten(0, 1).split(32)
     return torch.cat([part.float().logsumexp(1) for part in rows]).view(*logits.shape[:2], 1)

@@ -79,22 +79,51 @@ class TreeAttentionDecoder:
             tokens: int64 [batch, beams].
             parents: int64 [batch, beams], the beam of the previous call that each beam continues.
         """
-        batch, beams = tokens.shape
         inherited = self.ancestors.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[2]))
-        itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
         self.ancestors = torch.cat([inherited, itself], dim=2)
-        visible = torch.cat([self.prompt_mask.unsqueeze(1).expand(-1, beams, -1), self.ancestors], dim=2)
+        logits = self._forward(tokens, self.ancestors, self.positions.expand(tokens.shape))
+        self.positions = self.positions + 1
+        return logits
+
+    def branch(self, levels: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        """Return the logits after each token of a tree below the prompt, by level, in one pass.
+
+        Args:
+            levels: the tokens and parents of each level, as for `step`.
+        """
+        if not levels:
+            return []
+        ancestors: list[torch.Tensor] = []
+        width, nodes = 0, sum(tokens.shape[1] for tokens, _ in levels)
+        for tokens, parents in levels:
+            visible = torch.zeros((*tokens.shape, nodes), dtype=torch.bool, device=tokens.device)
+            if ancestors:
+                visible |= ancestors[-1].gather(1, parents.unsqueeze(-1).expand(-1, -1, nodes))
+            columns = torch.arange(tokens.shape[1], device=tokens.device)
+            visible[:, columns, width + columns] = True
+            ancestors.append(visible)
+            width += tokens.shape[1]
+        positions = [
+            (self.positions + depth).expand(tokens.shape) for depth, (tokens, _) in enumerate(levels)
+        ]  # of the tokens of a level
+        tokens = torch.cat([tokens for tokens, _ in levels], dim=1)
+        logits = self._forward(tokens, torch.cat(ancestors, dim=1), torch.cat(positions, dim=1))
+        return list(logits.split([tokens.shape[1] for tokens, _ in levels], dim=1))
+
+    def _forward(self, tokens: torch.Tensor, ancestors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the logits of tokens that see the prompt and, of the tokens after it, their `ancestors`."""
+        visible = torch.cat([self.prompt_mask.unsqueeze(1).expand(-1, tokens.shape[1], -1), ancestors], dim=2)
         dtype = self.model.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=tokens.device)
         mask = mask.masked_fill_(~visible, torch.finfo(dtype).min)
         output = self.model(
             input_ids=tokens,
             attention_mask=mask.unsqueeze(1),
-            position_ids=self.positions.expand(-1, beams),
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.positions = self.positions + 1
         return output.logits
 
 
@@ -129,6 +158,10 @@ class ReplicatedCacheDecoder:
             **_accepted(self.model, optional),
         )
         return output.logits.view(batch, beams, -1)
+
+    def branch(self, levels: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        """Return the logits after each token of a tree, as `TreeAttentionDecoder.branch` does, level by level."""
+        return [self.step(tokens, parents) for tokens, parents in levels]
 
 
 class DecoderSelector:

@@ -5,13 +5,15 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from reclingua.baselines import fit_baselines
+from reclingua.baselines import UNTUNED, fit_baselines
 from reclingua.demo.catalogue import Catalogue
+from reclingua.inference.fusion import FusedRecommender
 from reclingua.inference.recommender import Recommender
 from reclingua.utils.errors import InputError
 
 UNITS = {"popularity": "interactions", "co-occurrence": "co-occurrence"}  # of the baselines' scores
 LOG_PROBABILITY = "log-probability"
+FUSED_SCORE = "fused score"
 
 
 class Recommended(NamedTuple):
@@ -38,16 +40,17 @@ class NextItem:
 
     Args:
         num_beams: items that are searched for, and the most that are shown.
+        fused: the model fused with baselines, which is asked like a further recommender.
     """
 
-    def __init__(self, recommender: Recommender, num_beams: int):
-        self.recommender, self.num_beams = recommender, num_beams
+    def __init__(self, recommender: Recommender, num_beams: int, fused: FusedRecommender | None = None):
+        self.recommender, self.num_beams, self.fused = recommender, num_beams, fused
         self.dataset, self.name = recommender.dataset, recommender.metadata.method
         self.max_his_len = recommender.metadata.max_his_len
-        self.baselines = fit_baselines(self.dataset)
-        self.recommenders = [self.name, *self.baselines]
+        self.baselines = fit_baselines(self.dataset, names=UNTUNED)
+        self.recommenders = [self.name, *([fused.name] if fused else []), *self.baselines.models]
         titles = {item: self.dataset.title(item) for item in self.dataset.item_ids}
-        self.catalogue = Catalogue(titles, self.baselines["popularity"].counts)
+        self.catalogue = Catalogue(titles, self.baselines.popularity)
 
     def test_user(self, name: str) -> tuple[str, list[str], str]:
         """Return (user, history, item taken) of the test user `name`, or of any for ""."""
@@ -67,10 +70,12 @@ class NextItem:
             beams = self.num_beams
             (ranked,) = self.recommender.recommend([history], beams, exclude_seen=exclude_seen, num_beams=beams)
             unit, scored = LOG_PROBABILITY, [(entry.item, f"{entry.score:.2f}") for entry in ranked]
+        elif self.fused and name == self.fused.name:
+            (ranked,) = self.fused.recommend([history], self.num_beams, exclude_seen)
+            unit, scored = FUSED_SCORE, [(entry.item, f"{entry.score:.2f}") for entry in ranked]
         else:
-            baseline, unit = self.baselines[name], UNITS[name]
-            scores = baseline.scores(list(history))
-            items = baseline.recommend(list(history), self.num_beams, set(history) if exclude_seen else set())
+            unit, scores = UNITS[name], self.baselines.scores(name, history)
+            items = self.baselines.recommend(name, history, self.num_beams, history if exclude_seen else ())
             decimals = 0 if name == "popularity" else 4
             scored = [(item, f"{scores[item]:,.{decimals}f}") for item in items]
         rows = [

@@ -35,6 +35,11 @@ def score(model: CollaborativeModel, inputs: dict[str, torch.Tensor], batch_size
     return torch.cat(scores).float().cpu().numpy()
 
 
+def score_rows(model: CollaborativeModel, part: Dataset) -> np.ndarray:
+    """Return the log-odds of rows of ratings, float64 [rows]: their order is that of the scores, ties included."""
+    return model.log_odds(score(model, model_inputs(part, model)).astype(np.float64))
+
+
 def auc_metrics(part: Dataset, scores: np.ndarray) -> dict[str, dict]:
     """Return {"test": ..., "warm": ..., "cold": ...}, each with auc, uauc, users_counted, users_left_out, samples.
 
@@ -72,6 +77,11 @@ def check_same_dataset(model: CollaborativeModel, dataset: RatingsDataset) -> No
         )
 
 
+def format_metric(value: float | None) -> str:
+    """Return a metric with four digits, "-" for one that is not defined."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def print_table(rows: dict[str, dict[str, dict]]) -> None:
     """Print the results of `auc_metrics`: a line for each model, AUC and UAUC of all, warm and cold rows."""
     width = max(map(len, rows))
@@ -79,4 +89,4 @@ def print_table(rows: dict[str, dict[str, dict]]) -> None:
     print("\n" + " " * width + "".join(f"{f'AUC {label}':>11}{f'UAUC {label}':>11}" for label in parts.values()))
     for name, results in rows.items():
         values = [results[part][key] for part in parts for key in ("auc", "uauc")]
-        print(f"{name:<{width}}" + "".join(f"{'-' if x is None else format(x, '.4f'):>11}" for x in values))
+        print(f"{name:<{width}}" + "".join(f"{format_metric(value):>11}" for value in values))

@@ -1,6 +1,6 @@
 """Load a checkpoint and the data that belong to it, and check that they do: what Recommender and Scorer stand on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,20 +10,23 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import InteractionDataset, open_interactions
-from reclingua.datasets.prompts import PromptTemplate
+from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions, read_raw_ids
+from reclingua.datasets.prompts import PromptTemplate, check_prompts
 from reclingua.datasets.rates import rate_texts
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
 from reclingua.datasets.tasks import TEXT_TASKS
+from reclingua.datasets.training_histories import count_trained_targets
 from reclingua.datasets.yes_no import YesNoDataset, format_code
 from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.hash import HashedMF
-from reclingua.models.language import base_fingerprint, load_model, load_tokenizer
+from reclingua.models.language import check_base_model, context_length, load_model, load_tokenizer
 from reclingua.models.lora import load_lora
 from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
-from reclingua.utils.errors import InputError
-from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
+from reclingua.utils.errors import InputError, print_note
+from reclingua.utils.metadata import FILES, METADATA_FILE, CheckpointMetadata
+from reclingua.utils.provenance import fingerprint
+from reclingua.utils.text import shorten
 
 
 def load_metadata(folder: str | Path) -> CheckpointMetadata:
@@ -41,6 +44,7 @@ def load_metadata(folder: str | Path) -> CheckpointMetadata:
         )
     if metadata.method not in ("lcrec", *YES_NO_METHODS, *COLLABORATIVE_MODELS):
         raise InputError(f"{folder / METADATA_FILE}: was made by {metadata.method!r}, which is no method")
+    check_prompts(folder / METADATA_FILE, metadata.prompts)
     return metadata
 
 
@@ -50,30 +54,117 @@ def load_metadata(folder: str | Path) -> CheckpointMetadata:
 def load_next_item_dataset(
     folder: Path,
     metadata: CheckpointMetadata,
-    data_path: str | Path,
+    data_path: str | Path | None,
     name: str | None = None,
-    index_file: str = ".index.json",
+    index_file: str | Path | None = None,
     task: str = "seqrec",
 ) -> InteractionDataset:
     """Open the dataset that a model was tuned on, with the semantic IDs that the model knows.
 
     Args:
         folder: of the checkpoint, for messages.
+        data_path: folder that holds <dataset>/; None: items and semantic IDs of the checkpoint alone, no histories.
         name: name of the dataset (default: that of training).
+        index_file: suffix or path of a file of semantic IDs (default: those in the checkpoint, or D.index.json for a
+            checkpoint of an earlier version, which has none).
         task: what the model will be asked; titles need item texts.
 
     Raises:
-        InputError: the semantic IDs are not those of training; the model was not trained on the task.
+        InputError: items or semantic IDs are not those of training; the model was not trained on the task.
     """
     if not metadata.tasks or not metadata.targets or not metadata.prompts:
         raise InputError(f"{folder}: was tuned by another version of finetune.py; tune it again")
     if task != "seqrec" and task not in metadata.tasks:
         raise InputError(f"{folder}: was not tuned on {task} (--tasks), so it cannot be tested on it")
-    needs = ["index", "items"] if task in TEXT_TASKS else ["index"]
-    dataset = open_interactions(data_path, name or metadata.dataset, needs, index_file)
+    name = name or metadata.dataset
+    if metadata.index and fingerprint(metadata.index) != metadata.index_sha256:
+        raise InputError(f"{folder / FILES['index']}: was changed after training; restore it, or tune the model again")
+    if metadata.items and metadata.items.keys() != metadata.index.keys():
+        raise InputError(f"{folder / FILES['items']}: has other items than {FILES['index']} beside it; restore both")
+    if data_path is None:
+        if not metadata.index:
+            raise InputError(f"{folder}: has no {FILES['index']}, so it needs its dataset; give data_path")
+        return InteractionDataset(name, folder, {}, metadata.items, metadata.index)
+    needs = ["items"] if task in TEXT_TASKS and not metadata.items else []
+    if index_file is None and metadata.index:
+        dataset = open_interactions(data_path, name, needs)
+        check_same_items(folder, metadata, dataset)
+        return replace(dataset, items=dataset.items or metadata.items, index=metadata.index)
+    index_file = index_file or ".index.json"
+    dataset = open_interactions(data_path, name, [*needs, "index"], index_file)
     if dataset.sha256("index") != metadata.index_sha256:
-        raise InputError(f"{folder}: was tuned with other semantic IDs than {dataset.folder} has; see --index_file")
+        path = dataset_file(dataset.folder, name, index_file)
+        advice = "leave --index_file out to use its own" if metadata.index else "see --index_file"
+        raise InputError(
+            f"{folder}: was tuned with other semantic IDs than {path} has"
+            f"{describe_difference(metadata.index, dataset.index)}; {advice}"
+        )
+    check_same_items(folder, metadata, dataset)
     return dataset
+
+
+def check_same_items(folder: Path, metadata: CheckpointMetadata, dataset: InteractionDataset) -> None:
+    """Raise InputError if the dataset has items that the model does not know, lacks some, or numbers them otherwise.
+
+    An id stands for another item if its raw id is another one, or its title that of another item of the training.
+    Titles that the training did not know were edited: a line states their number.
+    """
+    if not metadata.index:
+        return
+    known = f"the items that {folder} was tuned on"
+    advice = "the dataset has changed, or is another one; see --dataset and --data_path, or tune the model again"
+    if unknown := next((item for item in dataset.item_ids if item not in metadata.index), None):
+        raise InputError(f"{dataset.folder}: item {unknown!r} is not among {known}; {advice}")
+    if missing := next((item for item in metadata.index if dataset.items and item not in dataset.items), None):
+        raise InputError(f"{dataset.folder}: has no item {missing!r}, one of {known}; {advice}")
+    raw_ids, num_edited = read_raw_ids(dataset), 0
+    titles = {texts.get("title") for texts in metadata.items.values()}
+    for item, texts in metadata.items.items():
+        has_raw_ids = item in raw_ids and "raw_id" in texts
+        title = dataset.title(item) if dataset.items and "title" in texts else None
+        is_edited = title is not None and title != texts["title"]
+        if has_raw_ids and raw_ids[item] != texts["raw_id"] or is_edited and title in titles and not has_raw_ids:
+            ours, theirs = (raw_ids[item], texts["raw_id"]) if has_raw_ids else (title or "", texts["title"])
+            difference = f"is {shorten(ours, 60)!r}, but {shorten(theirs, 60)!r} among {known}"
+            raise InputError(f"{dataset.folder}: item {item!r} {difference}; {advice}")
+        num_edited += is_edited
+    if num_edited:
+        print_note(f"{dataset.folder}: {num_edited:,} items have other titles than when {folder} was tuned")
+
+
+def describe_difference(known: Mapping[str, list[str]], index: Mapping[str, list[str]]) -> str:
+    """Return how `index` differs from the semantic IDs that a model knows, as the end of a clause; "" if unknown."""
+    if not known:
+        return ""
+    codes = {code for tokens in known.values() for code in tokens}
+    for item, tokens in index.items():
+        if new := next((code for code in tokens if code not in codes), None):
+            return f": the code {new!r} of item {item!r} is new, and a tuned model learns no new codes in a test"
+        if item not in known:
+            return f": item {item!r} is new"
+        if known[item] != tokens:
+            return f": item {item!r} has {''.join(tokens)} instead of {''.join(known[item])}"
+    return f": item {next(iter(known.keys() - index.keys()))!r} is missing"
+
+
+def check_histories(
+    folder: Path, metadata: CheckpointMetadata, dataset: InteractionDataset, users: Sequence[str], allow_others: bool
+) -> str:
+    """Return how the histories of a test relate to those of training, a sentence for results and report.
+
+    Raises:
+        InputError: test targets can be items that the model was trained on, and `allow_others` is False.
+    """
+    if dataset.sha256("histories") == metadata.histories_sha256:
+        return "those of training"
+    number = count_trained_targets(dataset, users, metadata.training_histories)
+    if number and not allow_others:
+        raise InputError(
+            f"{dataset.folder / f'{dataset.name}.inter.json'}: are not the histories that {folder} was trained on: "
+            f"{number:,} of {len(users):,} test targets can be items that it was trained on; restore the histories, "
+            "or give --allow_other_histories"
+        )
+    return f"not those of training: {number:,} of {len(users):,} targets can be items that the model was trained on"
 
 
 def load_prompts(metadata: CheckpointMetadata, task: str) -> tuple[list[PromptTemplate], list[int]]:
@@ -135,8 +226,7 @@ def load_language_model(
         model = load_base_model(metadata, device)
     except InputError as error:
         raise InputError(f"{error}; name the base model of {folder} by --base_model") from None
-    if base_fingerprint(model) != metadata.base_sha256:
-        raise InputError(f"{metadata.base_model}: is not the base model that {folder} was tuned on")
+    check_base_model(metadata.base_model or "", metadata.checked_base_sha256, folder)
     model = load_lora(model, tokenizer, folder).eval()
     is_quantised = metadata.load_in_4bit or metadata.load_in_8bit
     return model if is_quantised else model.to(device), tokenizer  # type: ignore[arg-type]
@@ -144,7 +234,7 @@ def load_language_model(
 
 def check_context_length(model: PreTrainedModel, tokens: int) -> None:
     """Raise InputError if a sample has more tokens than the model reads."""
-    limit = getattr(model.config, "max_position_embeddings", 0)
+    limit = context_length(model)
     if limit and tokens > limit:
         raise InputError(
             f"the model reads at most {limit} tokens, a sample has {tokens}; lower --max_his_len or --max_text_len"
@@ -168,13 +258,40 @@ def load_yes_no(
         base_model, cf_model: override the stored paths.
 
     Raises:
-        InputError: something is missing, or the model knows the users and items of other ratings.
+        InputError: something is missing, or the model knows the users and items of other ratings. TALLRec, which
+            knows titles alone, opens with any.
     """
-    model = load_yes_no_model(folder, metadata.method, base_model=base_model, cf_model=cf_model)
     dataset = open_ratings(data_path, name or metadata.dataset)
-    if metadata.method != "tallrec" and metadata.ratings_sha256 != dataset.sha256():
-        raise InputError(f"{folder}: knows the users and items of other ratings than those of {dataset.folder}")
-    return model, dataset
+    if metadata.method != "tallrec":
+        if metadata.ratings_sha256 != dataset.sha256():
+            raise InputError(f"{folder}: knows the users and items of other ratings than those of {dataset.folder}")
+        if metadata.items_sha256 not in (None, dataset.items_sha256()):
+            raise InputError(
+                f"{dataset.folder / 'item.json'}: are not the items that {folder} was trained with: one was added, "
+                "left or has another title; restore the file, or train the model again"
+            )
+    return load_yes_no_model(folder, metadata.method, base_model=base_model, cf_model=cf_model), dataset
+
+
+def check_ratings(
+    folder: Path, metadata: CheckpointMetadata, dataset: RatingsDataset, part: datasets.Dataset, allow_others: bool
+) -> str:
+    """Return how the test ratings `part` relate to those of training, a sentence for results and report.
+
+    Raises:
+        InputError: they can be ratings that the model was trained on, and `allow_others` is False.
+    """
+    is_known = metadata.ratings_sha256 in (None, dataset.sha256())
+    number = dataset.num_trained(part) if is_known else len(part)
+    if not number:
+        return "those of training"
+    if not allow_others:
+        raise InputError(
+            f"{dataset.folder}: {number:,} of {len(part):,} test ratings can be ratings that {folder} was trained on; "
+            "restore the files, or give --allow_other_histories"
+        )
+    which = "those of training" if is_known else "not those of training"
+    return f"{which}: {number:,} of {len(part):,} test ratings can be ratings that the model was trained on"
 
 
 def yes_no_templates(metadata: CheckpointMetadata) -> list[PromptTemplate]:
@@ -213,7 +330,7 @@ def build_yes_no_dataset(
         templates if prompt_id is None else [templates[prompt_id]],
         metadata.max_his_len,
         metadata.his_sep,
-        limit=getattr(model.language.config, "max_position_embeddings", None) or 10**9,
+        limit=context_length(model.language) or 10**9,
         soft_tokens=getattr(model.config, "soft_tokens", 1),
         read_length=model.cf_model.history_length if model.cf_model is not None else 0,
         codes=codes,

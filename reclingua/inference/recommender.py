@@ -4,11 +4,14 @@ recommender = Recommender.from_pretrained("ckpt/ml-100k/lcrec", data_path="data"
 recommender.recommend([["12", "55", "7"]], k=10, exclude_seen=True)
 """
 
+from reclingua.utils.logging import silenced_transformers
+
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Self
 
 import datasets
+import numpy as np
 import torch
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +20,7 @@ from reclingua.datasets.collators import encode_prompt, prompt_batch
 from reclingua.datasets.interactions import InteractionDataset
 from reclingua.datasets.tasks import empty_samples, history_samples, seqrec_task
 from reclingua.decoding.beam_search import ScoredItem, beam_search
+from reclingua.decoding.item_scores import score_items
 from reclingua.decoding.kv_cache import DecoderSelector
 from reclingua.decoding.trie import Trie
 from reclingua.inference.batching import map_batches, split_batches
@@ -69,13 +73,14 @@ class Recommender:
         )
 
     @classmethod
+    @silenced_transformers()
     def from_pretrained(
         cls,
         folder: str | Path,
-        data_path: str | Path = "data",
+        data_path: str | Path | None = "data",
         *,
         dataset: str | None = None,
-        index_file: str = ".index.json",
+        index_file: str | None = None,
         task: str = "seqrec",
         base_model: str | None = None,
         device: str | torch.device | None = None,
@@ -84,16 +89,17 @@ class Recommender:
 
         Args:
             folder: full weights or an adapter.
-            data_path: folder that holds <dataset>/.
+            data_path: folder that holds <dataset>/; None: the checkpoint alone, with its items and no histories.
             dataset: its name (default: that of training).
-            index_file: suffix of the file of semantic IDs, or a path to one if it has a slash.
+            index_file: suffix of the file of semantic IDs, or a path to one if it has a slash (default: the semantic
+                IDs in the checkpoint).
             task: what is asked, see the class.
             base_model: base model of an adapter checkpoint, overrides the stored path.
             device: default: the GPU if there is one.
 
         Raises:
-            InputError: a file is missing or broken; the dataset's semantic IDs are not those of training; the model
-                was not trained on `task`.
+            InputError: a file is missing or broken; items or semantic IDs are not those of training; the model was
+                not trained on `task`.
         """
         folder, metadata = Path(folder), load_metadata(folder)
         if metadata.method != "lcrec":
@@ -157,8 +163,13 @@ class Recommender:
                 raise InputError(f"history {number}: should be a list of item ids, not the text {history[:50]!r}")
             if not history:
                 raise InputError(f"history {number}: is empty; the model needs at least one item")
-            if unknown := next((item for item in history if item not in self.dataset.index), None):
-                raise InputError(f"history {number}: item {unknown!r} is not in {self.dataset.name}")
+            unknown = next((item for item in history if item not in self.dataset.index), None)
+            if unknown is not None:
+                name, example = self.dataset.name, next(iter(self.dataset.index))
+                raise InputError(
+                    f"history {number}: item {unknown!r} is not in {name}, whose ids are texts like {example!r}; "
+                    f"{name}.item2id maps those of the raw files to them"
+                )
         return history_samples(self.task, histories, self.metadata.max_his_len)
 
     def encode(self, samples: datasets.Dataset, prompt_id: int | None = None) -> list[list[int]]:
@@ -211,6 +222,60 @@ class Recommender:
         if distributed.is_initialized():
             return self._gather(ranked, num_beams, len(prompts))
         return [ranked[row] for row in range(len(prompts))]
+
+    def score(
+        self,
+        histories: Sequence[Sequence[str]] | datasets.Dataset,
+        items: Sequence[Sequence[str]],
+        *,
+        prompt_id: int | None = None,
+        batch_size: int = 32,
+        score_over: str = "vocabulary",
+        show_progress: bool = False,
+    ) -> list[np.ndarray]:
+        """Return for each history the scores of the given items, float32 [items]: exact, whatever the beam width.
+
+        An item that `recommend` returns has the same score there. All items of a history are computed in one pass over
+        the cache of its prompt. Every process of a process group gets all scores.
+
+        Args:
+            histories, prompt_id, batch_size, score_over, show_progress: as in `recommend`.
+            items: for each history the ids of the items to score.
+
+        Raises:
+            InputError: an item has no semantic ID; otherwise as `recommend`.
+        """
+        if len(items) != len(histories):
+            raise InputError(f"{len(histories)} histories, {len(items)} lists of items: give one of each")
+        for row, candidates in enumerate(items):
+            if unknown := next((item for item in candidates if item not in self.dataset.index), None):
+                raise InputError(f"row {row}: item {unknown!r} has no semantic ID in {self.dataset.name}")
+        is_encoded = isinstance(histories, datasets.Dataset)
+        prompts = self.encode(histories if is_encoded else self.encode_histories(histories), prompt_id)
+        self.trie.to(self.model.device)
+        numbers = self.trie.item_numbers(items)
+        scores = torch.zeros(numbers.shape, device=self.model.device)
+
+        def score_batch(rows: list[int]) -> torch.Tensor:
+            batch = prompt_batch(self.tokenizer, [prompts[row] for row in rows]).to(self.model.device)
+            width = max(len(items[row]) for row in rows)
+            return score_items(
+                self.model,
+                **batch,
+                trie=self.trie,
+                items=numbers[rows, :width],
+                score_over=score_over,
+                selector=self.selector,
+            )
+
+        order = sorted((row for row in range(len(prompts)) if items[row]), key=lambda row: -len(prompts[row]))
+        batches = split_batches(order, batch_size)
+        advice = "score fewer items"
+        for rows, batch_scores in map_batches(self.model, score_batch, batches, "user", advice, show_progress):
+            scores[rows, : batch_scores.shape[1]] = batch_scores.masked_fill(batch_scores.isneginf(), 0)
+        if distributed.is_initialized():
+            distributed.all_reduce(scores)
+        return [row[: len(candidates)] for row, candidates in zip(scores.cpu().numpy(), items, strict=True)]
 
     def _gather(self, ranked: dict[int, list[ScoredItem]], num_beams: int, rows: int) -> list[list[ScoredItem]]:
         """Return the lists of all processes, each row from the process that searched for it."""

@@ -4,7 +4,10 @@ scorer = Scorer.from_pretrained("ckpt/ml-1m/collm-mf", data_path="data")
 scorer.score([["12", "55", "7"]], items=["9"], users=["3"])
 """
 
+from reclingua.utils.logging import silenced_transformers
+
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +26,7 @@ from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborat
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.language import load_tokenizer
 from reclingua.models.registry import YES_NO_METHODS, run_name
-from reclingua.models.yes_no import YesNoModel
+from reclingua.models.yes_no import YesNoConfig, YesNoModel, open_language
 from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import CheckpointMetadata
 
@@ -36,6 +39,9 @@ class Scorer:
         dataset: the ratings and item texts that it was trained on.
         metadata: how prompts were made in training.
         tokenizer: of a Yes/No model.
+
+    Attributes:
+        num_truncated: prompts of the last `score` that were too long for the model, and lost their oldest titles.
     """
 
     def __init__(
@@ -46,11 +52,12 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.model, self.dataset, self.metadata, self.tokenizer = model, dataset, metadata, tokenizer
-        self.name, self.templates = metadata.method, []
+        self.name, self.templates, self.num_truncated = metadata.method, [], 0
         if isinstance(model, YesNoModel):
             self.name, self.templates = run_name(model, metadata.method), yes_no_templates(metadata)
 
     @classmethod
+    @silenced_transformers()
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -78,6 +85,10 @@ class Scorer:
         if metadata.method in YES_NO_METHODS:
             model, data = load_yes_no(folder, metadata, data_path, dataset, base_model, cf_model)
             tokenizer = load_tokenizer(folder)
+        elif metadata.tasks == ["next_item"]:
+            raise InputError(
+                f"{folder}: ranks next items; give it as --cf_model, with --baselines_only or a checkpoint"
+            )
         elif metadata.method in COLLABORATIVE_MODELS:
             model = load_collaborative(folder)
             data = open_ratings(data_path, dataset or metadata.dataset)
@@ -86,6 +97,23 @@ class Scorer:
             raise InputError(f"{folder}: was trained by {metadata.method}, which scores no ratings; use Recommender")
         model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
         return cls(model, data, metadata, tokenizer)
+
+    def untuned(self) -> "Scorer":
+        """Return a scorer of the base model of a Yes/No model before any tuning, asked by titles alone.
+
+        Raises:
+            InputError: it is a collaborative model, or the base model cannot be loaded.
+        """
+        if not isinstance(self.model, YesNoModel):
+            raise InputError(f"{self.name} has no base model: it is a collaborative model")
+        tuned = self.model.config
+        names = ("base_model", "base_dtype", "load_in_4bit", "answer")
+        config = YesNoConfig(**{name: getattr(tuned, name) for name in names}, trained=[], saved=[])
+        model = YesNoModel(config, open_language(config)).eval()
+        if not config.load_in_4bit:
+            model.to(self.model.device)  # type: ignore[arg-type]
+        metadata = replace(self.metadata, method="tallrec", prompts={"text": self.metadata.prompts["text"]})
+        return Scorer(model, self.dataset, metadata, self.tokenizer)
 
     def score(
         self,
@@ -156,6 +184,7 @@ class Scorer:
             del batch["labels"], batch["lengths"]
             return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
 
+        self.num_truncated = samples.num_truncated
         advice = "take a smaller model, shorter histories, or fewer --rows_per_tree"
         for trees, logits in map_batches(
             model, score_batch, tree_batches(samples, batch_size), "tree of rows", advice, show_progress

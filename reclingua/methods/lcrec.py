@@ -12,21 +12,22 @@ from transformers.utils import is_flash_attn_2_available
 
 from reclingua.datasets.collators import CausalLMCollator
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import InteractionDataset, open_interactions
+from reclingua.datasets.interactions import InteractionDataset, open_interactions, read_raw_ids
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, PromptTemplate, read_prompts
 from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_task, train_samples
+from reclingua.datasets.training_histories import training_fingerprints
 from reclingua.datasets.user_texts import UserTexts, read_user_texts
 from reclingua.inference.loading import build_instructions, check_context_length, load_base_model
 from reclingua.inference.recommender import Recommender
 from reclingua.methods.setup import Log, TrainingSetup
 from reclingua.metrics import parse_metrics, ranking_metrics
-from reclingua.models.language import base_fingerprint, load_tokenizer, supports_packing
+from reclingua.models.language import absolute_name, base_fingerprint, load_tokenizer, supports_packing
 from reclingua.models.lora import add_lora_adapter
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
 from reclingua.training.arguments import Arguments, MethodArguments, YesNoArguments, refuse_flags
 from reclingua.training.checkpoints import checkpoint_to_resume
 from reclingua.utils.errors import InputError
-from reclingua.utils.metadata import CheckpointMetadata
+from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
 # Flags that a resumed training has to share, beside those that a test needs.
@@ -97,6 +98,11 @@ def build_data(args: Arguments, log: Log) -> NextItemData:
         log("  " + ", ".join(f"{task} {len(part):,}" for task, part in zip(tasks, parts, strict=True)))
     if dataset.too_short:
         log(f"  {len(dataset.too_short):,} users have fewer than 3 interactions: left out of valid and test")
+    for remark in dataset.remarks:
+        log(f"  {remark}")
+    seen = [dataset.split(user, "valid")[0] for user in dataset.test_users] if args.method.exclude_seen else []
+    if seen and all(len(dataset.item_ids) - len({*items}) <= 10 for items in seen):
+        log("  no valid user has more than 10 items left with --exclude_seen: hit@10 is the same for every checkpoint")
     metadata = checkpoint_metadata(args, dataset, texts, prompts, max_his_len)
     checkpoint = checkpoint_to_resume(args.training, metadata)
     return NextItemData(dataset, prompts, templates_per_sample, train, valid, metadata, checkpoint)
@@ -107,7 +113,8 @@ def build_model(args: Arguments, data: NextItemData, log: Log) -> TrainingSetup:
     base_model = str(args.model.base_model)
     tokenizer = load_tokenizer(base_model)
     model: PreTrainedModel = load_base_model(data.metadata, args.training.device)
-    metadata = replace(data.metadata, base_sha256=base_fingerprint(model))
+    metadata = replace(data.metadata, base_sha256=base_fingerprint(base_model))
+    check_same_base(base_model, metadata, data.checkpoint)
     if args.training.use_liger_kernel and not liger_supports(model.config.model_type):
         raise InputError(f"--use_liger_kernel: Liger has no kernels for {model.config.model_type!r}; leave it out")
     index = data.dataset.index
@@ -115,6 +122,9 @@ def build_model(args: Arguments, data: NextItemData, log: Log) -> TrainingSetup:
     new_tokens = extend_vocabulary(model, tokenizer, index, texts, args.training.seed)
     model.config.use_cache = False  # training needs none; the beam search asks for it
     log(f"{base_model}: {model.num_parameters():,} parameters, {new_tokens:,} new tokens")
+    if not new_tokens and (Path(base_model) / METADATA_FILE).exists():
+        which = "these" if CheckpointMetadata.load(base_model).index_sha256 == metadata.index_sha256 else "OTHER"
+        log(f"  it was tuned before, on {which} semantic IDs; the embeddings of their codes are trained further")
     if metadata.lora:
         token_ids = index_token_ids(tokenizer, index).values()
         model = add_lora_adapter(model, sorted({token for ids in token_ids for token in ids}), **metadata.lora)
@@ -146,6 +156,15 @@ def build_model(args: Arguments, data: NextItemData, log: Log) -> TrainingSetup:
         flash=flash,
         find_unused_parameters=False if metadata.lora else None,  # DDP ignores frozen weights, the others are used
     )
+
+
+def check_same_base(base_model: str, metadata: CheckpointMetadata, checkpoint: Path | None) -> None:
+    """Raise InputError if a training would resume with other weights than it began with, at the same path or not."""
+    if checkpoint and CheckpointMetadata.load(checkpoint).base_sha256 != metadata.base_sha256:
+        raise InputError(
+            f"{checkpoint}: was tuned from another base model than {base_model} is now, its weights are others; "
+            "restore it, or train into another --output_dir"
+        )
 
 
 def tokenize(args: Arguments, data: NextItemData, tokenizer) -> tuple[InstructionDataset, InstructionDataset]:
@@ -223,6 +242,16 @@ def parse_per_task_counts(args: MethodArguments) -> tuple[dict[str, int], dict[s
     return counts[0], counts[1]
 
 
+def describe_items(dataset: InteractionDataset) -> dict[str, dict[str, str]]:
+    """Return item -> {"title": ..., "raw_id": ...}, without what the dataset does not know; {} if it knows neither."""
+    raw_ids = read_raw_ids(dataset)
+    items: dict[str, dict[str, str]] = {item: {} for item in dataset.index}
+    for item, known in items.items():
+        known |= {"title": dataset.title(item)} if dataset.items else {}
+        known |= {"raw_id": raw_ids[item]} if item in raw_ids else {}
+    return items if raw_ids or dataset.items else {}
+
+
 def checkpoint_metadata(
     args: Arguments,
     dataset: InteractionDataset,
@@ -231,11 +260,10 @@ def checkpoint_metadata(
     max_his_len: int,
 ) -> CheckpointMetadata:
     """Return what a test must know to ask the model as it was trained, and to refuse other semantic IDs."""
-    base_model = Path(str(args.model.base_model))
     return CheckpointMetadata(
         method=args.method.method,
         dataset=dataset.name,
-        base_model=str(base_model.absolute()) if base_model.is_dir() else args.model.base_model,
+        base_model=absolute_name(str(args.model.base_model)),
         base_dtype=args.model.base_dtype or "float32",
         load_in_4bit=bool(args.model.load_in_4bit),
         load_in_8bit=args.model.load_in_8bit,
@@ -252,4 +280,7 @@ def checkpoint_metadata(
         items_sha256=dataset.sha256("items"),
         users_sha256=texts.sha256() if texts else None,
         training={"seed": args.training.seed} | {flag: getattr(args.method, flag) for flag in TRAINING_KEYS},
+        index=dataset.index,
+        items=describe_items(dataset),
+        training_histories=training_fingerprints(dataset),
     )

@@ -24,7 +24,7 @@ from reclingua.models.collaborative.hash import HashedMF
 from reclingua.models.collaborative.mf import MF, MFConfig
 from reclingua.models.collm import CoLLM
 from reclingua.models.cora import CoRA
-from reclingua.models.language import load_tokenizer
+from reclingua.models.language import absolute_name, base_fingerprint, load_tokenizer
 from reclingua.models.lora import add_lora
 from reclingua.models.registry import YES_NO_METHODS
 from reclingua.models.yes_no import YesNoConfig, YesNoModel, open_language
@@ -215,6 +215,7 @@ def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> 
     """Return what a test must know to ask the model as it was trained, and to refuse other ratings."""
     config, yes_no = model.config, asdict(args.yes_no)
     flags = {flag: value for flag, value in yes_no.items() if flag not in OTHER_FLAGS}
+    flags |= {flag: absolute_name(flags[flag]) for flag in ("cf_model", "init_from") if flags[flag]}
     flags |= {"metric_for_best_model": args.training.metric_for_best_model}
     flags |= {"max_eval_samples": args.data.max_eval_samples, "seed": args.training.seed, "trained": config.trained}
     flags |= {"train_data_sample_num": int(args.method.train_data_sample_num)} | asdict(args.lora)
@@ -223,6 +224,7 @@ def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> 
         dataset=data.dataset.name,
         base_model=config.base_model,
         base_dtype=config.base_dtype,
+        base_sha256=config.base_sha256,
         load_in_4bit=bool(config.load_in_4bit),
         prompts={task: [asdict(template) for template in templates] for task, templates in data.prompts.items()},
         max_his_len=args.data.max_his_len,
@@ -231,6 +233,7 @@ def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> 
         rows_per_tree=args.yes_no.rows_per_tree,
         code_format=args.yes_no.code_format if args.method.method == "binllm" else None,
         ratings_sha256=data.dataset.sha256(),
+        items_sha256=data.dataset.items_sha256(),
         cf_sha256=config.cf_sha256,
         training=flags,
     )
@@ -260,7 +263,7 @@ def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
     cf_model: CollaborativeModel | None = None
     if method in CF_METHODS:
         cf_model = load_cf_model(args, dataset)
-        config.cf_model, config.cf_sha256 = yes_no.cf_model, weights_sha256(cf_model)
+        config.cf_model, config.cf_sha256 = absolute_name(yes_no.cf_model or ""), weights_sha256(cf_model)
         cf_model = reinitialized(cf_model) if yes_no.cf_model_from_scratch else cf_model
     elif method in ("softprompt", "personprompt"):
         sizes: dict[str, Any] = {"num_users": dataset.num_users, "num_items": dataset.num_items}
@@ -281,15 +284,18 @@ def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
 def load_first_stage(args: Arguments) -> tuple[YesNoConfig, PreTrainedModel]:
     """Return config and language model of --init_from, or those of the base model."""
     overrides: dict[str, Any] = {"load_in_4bit": args.model.load_in_4bit, "base_dtype": args.model.base_dtype}
+    base_model = args.model.base_model and absolute_name(args.model.base_model)
     folder = args.yes_no.init_from
     if not folder:
         given = {key: value for key, value in overrides.items() if value is not None}
-        config = YesNoConfig(base_model=args.model.base_model, **given)
-        return config, open_language(config)
+        config = YesNoConfig(base_model=base_model or "", **given)
+        language = open_language(config)
+        config.base_sha256 = base_fingerprint(config.base_model)
+        return config, language
     method = CheckpointMetadata.load(folder).method
     if method != "tallrec":
         raise InputError(f"--init_from {folder}: was made by {method!r}; give one of tallrec")
-    first = YesNoModel.from_pretrained(folder, base_model=args.model.base_model, **overrides)
+    first = YesNoModel.from_pretrained(folder, base_model=base_model, **overrides)
     if "language" in first.config.saved:  # with the weights of the folder, not of the base model
         for name, weight in first.language.named_parameters():
             weight.data = weight.data if "lora_" in name else weight.data.to(getattr(torch, first.config.base_dtype))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import evaluate
+import numpy as np
 
 from reclingua.utils.errors import InputError
 
@@ -45,3 +46,19 @@ def ranking_metrics(
         assert values is not None  # None on other ranks of a distributed `evaluate` only
         results |= values
     return {f"{metric}@{k}": float(results[f"{metric}@{k}"]) for metric, k in names}
+
+
+def rank_gains(ranks: np.ndarray, name: str) -> np.ndarray:
+    """Return a metric ("hit@10", "ndcg@10") of each rank, float64 of any shape; its mean is the metric.
+
+    Args:
+        ranks: int, of targets in their lists from 1; 0 = not in the list.
+    """
+    ((metric, k),) = parse_metrics(name)
+    is_hit = (ranks > 0) & (ranks <= k)
+    return is_hit.astype(np.float64) if metric == "hit" else is_hit / np.log2(np.maximum(ranks, 1) + 1)
+
+
+def metrics_of_ranks(ranks: np.ndarray, names: list[tuple[str, int]]) -> dict[str, float]:
+    """Return the named metrics, as `ranking_metrics` does, from the ranks of the targets."""
+    return {name: float(rank_gains(ranks, name).mean()) for name in (f"{metric}@{k}" for metric, k in names)}

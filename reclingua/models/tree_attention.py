@@ -13,6 +13,8 @@ One sequence holds a trunk and one branch a question. With two branches, of whic
 The logits after each branch equal those of its prompt alone, since the mask and the position ids are the same.
 """
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -59,8 +61,8 @@ def supports_trees(model: PreTrainedModel) -> bool:
     lengths = (4, max(1, min(PROBE_TOKENS, limit - 8)), 4)
     branch = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     positions = torch.cat([torch.arange(4), 4 + torch.arange(lengths[1]), 4 + torch.arange(4)])
-    embedding = model.get_input_embeddings()
-    ids = torch.arange(len(branch)) % embedding.weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    ids = torch.arange(len(branch)) % len(embedding.weight)
     prompt = torch.cat([ids[:4], ids[-4:]])
     was_training = model.training
     model.eval()

@@ -27,11 +27,12 @@ def code_tokens(index: Mapping[str, list[str]]) -> list[str]:
 def index_token_ids(tokenizer: PreTrainedTokenizerBase, index: Mapping[str, list[str]]) -> dict[str, list[int]]:
     """Return item -> semantic ID as token ids; InputError if a code is not one token of this tokenizer."""
     vocabulary = tokenizer.get_vocab()
-    unknown = next((code for codes in index.values() for code in codes if code not in vocabulary), None)
-    if unknown is not None:
+    unknown = ((item, code) for item, codes in index.items() for code in codes if code not in vocabulary)
+    if (new := next(unknown, None)) is not None:
+        item, code = new
         raise InputError(
-            f"index token {unknown!r} is not in the vocabulary of this model: it was tuned on another index; "
-            "give the index file it was tuned with as --index_file"
+            f"index token {code!r} of item {item!r} is not in the vocabulary of this model: it was tuned on another "
+            "index; give the index file it was tuned with as --index_file"
         )
     return {item: [vocabulary[code] for code in codes] for item, codes in index.items()}
 
@@ -65,13 +66,21 @@ def extend_vocabulary(
         Number of tokens added; 0 for a model that has them all, such as a tuned checkpoint.
 
     Raises:
-        InputError: a code is already a token of the base model.
+        InputError: a code is already a token of the base model; some codes are new to a tuned model.
     """
     codes = code_tokens(index)
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    special = set(tokenizer.all_special_tokens)
-    if all(code in added and code not in special for code in codes):
+    learned = [code for code in codes if code in added and code not in tokenizer.all_special_tokens]
+    if len(learned) == len(codes):
         return 0
+    if learned:
+        new = next(code for code in codes if code not in learned)
+        item = next(item for item, tokens in index.items() if new in tokens)
+        raise InputError(
+            f"index token {new!r} of item {item!r} is new: this model was tuned on semantic IDs before, with "
+            f"{len(learned):,} of these {len(codes):,} codes, and gets no further ones; give the item a semantic ID "
+            "of known codes, give the index that the model was tuned with, or tune its base model instead"
+        )
     if (taken := next((code for code in codes if code in vocabulary), None)) is not None:
         item = next(item for item, tokens in index.items() if taken in tokens)
         raise InputError(

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from reclingua.models.chunked_loss import patched_forward
 from reclingua.models.collaborative import COLLABORATIVE_MODELS, load_collaborative, weights_sha256
 from reclingua.models.collaborative.base import CollaborativeModel, CollaborativeOutput, Values
-from reclingua.models.language import load_model
+from reclingua.models.language import check_base_model, load_model
 from reclingua.models.lora import add_lora
 from reclingua.models.tree_attention import attention_argument, supports_trees, tree_mask
 from reclingua.utils.errors import InputError
@@ -31,14 +31,15 @@ class YesNoConfig(PreTrainedConfig):
     """Config of a Yes/No model.
 
     Args:
-        base_model: folder or hub name of the language model.
+        base_model: absolute folder or hub name of the language model.
+        base_sha256: fingerprint of its weights.
         base_dtype: dtype of frozen weights; trained weights are float32.
         load_in_4bit: linear layers of the language model have nf4 weights.
         answer: token id of Yes.
         offset: subtracted from the logit within the loss, so that training starts at the share of Yes in the data and
             not at the usual level of a language model's logits, ten or more; it changes no ranking.
         lora: rank, alpha, dropout and targets of the LoRA weights; empty: none.
-        cf_model, cf_sha256: folder and fingerprint of the collaborative model; its own config is `cf_config`.
+        cf_model, cf_sha256: absolute folder and fingerprint of the collaborative model; its own config is `cf_config`.
         trained: COMPONENTS that receive gradients: the language model, its LoRA weights, the projector between it and
             the collaborative model, the collaborative model.
         saved: COMPONENTS in a saved folder; the folder points to the others.
@@ -49,6 +50,7 @@ class YesNoConfig(PreTrainedConfig):
     model_type = "recommender-yesno"
 
     base_model: str = ""
+    base_sha256: str | None = None
     base_dtype: str = "float32"
     load_in_4bit: bool = False
     answer: int = 0
@@ -328,6 +330,8 @@ class YesNoModel(PreTrainedModel):
                 f"{folder}: contains a whole language model, which cannot be quantised; leave out --load_in_4bit"
             )
         model = cls(config, open_language(config), open_cf_model(config, folder))
+        if "language" not in config.saved:
+            check_base_model(config.base_model, config.base_sha256, folder)
         state: dict[str, torch.Tensor] = {}
         try:
             for file in sorted(Path(folder).glob("model*.safetensors")):
@@ -349,7 +353,8 @@ def open_language(config: YesNoConfig) -> PreTrainedModel:
     """Load the language model that `config` points to, or build the one it describes, with its LoRA weights."""
     dtype = getattr(torch, config.base_dtype)
     if config.base_config:
-        language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.base_config), dtype=dtype)
+        base = AutoConfig.for_model(**config.base_config)
+        language = AutoModelForCausalLM.from_config(base, dtype=dtype, trust_remote_code=False)
     else:
         language = load_model(config.base_model, dtype, config.load_in_4bit)
     language.requires_grad_(False)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from reclingua.datasets.interactions import InteractionDataset, read_embeddings
+from reclingua.datasets.interactions import InteractionDataset, other_part, read_embeddings
 from reclingua.metrics.index import index_statistics
+from reclingua.utils.errors import InputError
 
 MAX_GROUPS = 10  # largest first codes, each with a colour and a table row of titles
 MAX_POINTS = 5_000  # on the map
@@ -93,8 +94,11 @@ def _item_vectors(
     """Return (vectors [items, width], their source): an embedding file, or else mean code embeddings."""
     items = dataset.item_ids
     for file in sorted(folder.glob(f"{escape(dataset.name)}.emb-*.npy")):
-        if len(vectors := read_embeddings(file)) == len(items):
-            return vectors, file.name
+        try:
+            if not other_part(file, dataset) and len(vectors := read_embeddings(file)) == len(items):
+                return vectors, file.name
+        except InputError as error:  # the file has no part in the test
+            print(f"the map of items leaves out {error}")
     return _code_vectors(embed, [token_ids[item] for item in items]), "the model's own embeddings of the codes"
 
 

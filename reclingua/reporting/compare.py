@@ -5,7 +5,13 @@ from types import ModuleType
 import numpy as np
 
 from reclingua.reporting import next_item, plots, yes_no
-from reclingua.reporting.bootstrap import CONFIDENCE, BootstrapMetrics, Difference, paired_differences
+from reclingua.reporting.bootstrap import (
+    CONFIDENCE,
+    SIGNIFICANCE_NOTE,
+    BootstrapMetrics,
+    Difference,
+    paired_differences,
+)
 from reclingua.reporting.details import Run
 from reclingua.reporting.html import Section, Table, format_difference, format_interval, format_number
 from reclingua.utils.errors import InputError
@@ -79,7 +85,7 @@ def comparison_sections(
     base, *others = runs
     num_significant = sum(difference.is_significant for row in differences for difference in row)
     text = [
-        f"Paired differences to {base} on the same users. {next_item.SIGNIFICANCE_NOTE} "
+        f"Paired differences to {base} on the same users. {SIGNIFICANCE_NOTE} "
         f"{num_significant} of {sum(map(len, differences))} are significant."
     ]
     rows = [

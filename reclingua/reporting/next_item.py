@@ -4,52 +4,43 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reclingua.metrics import parse_metrics
+from reclingua.metrics import rank_gains
 from reclingua.reporting import plots
-from reclingua.reporting.bootstrap import CONFIDENCE, BootstrapMetrics, mean_metrics, paired_differences
+from reclingua.reporting.baselines import baseline_tables, worth_of_model
+from reclingua.reporting.bootstrap import CONFIDENCE, SIGNIFICANCE_NOTE, BootstrapMetrics, mean_metrics
 from reclingua.reporting.curves import training_section
-from reclingua.reporting.details import BASELINES, Run
-from reclingua.reporting.html import Section, Table, format_difference, format_interval
+from reclingua.reporting.details import ROWS, Run, relation_note
+from reclingua.reporting.html import Section, Table, format_interval
 from reclingua.reporting.plots import Line
 from reclingua.reporting.prompts import prompt_sections
 from reclingua.utils.errors import InputError
 
 MAX_BINS = 4  # groups of users
-SIGNIFICANCE_NOTE = (
-    f"Differences whose {CONFIDENCE}% bootstrap interval excludes 0 are marked significant (*), "
-    "not corrected for multiple comparisons."
-)
 
 
 def bootstrap_metrics(
     run: Run, names: list[str] | None = None, mask: np.ndarray | None = None
 ) -> dict[str, BootstrapMetrics]:
-    """Return the metrics `names` (default: those of the results) of each baseline and, last, of the model.
+    """Return the metrics `names` (default: those of the results) of each baseline, the model, and each fusion of it.
 
     Each is a mean over users, or over those in `mask`. The model's metrics are means over its prompts, like
     `mean_results`.
     """
     names = names or list(run.results["mean_results"])
     mask = np.ones(len(run.details["users"]), bool) if mask is None else mask
-    all_ranks = {name: run.details[name][None] for name in BASELINES} | {run.method: run.details["ranks"]}
+    baselines, fused = ({name: ranks[None] for name, ranks in run.details[part].items()} for part in ROWS)
+    all_ranks = baselines | {run.method: run.details["ranks"]} | fused
     return {
-        label: mean_metrics(names, np.stack([_metric_by_user(ranks[:, mask], name) for name in names], axis=1))
+        label: mean_metrics(names, np.stack([rank_gains(ranks[:, mask], name).mean(axis=0) for name in names], axis=1))
         for label, ranks in all_ranks.items()
     }
 
 
-def _metric_by_user(ranks: np.ndarray, name: str) -> np.ndarray:
-    """Return a metric of ranks [prompts, users] (0 = not in the list), float64 [users]."""
-    ((metric, k),) = parse_metrics(name)
-    is_hit = (ranks > 0) & (ranks <= k)
-    gain = is_hit if metric == "hit" else is_hit / np.log2(np.maximum(ranks, 1) + 1)
-    return gain.mean(axis=0)
-
-
 def check_results(run: Run) -> None:
     """Raise InputError unless the details reproduce the metrics of the results file."""
-    expected = {name: run.results["baselines"][name] for name in BASELINES}
-    expected[run.method] = run.results["mean_results"]
+    expected = {run.method: run.results["mean_results"]}
+    for part in ROWS:
+        expected |= {name: run.results[part][name] for name in run.details[part]}
     for label, metrics in bootstrap_metrics(run).items():
         if not np.allclose(metrics.values(), [expected[label][name] for name in metrics.names], atol=1e-9):
             raise InputError(f"{run.file}: its metrics differ from the details beside it; run test.py again")
@@ -72,6 +63,7 @@ def summarize(run: Run) -> str:
     return (
         f"{run.results.get('test_task', 'SeqRec')}, {len(run.details['users']):,} test users, "
         f"{run.results['num_beams']} beams, {seen}. {CONFIDENCE}% intervals, bootstrap over users."
+        f"{relation_note(run, 'histories')}"
     )
 
 
@@ -90,27 +82,9 @@ def build_sections(run: Run) -> list[Section]:
 
 
 def _metrics_section(run: Run) -> Section:
-    metrics = bootstrap_metrics(run)
-    columns = ["", *metrics[run.method].names]
-    rows = [
-        [label, *(format_interval(*cell) for cell in zip(values.values(), *values.intervals(), strict=True))]
-        for label, values in metrics.items()
-    ]
-    compared = [
-        [
-            f"{run.method} - {name}",
-            *(format_difference(*cell) for cell in paired_differences(metrics[run.method], metrics[name])),
-        ]
-        for name in BASELINES
-    ]
-    return Section(
-        "Metrics",
-        [f"All rows are measured on the same users. {SIGNIFICANCE_NOTE}"],
-        [
-            Table(f"Metrics, {CONFIDENCE}% intervals", columns, rows),
-            Table(f"Differences, {CONFIDENCE}% intervals", columns, compared),
-        ],
-    )
+    metrics, text = bootstrap_metrics(run), f"All rows are measured on the same users. {SIGNIFICANCE_NOTE}"
+    worth = worth_of_model(run, metrics, metrics[run.method].names[-1])
+    return Section("Metrics", [*worth, text], baseline_tables(run, metrics))
 
 
 def hit_curve(metrics: BootstrapMetrics) -> Line:

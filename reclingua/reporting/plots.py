@@ -23,7 +23,11 @@ Values = Sequence[float] | np.ndarray
 
 MODEL_COLOUR = "#2563eb"
 GREY = "#8c8c8c"
-BASELINE_COLOURS = {"popularity": GREY, "co-occurrence": "#d97706"}  # the same in all plots
+# The same in all plots.
+BASELINE_COLOURS = {
+    "popularity": GREY, "co-occurrence": "#d97706", "item-knn": "#a16207", "transition-ease": "#b91c1c",
+    "ease": "#dc2626", "co-occurrence + ease": "#f472b6", "sasrec": "#7c3aed",
+}  # fmt: skip
 # One colour for each group of the item map; grey is reserved for the other items.
 GROUP_COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#b8860b", "#bcbd22", "#17becf",

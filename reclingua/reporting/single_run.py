@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from reclingua.reporting.compare import KINDS
-from reclingua.reporting.details import DETAILS_FILE, Run, load_run, report_folder
+from reclingua.reporting.details import DETAILS_FILE, PAGE_FILE, Run, load_run, report_folder
 from reclingua.reporting.html import write_page, write_plots
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import write_json
@@ -24,7 +24,7 @@ def write_report(results_file: Path, details: dict | None = None, output: Path |
         write_json(folder / DETAILS_FILE, details)
     run = load_checked_run(results_file)
     sections = KINDS[run.kind].build_sections(run)
-    page = output or folder / "report.html"
+    page = output or folder / PAGE_FILE
     title = f"{run.details['dataset']}: {run.method}"
     write_page(page, title, KINDS[run.kind].summarize(run), sections, run_settings(run))
     write_plots(page.parent, sections)

@@ -6,9 +6,10 @@ import numpy as np
 
 from reclingua.metrics.roc import auc_of_groups
 from reclingua.reporting import plots
-from reclingua.reporting.bootstrap import CONFIDENCE, BootstrapMetrics, Statistic
+from reclingua.reporting.baselines import baseline_tables, worth_of_model
+from reclingua.reporting.bootstrap import CONFIDENCE, SIGNIFICANCE_NOTE, BootstrapMetrics, Statistic
 from reclingua.reporting.curves import training_section
-from reclingua.reporting.details import Run
+from reclingua.reporting.details import ROWS, Run, relation_note
 from reclingua.reporting.html import Section, Table, format_interval, format_number
 from reclingua.reporting.plots import Line
 from reclingua.reporting.prompts import prompt_sections
@@ -27,8 +28,17 @@ def part_masks(run: Run) -> dict[str, np.ndarray]:
 
 
 def bootstrap_metrics(run: Run) -> dict[str, BootstrapMetrics]:
-    """Return AUC and UAUC of all, warm and cold ratings by the model's name; NaN for a part without ratings."""
-    labels, scores = run.details["labels"], run.details["scores"]
+    """Return AUC and UAUC of all, warm and cold ratings of each baseline, the model, and each fusion of it.
+
+    A part without ratings has NaN.
+    """
+    baselines, fused = (run.details[part] for part in ROWS)
+    all_scores = baselines | {run.method: run.details["scores"]} | fused
+    return {name: _bootstrap_metrics(run, scores) for name, scores in all_scores.items()}
+
+
+def _bootstrap_metrics(run: Run, scores: np.ndarray) -> BootstrapMetrics:
+    labels = run.details["labels"]
     user_ids, users = np.unique(run.details["users"], return_inverse=True)
     statistics: list[Statistic] = []
     for mask in part_masks(run).values():
@@ -42,7 +52,7 @@ def bootstrap_metrics(run: Run) -> dict[str, BootstrapMetrics]:
         return np.stack([metric(counts) for metric in statistics], axis=1)
 
     names = [f"{metric} {part}" for part in PARTS.values() for metric in ("AUC", "UAUC")]
-    return {run.method: BootstrapMetrics(names, statistic, len(user_ids), len(users))}
+    return BootstrapMetrics(names, statistic, len(user_ids), len(users))
 
 
 def _undefined(counts: np.ndarray) -> np.ndarray:
@@ -87,10 +97,13 @@ def uauc_statistic(users: np.ndarray, labels: np.ndarray, scores: np.ndarray, nu
 
 def check_results(run: Run) -> None:
     """Raise InputError unless the details reproduce the metrics of the results file."""
-    values = bootstrap_metrics(run)[run.method].values()
-    expected = [run.results[part][metric] for part in PARTS for metric in ("auc", "uauc")]
-    if not np.allclose(values, np.array(expected, float), atol=1e-6, equal_nan=True):
-        raise InputError(f"{run.file}: its metrics differ from the details beside it; run test.py again")
+    results = {run.method: run.results} | {
+        name: run.results[part][name] for part in ROWS for name in run.details[part]
+    }
+    for name, metrics in bootstrap_metrics(run).items():
+        expected = [results[name][part][metric] for part in PARTS for metric in ("auc", "uauc")]
+        if not np.allclose(metrics.values(), np.array(expected, float), atol=1e-6, equal_nan=True):
+            raise InputError(f"{run.file}: its metrics differ from the details beside it; run test.py again")
 
 
 def paired_keys(run: Run) -> dict[str, np.ndarray]:
@@ -103,7 +116,7 @@ def summarize(run: Run) -> str:
     users, labels = run.details["users"], run.details["labels"]
     return (
         f"{len(users):,} test ratings of {len(np.unique(users)):,} users, {labels.mean():.1%} liked. "
-        f"{CONFIDENCE}% intervals, bootstrap over users."
+        f"{CONFIDENCE}% intervals, bootstrap over users.{relation_note(run, 'ratings')}"
     )
 
 
@@ -111,6 +124,7 @@ def build_sections(run: Run) -> list[Section]:
     """Return the sections of the page in their order."""
     return [
         _metrics_section(run),
+        *_baselines_sections(run),
         *_prompt_sections(run),
         _roc_section(run),
         _calibration_section(run),
@@ -143,6 +157,14 @@ def _metrics_section(run: Run) -> Section:
     header = ["", "AUC", "UAUC", "ratings", "users counted", "users left out"]
     table = Table(f"Metrics, {CONFIDENCE}% intervals", header, rows)
     return Section("Metrics: all, warm and cold", text, [table], [plot])
+
+
+def _baselines_sections(run: Run) -> list[Section]:
+    """Return the section that compares the model with the baselines and its fusions, [] where there are none."""
+    if not run.details["baselines"]:
+        return []
+    metrics, text = bootstrap_metrics(run), f"All rows are measured on the same ratings. {SIGNIFICANCE_NOTE}"
+    return [Section("Baselines", [*worth_of_model(run, metrics, "AUC all"), text], baseline_tables(run, metrics))]
 
 
 def _prompt_sections(run: Run) -> list[Section]:

@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    is_flytekit_available,
+)
 from transformers.utils import is_liger_kernel_available
 
 from reclingua.datasets.samplers import ORDERS
@@ -19,6 +24,7 @@ from reclingua.models.language import DTYPES
 from reclingua.training.zero import check_deepspeed
 from reclingua.utils.errors import InputError, one_line_errors
 from reclingua.utils.files import read_yaml
+from reclingua.utils.hub import TRUST_HELP
 
 METHODS = ("lcrec", "tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
 # Defaults that depend on the method: for lcrec, for the Yes/No methods.
@@ -37,6 +43,17 @@ UNSUPPORTED = {
     "save_only_model": "would leave nothing to resume from; --lora makes small checkpoints",
     "enable_jit_checkpoint": "has no meaning here: SIGTERM always saves",
 }
+
+
+# Packages of the loggers of --report_to that have another name.
+LOGGER_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
+
+# A preset, which can be a stranger's, never states where anything goes or whose code is run.
+COMMAND_LINE_ONLY = (
+    *("output_dir", "logging_dir", "resume_from_checkpoint"),
+    *("report_to", "run_name", "project", "trust_remote_code"),
+)
+COMMAND_LINE_ONLY_PREFIXES = ("push_to_hub", "hub_", "trackio_")
 
 
 def argument(default: Any, help: str, aliases: list[str] | None = None) -> Any:
@@ -71,6 +88,7 @@ class ModelArguments:
     load_in_8bit: bool = argument(
         default=False, help="frozen weights of linear layers as int8; with --method lcrec --lora only"
     )
+    trust_remote_code: bool = argument(default=False, help=TRUST_HELP)
 
 
 @dataclass
@@ -259,8 +277,10 @@ class TuningArguments(TrainingArguments):
             # Liger's own losses would compute the head at every position.
             own_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
             self.liger_kernel_config = (self.liger_kernel_config or {}) | own_loss
+        self._check_loggers()
         if self.deepspeed:
-            check_deepspeed(self.deepspeed, on_cpu=self.use_cpu or not torch.cuda.is_available())
+            precision = "bf16" if self.bf16 else "fp16" if self.fp16 else ""
+            check_deepspeed(self.deepspeed, precision, on_cpu=self.use_cpu or not torch.cuda.is_available())
         super().__post_init__()
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             wrong = "; ".join(each.removeprefix("- ds ") for each in self.hf_deepspeed_config.mismatches)
@@ -274,6 +294,18 @@ class TuningArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process: start with torchrun --nproc_per_node {self.n_gpu}, "
                 "or show it one by CUDA_VISIBLE_DEVICES=0"
             )
+
+    def _check_loggers(self) -> None:
+        """Raise ValueError for a logger of --report_to that does not exist or whose package is not installed."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        installed = get_available_reporting_integrations() + ["flyte"] * is_flytekit_available()
+        for name in sorted(set(names) - {"none", "all"}):
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                raise ValueError(f"--report_to {name}: should be none, all or one of {known}")
+            if name not in installed:
+                package = LOGGER_PACKAGES.get(name, name)
+                raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {package}")
 
 
 class Arguments(NamedTuple):
@@ -332,8 +364,15 @@ def preset_flags(path: str, known: set[str]) -> list[str]:
     for key, value in preset.items():
         if key not in known:
             raise InputError(f"{path}: {key!r} is not a flag of this script; see --help")
+        if key in COMMAND_LINE_ONLY or key.startswith(COMMAND_LINE_ONLY_PREFIXES):
+            raise InputError(f"{path}: {key!r} can be given on the command line only; take it out of the preset")
         if value is not None:
             value = "no" if value is False and key.endswith("strategy") else value  # YAML reads a bare no as false
             value = json.dumps(value) if isinstance(value, dict) else value
-            flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            if not isinstance(value, list):
+                flags.append(f"--{key}={value}")
+            elif flag := next((entry for entry in map(str, value) if entry.startswith("-")), None):
+                raise InputError(f"{path}: {key!r} has the entry {flag!r}, which would be read as a flag")
+            else:
+                flags += [f"--{key}", *map(str, value)]
     return flags

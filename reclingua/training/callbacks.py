@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import distributed
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.training.throughput import Throughput
@@ -33,6 +35,28 @@ class StopAtMaxStepsCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step >= state.max_steps:
             self.batches.stop()
+
+
+class RelocateBestCallback(TrainerCallback):
+    """Finds the best checkpoint of a resumed run, whose output folder can have moved since its path was stored.
+
+    resumed: the checkpoint that the run resumes from; None at the beginning.
+    """
+
+    def __init__(self) -> None:
+        self.resumed: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if self.resumed is None or not state.best_global_step:
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        folders = (Path(self.resumed).parent, Path(args.output_dir))
+        path = next((str(folder / name) for folder in folders if (folder / name).is_dir()), None)
+        state.best_model_checkpoint = path or state.best_model_checkpoint  # the stored path, if it still exists
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            if state.is_world_process_zero:
+                print(f"{name}, the best so far, is gone: the best is chosen among the checkpoints from here on")
+            state.best_metric = state.best_global_step = None
 
 
 class ThroughputCallback(TrainerCallback):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import output_folder
+from reclingua.utils.files import output_folder, sync
 from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
 
 # Folder in the output folder that holds a checkpoint until all processes have written their part. The Trainer does not
@@ -57,8 +57,9 @@ def checkpoint_to_resume(args: transformers.TrainingArguments, metadata: Checkpo
     output_dir = Path(args.output_dir)
     output_folder(output_dir)
     newest = newest_checkpoint(output_dir)
+    has_model = any((output_dir / name).exists() for name in (METADATA_FILE, "config.json"))
     if args.resume_from_checkpoint is None:
-        if newest or any((output_dir / name).exists() for name in (METADATA_FILE, "config.json")):
+        if newest or has_model:
             raise InputError(
                 f"{output_dir}: holds a model of an earlier run; resume it with --resume_from_checkpoint auto, "
                 "or choose another --output_dir"
@@ -66,6 +67,10 @@ def checkpoint_to_resume(args: transformers.TrainingArguments, metadata: Checkpo
         return None
     checkpoint = newest if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
     if checkpoint is None:
+        if has_model:
+            raise InputError(
+                f"{output_dir}: holds a model but no checkpoint to resume from; choose another --output_dir"
+            )
         return None
     if not (checkpoint / "trainer_state.json").exists():
         raise InputError(f"{checkpoint}: is not a complete checkpoint; name a checkpoint-N folder, or auto")
@@ -127,10 +132,16 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, *protected: str) -> 
 
 
 def commit_checkpoint(staged: Path, checkpoint: Path) -> None:
-    """Rename the complete folder `staged` to `checkpoint`, replacing it if it exists; delete the staging folder."""
+    """Rename the complete folder `staged` to `checkpoint`, replacing it if it exists; delete the staging folder.
+
+    Its files are on the disk before: older checkpoints are deleted afterwards, and a power failure could lose both.
+    """
+    for path in (*staged.rglob("*"), staged):
+        sync(path)
     if checkpoint.exists():
         checkpoint.rename(staged.with_name(f"{staged.name}.before"))
     staged.rename(checkpoint)
+    sync(checkpoint.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 

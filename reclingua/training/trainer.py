@@ -19,6 +19,7 @@ from reclingua.models.chunked_loss import ChunkedCrossEntropy
 from reclingua.training.callbacks import (
     ConsoleLogCallback,
     ProgressBarCallback,
+    RelocateBestCallback,
     SaveOnSigtermCallback,
     SetEpochCallback,
     StopAtMaxStepsCallback,
@@ -70,7 +71,7 @@ class RecTrainer(transformers.Trainer):
                 if self.is_world_process_zero():
                     print(f"{error}: its output head is applied at every position, label or not")
         self.throughput = Throughput(self.model, self.args.device)
-        self.preemption = SaveOnSigtermCallback()
+        self.preemption, self.relocation = SaveOnSigtermCallback(), RelocateBestCallback()
         self._set_callbacks()
 
     def _set_callbacks(self) -> None:
@@ -79,12 +80,13 @@ class RecTrainer(transformers.Trainer):
             self.add_callback(ProgressBarCallback)
         self.add_callback(ConsoleLogCallback)
         self.add_callback(StopOnNanCallback)
+        self.add_callback(self.relocation)
         self.add_callback(self.preemption)
         self.add_callback(SetEpochCallback(self.train_dataset.set_epoch, self.batches.set_epoch))
         self.add_callback(StopAtMaxStepsCallback(self.batches))
         self.add_callback(ThroughputCallback(self.throughput))
 
-    def train(self, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:  # type: ignore[override]  # one argument
         """Train, and handle SIGTERM meanwhile.
 
         Raises:
@@ -94,7 +96,8 @@ class RecTrainer(transformers.Trainer):
         # The Trainer would delete old checkpoints in place; `_save_checkpoint` rotates them instead.
         self.save_limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            return super().train(*args, **kwargs)
+            self.relocation.resumed = resume_from_checkpoint
+            return super().train(resume_from_checkpoint)
         finally:
             self.args.save_total_limit = self.save_limit
             signal.signal(signal.SIGTERM, previous_handler)

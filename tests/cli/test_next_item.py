@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import test as test_script
 from convert import scratch
 from reclingua.methods import METHODS
 from reclingua.methods.yes_no import CF_METHODS
+from reclingua.reporting.console import print_users
 from reclingua.training.arguments import (
     Arguments,
     DataArguments,
@@ -114,6 +116,7 @@ def test_other_architectures_train_save_and_test(script, workshop, tmp_path, arc
     code, _, error = script(
         finetune.main,
         *flags(workshop, tmp_path / "out", "--base_model", base, "--max_steps", 6, "--save_strategy", "no"),
+        *("--embedding_dropout", 0.1),
     )
     assert code == 0, error
     results, _ = measure(script, workshop, tmp_path / "out", "--sample_num", 4)
@@ -167,7 +170,14 @@ def test_bad_input_of_finetune(workshop, tmp_path, refused):
     assert "no such prompt file" in refuse("--prompt_file", tmp_path / "no.yaml")
     assert "no such preset" in refuse("--config", tmp_path / "no.yaml")
     assert "cannot be written" in refuse("--output_dir", "/proc/self/out")
+    assert "is both --base_model and --output_dir" in refuse("--output_dir", workshop / "base")
     assert "--max_his_len 0" in refuse("--max_his_len", 0)
+    assert "--embedding_dropout 1.0: should be from 0" in refuse("--embedding_dropout", 1)
+    assert "should be hit@10, ndcg@10 or loss" in refuse("--metric_for_best_model", "auc")
+    assert "--seed from 0 to below" in refuse("--seed", -1)
+    assert "--max_eval_samples should be 0 at least" in refuse("--max_eval_samples", -1)
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "should hold 'flag: value' lines" in refuse("--config", tmp_path / "list.yaml")
     small = ("--dataset", "toy", "--data_path", workshop / "datasets", "--output_dir", tmp_path / "small")
     run_main(scratch.main, *small, "--vocab_size", 320, "--max_length", 16)
     assert "reads at most 16 tokens, a sample has" in refuse("--base_model", tmp_path / "small")
@@ -186,6 +196,7 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
     assert "no such file" in refused(test_script.main, "--ckpt_path", tmp_path)
     assert "no such dataset folder" in refuse("--dataset", "nothing")
     assert "needs lists at least that long" in refuse("--num_beams", 5)
+    assert "--test_batch_size 0: should be 1 at least" in refuse("--test_batch_size", 0)
     assert "should be hit@k" in refuse("--metrics", "auc")
     assert "of 0, 1, 2, 3" in refuse("--test_prompt_ids", "0,4")
     other = tmp_path / "other.json"
@@ -193,7 +204,25 @@ def test_bad_input_of_test(workshop, tuned, tmp_path, refused):
     other.write_text(json.dumps(index | {"0": index["1"], "1": index["0"]}))
     assert "tuned with other semantic IDs" in refuse("--index_file", other)
     assert "cannot be written" in refuse("--results_file", "/proc/self/r/r.json")
+    for flag, file in (
+        ("--predictions_file", tmp_path / "r.json"),
+        ("--predictions_file", tmp_path / "r/details.json"),
+        ("--results_file", tuned / METADATA_FILE),
+        ("--results_file", tuned / "config.json"),
+    ):
+        assert "name two files" in refuse(flag, file)
     assert not list(tmp_path.glob("r.json"))
+
+
+def test_users_with_few_items_left_are_stated(capsys):
+    """With all items but the target in the history, any model is right; with all items nothing is recommended."""
+    dataset = SimpleNamespace(name="toy", item_ids=list("abcdefg"), too_short=[])
+    histories = [list("abcdefg"), list("abcdefa"), list("abca")]
+    for exclude_seen in (True, False):
+        print_users(dataset, histories, ["a", "g", "d"], 3 if exclude_seen else None, "those of training")
+        out = capsys.readouterr().out
+        assert ("1 users had every item: no item is left to recommend, which counts as a miss" in out) == exclude_seen
+        assert ("1 users have at most 3 items left: a list of 3 has their target" in out) == exclude_seen
 
 
 # ---- Flags and presets ----
@@ -217,6 +246,23 @@ def test_presets_supply_defaults_and_the_command_line_wins(tmp_path):
     preset.write_text("epoch: 7\n")
     with pytest.raises(InputError, match="'epoch' is not a flag"):
         parse(GROUPS, "", [f"--config={preset}"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("push_to_hub: true", "hub_model_id: somebody/x", "hub_token: hf_x", "report_to: wandb", "output_dir: x"),
+        *("resume_from_checkpoint: auto", "trackio_space_id: x", "trust_remote_code: true", "project: x"),
+    ],
+)
+def test_a_preset_does_not_state_where_anything_goes(tmp_path, line):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(line)
+    with pytest.raises(InputError, match="on the command line only; take it out of the preset"):
+        parse(GROUPS, "", ["--config", str(preset)])
+    preset.write_text(f"label_names: [a, '--{line.split(':')[0]}=x']")
+    with pytest.raises(InputError, match="would be read as a flag"):
+        parse(GROUPS, "", ["--config", str(preset)])
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

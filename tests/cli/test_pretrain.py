@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,6 +86,19 @@ def test_sweep_tries_every_combination_and_keeps_the_best(folder, tmp_path, scri
     assert run["sweep"][0]["uauc"] > run["sweep"][1]["uauc"] and run["settings"]["weight_decay"] == 0
     table = said[said.index("(valid)") :].splitlines()
     assert float(table[1].split()[1]) == 0 and float(table[2].split()[1]) == 0.9  # best first
+
+
+def test_a_metric_that_does_not_exist_is_a_dash(tmp_path, script):
+    """A row per user in valid and test: UAUC is not defined, AUC is."""
+    write_preferences(tmp_path)
+    for part in ("valid", "test"):
+        path = tmp_path / f"liked/{part}.parquet"
+        rows = {row["uid"]: row for row in pq.read_table(path).to_pylist()}
+        pq.write_table(pa.Table.from_pylist(list(rows.values())), path)
+    more = ("--sweep", "--weight_decay", 0, 0.9, "--epochs", 2)
+    code, said, error = script(pretrain.main, *flags(tmp_path, tmp_path, *more))
+    assert code == 0 and "UAUC -" in said and (tmp_path / "mf/model.safetensors").exists(), error
+    assert all(line.split()[4] == "-" for line in said[said.index("(valid)") :].splitlines()[1:3])
 
 
 @pytest.mark.parametrize("batch_size, said_of", [(64, "the loss is"), (10_000, "scores are NaN")])
@@ -171,7 +186,9 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(folder, refused, tmp_
         raise OSError("No space left on device")
 
     monkeypatch.setattr(CollaborativeModel, "save_pretrained", full_disk)
-    assert "the model cannot be written there" in refused(pretrain.main, *flags(folder, tmp_path, "--seed", 7))
+    other = flags(folder, tmp_path, "--seed", 7)
+    assert "exists, and it was made with another settings" in refused(pretrain.main, *other)
+    assert "the model cannot be written there" in refused(pretrain.main, *other, "--force")
     assert {path.name: path.read_bytes() for path in (tmp_path / "mf").iterdir()} == before
 
 

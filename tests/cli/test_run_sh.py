@@ -3,6 +3,7 @@
 A stub in the place of .venv's python writes what a stage would write. tests/docs/test_readme.py runs the real stages.
 """
 
+import fcntl
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ while [[ $# -gt 0 ]]; do
     --output_dir)
       [[ ! -d $2/checkpoint-40 ]] || echo "resuming from $2/checkpoint-40"
       mkdir -p "$2/checkpoint-40"
+      [[ ! -e interrupt ]] || exit 130
       [[ -e sigterm ]] || echo "$command $RANDOM $RANDOM" >"$2/run.json" ;;
   esac
   shift
@@ -93,22 +95,87 @@ def test_stages_run_once_and_resume(run, tmp_path):
     assert second.stdout.count("up to date, skipped") == 6, second.stdout
     assert has_stages(second, *LCREC) and second.stdout.count("\x1b[1m== ") == second.stdout.count("\x1b[0m") == 6
 
-    # An interrupted fine-tuning: no stamp, a last checkpoint.
-    stages = run.folder / "data/toy/.stages"
-    (stages / "finetune").rename(stages / "finetune.running")
-    third = run(*flags)
-    assert third.returncode == 0 and "resuming from ckpt/toy/lcrec/checkpoint-40" in third.stdout
-    assert third.stdout.count("up to date, skipped") >= 4
-    assert re.search(r"== 5/6 finetune · \d min \d\d s elapsed$", third.stdout, re.MULTILINE)  # time left unknown
+
+@NO_GPU
+def test_a_finished_model_stays_until_the_next_is_finished(run, tmp_path):
+    write_toy(tmp_path / "mine", users=70, items=9)
+    flags = ("toy", "--data_path", tmp_path / "mine", "--config", "tiny.yaml")
+    preset, model = run.folder / "tiny.yaml", run.folder / "ckpt/toy/lcrec"
+    assert run(*flags).returncode == 0
+    finished = (model / "run.json").read_text()
+
+    def unfinished():
+        return sorted(path.name for path in model.parent.glob("lcrec.*"))
 
     # SIGTERM: finetune.py exits with 0 before it has written run.json; run.sh ends with the code of a SIGTERM.
-    (run.folder / "tiny.yaml").write_text("targets: last\n")
+    preset.write_text("targets: last\n")
     (run.folder / "sigterm").touch()
     ended = run(*flags)
     assert ended.returncode == 143 and "stage finetune failed" in ended.stdout
+    assert "made again, since tiny.yaml changed" in ended.stdout
     (run.folder / "sigterm").unlink()
-    again = run(*flags)
-    assert again.returncode == 0 and "resuming from ckpt/toy/lcrec/checkpoint-40" in again.stdout
+    (first,) = unfinished()
+
+    # Other settings, and Ctrl-C: the work of both is kept, and the finished model, which has its stamp.
+    preset.write_text("targets: last\nepochs: 2\n")
+    (run.folder / "interrupt").touch()
+    assert run(*flags).returncode == 130
+    (run.folder / "interrupt").unlink()
+    assert (model / "run.json").read_text() == finished and first in unfinished() and len(unfinished()) == 2
+    preset.write_text("targets: all\n")
+    assert run(*flags).stdout.count("up to date, skipped") == 6
+
+    # The settings of the first interrupted run again: it resumes, and takes the place of the finished model.
+    preset.write_text("targets: last\n")
+    resumed = run(*flags)
+    assert resumed.returncode == 0 and f"resuming from ckpt/toy/{first}/checkpoint-40" in resumed.stdout
+    assert re.search(r"== 5/6 finetune · \d min \d\d s elapsed$", resumed.stdout, re.MULTILINE)  # time left unknown
+    assert (model / "run.json").read_text() != finished and not unfinished()
+
+    # A run that was killed between the two steps of the replacement.
+    model.rename(model.with_name("lcrec.before"))
+    assert run(*flags).stdout.count("up to date, skipped") == 6
+
+
+@NO_GPU
+def test_changed_code_runs_its_stages_again(run, tmp_path):
+    write_toy(tmp_path / "mine", users=70, items=9)
+    flags = ("toy", "--data_path", tmp_path / "mine", "--config", "tiny.yaml")
+    assert run(*flags).returncode == 0
+    for file, stages in (
+        ("reclingua/demo/app.py", ()),
+        ("reclingua/training/callbacks.py", ("finetune", "test")),  # the test reads the new model
+        ("reclingua/metrics/hit/hit.py", ("index", "finetune", "test")),
+        ("reclingua/reporting/plots.py", ("test",)),
+        ("index/kmeans.py", ("rqvae", "index", "finetune", "test")),
+    ):
+        with (run.folder / file).open("a") as code:
+            code.write("# changed\n")
+        done = run(*flags)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert re.findall(r"== \d/6 (\w+) ·", done.stdout) == [*stages], (file, done.stdout)
+        assert not stages or f"made again, since {file} changed" in done.stdout
+
+
+@NO_GPU
+def test_a_second_run_on_a_dataset_is_refused(run, tmp_path):
+    write_toy(tmp_path / "mine", users=70, items=9)
+    lock = run.folder / "data/toy/.stages/lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run("toy", "--data_path", tmp_path / "mine", "--config", "tiny.yaml")
+    assert done.returncode == 2 and "data/toy: another run.sh is at work on toy; wait" in done.stderr
+    assert not (run.folder / "calls").exists()
+
+
+@NO_GPU
+def test_the_default_base_model_is_shared_by_all_datasets(run, tmp_path):
+    for name in ("liked", "others"):
+        write_preferences(tmp_path / "mine", name=name)
+        done = run(name, "--method", "tallrec", "--data_path", tmp_path / "mine")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "== 1/3 base: up to date, skipped" in done.stdout
 
 
 @NO_GPU

@@ -169,6 +169,10 @@ def test_invalid_folders(three, refuse, refused, tmp_path):
     assert "exists and is not empty" in refused(
         make_delta.main, *paths[:2], "--target-model-path", target, "--delta-path", delta
     )
+    (tmp_path / "out").unlink()
+    (delta / "generation_config.json").symlink_to(tmp_path / "private.json")
+    assert "generation_config.json: is a link, which is not followed" in refuse()
+    assert not (tmp_path / "out").exists()
     assert "required: --delta-path" in refused(make_delta.main, *paths[:2], "--target-model-path", target)
     assert not (tmp_path / "new").exists()
 

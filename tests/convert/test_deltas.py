@@ -104,6 +104,10 @@ def test_a_merged_delta_has_the_same_results(workshop, tuned, script, tmp_path):
     target = tmp_path / "target"
     shutil.copytree(tuned, target)
     (target / "training_args.bin").write_bytes(b"a pickle")
+    (tmp_path / "private.txt").write_text("private")
+    for name in ("notes.json", "notes.txt", "users.index.json"):
+        (target / name).symlink_to(tmp_path / "private.txt")
+    (target / "password.json").write_text("private")
     assert any(target.glob("checkpoint-*"))
     run_make_delta(script, workshop / "base", target, tmp_path / "delta")
     run_merge_delta(script, workshop / "base", tmp_path / "delta", tmp_path / "merged")
@@ -118,6 +122,7 @@ def test_a_merged_delta_has_the_same_results(workshop, tuned, script, tmp_path):
     for folder in (tmp_path / "delta", tmp_path / "merged"):
         names = {file.name for file in folder.iterdir()}
         assert {"config.json", "generation_config.json", "tokenizer.json", "reclingua.json"} <= names
+        assert not any("notes" in name or "password" in name for name in names)
         assert not [name for name in names if name.endswith(".bin") or name.startswith("checkpoint") or name[0] == "."]
         assert not any(str(tmp_path.parents[0]) in file.read_text() for file in folder.glob("*.[jm][sd]*"))
 

@@ -92,7 +92,7 @@ def test_rows_of_semantic_id_tokens_are_merged(toy, tmp_path, script, architectu
     tokenizer.save_pretrained(tmp_path / "adapter")
     base = load_model(tmp_path / "base")
     base_model, lora = str(tmp_path / "base"), {"rank": 4}
-    metadata = CheckpointMetadata("lcrec", "toy", base_model, base_sha256=base_fingerprint(base), lora=lora)
+    metadata = CheckpointMetadata("lcrec", "toy", base_model, base_sha256=base_fingerprint(base_model), lora=lora)
     metadata.save(tmp_path / "adapter")
     merge(script, tmp_path / "adapter", tmp_path / "merged")
     adapter, merged = load_lora(base, tokenizer, tmp_path / "adapter").eval(), load_model(tmp_path / "merged").eval()

@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import constants
 
-from convert import make_delta, merge_delta
+import finetune
+import test as test_script
+from convert import make_delta, merge_delta, publish
 from convert.folders import public_name
+from tests.helpers.scripts import flags, run_main, second
 from tests.helpers.weights import run_make_delta, write_model
 
 TOKEN = "hf_secretsecretsecret"
@@ -118,7 +122,7 @@ def test_a_failed_upload_keeps_the_folder(two, tmp_path, refused, monkeypatch, f
 def test_no_upload_without_a_name_and_a_token(two, tmp_path, refused, monkeypatch):
     base, target = two
     paths = ("--base-model-path", base, "--target-model-path", target, "--delta-path", tmp_path / "delta")
-    monkeypatch.setattr("convert.publish.get_token", lambda: None)
+    monkeypatch.setattr("convert.model_card.get_token", lambda: None)
     assert "needs a token: hf auth login" in refused(make_delta.main, *paths, "--hub-repo-id", "me/games")
     assert "is no valid repository name" in refused(make_delta.main, *paths, "--push_to_hub", "me/ga mes/")
     assert not (tmp_path / "delta").exists()
@@ -181,3 +185,59 @@ def test_public_names():
     assert public_name("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0f1e") == "Qwen/Qwen3-0.6B"
     assert public_name("/home/me/llama-7b/") == "llama-7b"
     assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
+# ---- convert.publish ----
+
+
+def read_texts(folder):
+    """Return the contents of all files of a folder but its weights and its tokenizer."""
+    names = {file.name for file in folder.iterdir()} - {"tokenizer.json"}
+    return {name: (folder / name).read_text() for name in names if not name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora",)])
+@pytest.mark.slow
+def test_a_published_checkpoint_has_no_paths_and_the_same_predictions(workshop, tmp_path, script, lora, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ("--max_steps", 2, "--save_and_eval_strategy", "no", *lora)
+    run_main(finetune.main, *flags(workshop, tmp_path / "lcrec", *few))
+    code, out, error = script(publish.main, "--ckpt_path", "lcrec", "--output_dir", "shared/games")
+    assert code == 0, error
+    files = read_texts(tmp_path / "shared/games")
+    assert not [name for name, text in files.items() if str(workshop) in text or str(tmp_path) in text]
+    assert {"index.json", "items.json", "reclingua.json", "README.md"} <= files.keys()
+    assert not {"_training_histories.json", "run.json"} & files.keys()
+    assert "`index.json` has the semantic ID of each item, `items.json` their titles" in files["README.md"]
+    assert ("These are the weights that were trained on top of `base`" in files["README.md"]) == bool(lora)
+    base = ("--base_model", workshop / "base") if lora else ()
+    predicted = []
+    for folder in ("lcrec", "shared/games"):
+        where = ("--ckpt_path", folder, "--data_path", workshop / "datasets", "--results_file", "results.json")
+        short = ("--predictions_file", "lines.jsonl", "--num_beams", 5, "--metrics", "hit@1", "--sample_num", 9)
+        with mock.patch.object(test_script, "write_report"):
+            assert script(test_script.main, *where, *short, *base)[0] == 0
+        predicted.append((tmp_path / "lines.jsonl").read_text())
+    assert predicted[0] == predicted[1]
+
+
+@pytest.mark.slow
+def test_a_published_yes_no_model_names_what_it_needs(studio, tmp_path, script):
+    few = ("--max_steps", 1, "--save_strategy", "no")
+    assert script(finetune.main, *second(studio, "collm", tmp_path / "collm", *few))[0] == 0
+    for ckpt, output in ((tmp_path / "collm", "public"), (studio / "mf", "mf")):
+        code, _, error = script(publish.main, "--ckpt_path", ckpt, "--output_dir", tmp_path / output)
+        assert code == 0, error
+        assert not [name for name, text in read_texts(tmp_path / output).items() if str(studio) in text]
+    about, text = card_of(tmp_path / "public")
+    assert "on top of `base`" in text and "collaborative model `mf`" in text and about["base_model"] == "base"
+    assert "collaborative model of ratings" in card_of(tmp_path / "mf")[1]
+
+
+def test_bad_input_of_publish(two, tmp_path, refused):
+    _, target = two
+    (target / "model.safetensors").unlink()
+    where = ("--output_dir", tmp_path / "out")
+    assert "contains no weights as safetensors" in refused(publish.main, "--ckpt_path", target, *where)
+    assert "no such folder" in refused(publish.main, "--ckpt_path", tmp_path / "none", *where)
+    assert not (tmp_path / "out").exists()

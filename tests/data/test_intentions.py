@@ -425,7 +425,7 @@ def without_texts(toy, tmp_path):
 REMOTE = ("--endpoint", "http://h/v1", "--model", "m")
 BAD = {
     "endpoint without model": (("--endpoint", "http://h/v1"), "--endpoint needs --model"),
-    "no such model": (("--model", "./no/model"), "no/model: no tokenizer could be loaded"),
+    "no such model": (("--model", "./no/model"), "./no/model: no such folder"),
     "no default model": ((), "python -m convert.smollm2 --output_dir ckpt/base/SmolLM2-135M-Instruct"),
     "no such dataset": (("--dataset", "none"), "no such dataset folder"),
     "no item texts": (without_texts, "toy.item.json: no such file"),

@@ -1,18 +1,22 @@
 """Instruction samples: what is asked, what is learned, which prompt is drawn."""
 
+import json
+import shutil
 from collections import Counter
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reclingua.datasets.collators import IGNORE, CausalLMCollator, encode_prompt, prompt_batch
 from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_interactions
-from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
+from reclingua.datasets.prompts import LCREC_PROMPT_FILE, check_prompts, read_prompts
 from reclingua.datasets.tasks import held_out_samples, history_segment, seqrec_task, train_samples
 from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import METADATA_FILE
 from tests.helpers.models import make_tokenizer
 
 
@@ -188,6 +192,29 @@ def test_bad_prompt_files(tmp_path, message):
     with pytest.raises(InputError) as raised:
         read_prompts(path)
     assert message in str(raised.value) and str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("message", [message for message, text in BAD_PROMPTS.items() if "seqrec: [{" in (text or "")])
+def test_prompts_of_a_checkpoint_are_checked_as_those_of_a_file(message):
+    templates = yaml.safe_load(BAD_PROMPTS[message])
+    with pytest.raises(InputError) as raised:
+        check_prompts("ckpt/reclingua.json", templates)
+    assert message in str(raised.value) and "ckpt/reclingua.json" in str(raised.value)
+
+
+def test_prompts_of_a_checkpoint_that_would_fill_the_memory(tuned, tmp_path, refused):
+    import test as test_script
+
+    shutil.copytree(tuned, tmp_path / "tuned", ignore=shutil.ignore_patterns("checkpoint-*"))
+    file = tmp_path / "tuned" / METADATA_FILE
+    content = json.loads(file.read_text())
+    check_prompts(file, content["prompts"])
+    task = next(iter(content["prompts"]))
+    for templates in ([{"prompt": "{history:>9999999999}", "response": ""}], ["{history}"], 3, {"a": 1}):
+        file.write_text(json.dumps(content | {"prompts": {task: templates}}))
+        assert str(file) in refused(test_script.main, "--ckpt_path", tmp_path / "tuned")
+    with pytest.raises(InputError, match="unknown task 'cooking'"):
+        check_prompts(file, {"cooking": []})
 
 
 def test_a_file_of_ones_own(tmp_path):

@@ -43,17 +43,19 @@ def test_a_dataset_without_texts_opens_by_its_index(toy):
 
 BAD = {
     "unknown item": ("inter", lambda x: x["0"].append(99), "user '0' has item '99'"),
-    "empty history": ("inter", lambda x: x.update({"0": []}), "user '0' has no interactions"),
+    "id that is a boolean": ("inter", lambda x: x["0"].append(True), "user '0' should have a list of item ids"),
+    "id that is a fraction": ("inter", lambda x: x["0"].append(1.5), "oldest first, not '1.5'"),
+    "long id in a history": ("inter", lambda x: x["0"].append("7" * 5000), "has 5,000 characters"),
+    "long id of an item": ("item", lambda x: x.update({"7" * 5000: {"title": "A"}}), "has 5,000 characters"),
+    "long id in the index": ("index", lambda x: x.update({"7" * 5000: ["<a_1>"]}), "has 5,000 characters"),
+    "half a character": ("item", lambda x: x.update({"4": {"title": "\ud83d"}}), "entry '4' contains half a char"),
+    "half a character in an id": ("inter", lambda x: x.update({"\ud83d": [1]}), "entry '\\\\ud83d' contains half"),
+    "no text at all": ("item", lambda x: {item: {"title": ""} for item in x}, "no item has a title, description"),
     "history not a list": ("inter", lambda x: x.update({"0": {"1": 2}}), "user '0' should have a list"),
     "nested history": ("inter", lambda x: x.update({"0": [[1]]}), "user '0' should have a list"),
     "empty dataset": ("inter", lambda x: {}, "is empty"),
     "all users too short": ("inter", lambda x: {"0": [1, 2]}, "no user has the three interactions"),
     "list, not object": ("inter", lambda x: [1, 2], "contains a list"),
-    "item without text": (
-        "item",
-        lambda x: x.update({"4": {"title": " ", "description": ""}}),
-        "item '4' has neither",
-    ),
     "item not an object": ("item", lambda x: x.update({"4": "Toy"}), "item '4' should be an object"),
     "item without index": ("index", lambda x: x.pop("8") and None, "'8'"),
     "index of no item": ("index", lambda x: x.update({"77": ["<a_9>"]}), "item '77' is not in toy.item.json"),
@@ -74,6 +76,65 @@ def test_bad_records_are_named(toy, edit, case):
     with pytest.raises(InputError) as raised:
         open_toy(toy, "items", "index")
     assert message in str(raised.value) and "toy." in str(raised.value)
+
+
+def test_items_without_a_title_are_named_by_their_other_texts(toy, edit):
+    records = {
+        "1": {"title": " ", "description": "Long " * 30},
+        "2": {"title": None, "brand": "Acme", "categories": "Pens"},
+        "3": {"categories": ["Office", ["Pens", "Ink"]]},
+        "4": {"title": "", "description": ""},
+        "5": {"title": ["Two", "parts"], "description": ["Good", "pen"]},
+    }
+    edit("item", lambda item: item.update(records))
+    dataset = open_toy(toy, "items", "index")
+    assert dataset.untitled == {"1": "description", "2": "brand", "3": "categories", "4": "id"}
+    assert dataset.title("1") == " ".join(["Long"] * 16) + " …" and dataset.text("1") == "Long " * 29 + "Long"
+    assert [dataset.title(item) for item in "2345"] == ["Acme", "Office, Pens, Ink", "item 4", "Two parts"]
+    assert dataset.text("3") == "Office, Pens, Ink" and dataset.text("5") == "Two parts. Good pen"
+    assert dataset.remarks[0].startswith("4 items without a title are named by their description (1), brand (1)")
+
+
+def test_users_without_interactions_are_left_out(toy, edit):
+    edit("inter", lambda inter: inter.update({"empty": [], "1": [1.0, 2.0, 3.0]}))
+    dataset = open_toy(toy)
+    assert "empty" not in dataset.histories and dataset.remarks == ["1 users without interactions are left out"]
+    assert dataset.histories["1"] == ["1", "2", "3"]
+
+
+def test_duplicate_keys_are_found_in_linear_time(toy):
+    """16,000 keys, all of them twice: a key is compared with others only by its hash."""
+    text = ", ".join(f'"{n}": [1]' for n in range(16_000))
+    (toy / "toy/toy.inter.json").write_text("{" + text + ", " + ", ".join(reversed(text.split(", "))) + "}")
+    with pytest.raises(InputError, match="the key '15999' occurs twice; keep one"):
+        open_toy(toy)
+
+
+FOREIGN = {
+    "toy.inter": "--source recbole",
+    "train_ood2.pkl": "read_pickle",
+    "train_ood2.parquet": "--source collm",
+    "train.parquet valid.parquet test.parquet": "the folder holds a ratings dataset",
+    "other.inter.json": "the folder holds other.inter.json: rename",
+    "info/toy.txt": "--source minionerec",
+    "train.json test.json": "--source tallrec",
+    "toy.jsonl.gz meta_toy.jsonl.gz": "--source amazon2023",
+    "toy.json.gz meta_toy.json.gz": "--source amazon2018",
+    "reviews_toy.json.gz meta_toy.json.gz": "--source amazon2014",
+    "sequential_data.txt": "--source sequences",
+    "ratings.dat": "--source movielens",
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN)
+def test_the_command_for_a_folder_of_another_format_is_named(toy, files):
+    (toy / "toy/toy.inter.json").unlink()
+    for file in files.split():
+        (toy / "toy" / file).parent.mkdir(exist_ok=True)
+        (toy / "toy" / file).touch()
+    with pytest.raises(InputError) as raised:
+        open_toy(toy)
+    assert FOREIGN[files] in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["inter", "item", "index"])

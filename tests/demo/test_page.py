@@ -28,7 +28,7 @@ def data(workshop, studio, tmp_path_factory):
         texts = {str(i): {"title": f"Thing {i} {TITLE} ${{alert(1)}} {{{{x}}}} `"} for i in range(count)}
         if count == 31:
             del texts["0"]  # item ids of ratings start at 1
-        texts["8"]["title"] = "Endless " * 3_000
+        texts["8"]["title"] = "Endless " * 40
         file.unlink()
         file.write_text(json.dumps(texts))
     return root
@@ -41,7 +41,7 @@ HOSTILE |= {"HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "example.com"}
 @pytest.fixture(scope="module")
 def address(browser, workshop, tuned, studio, data):
     """Serve the page of a next-item and a Yes/No model, until SIGTERM; `browser` first: without it all is skipped."""
-    steps = ("--max_steps", 10, "--save_strategy", "no", "--learning_rate", 0.01)
+    steps = ("--max_steps", 10, "--save_strategy", "no", "--learning_rate", 0.01, "--data_path", data)
     run_main(finetune.main, *second(studio, "collm", studio / "collm", *steps))
     with run_demo("--ckpt_path", tuned, studio / "collm", "--data_path", data, "--num_beams", 8, **HOSTILE) as served:
         address, process = served

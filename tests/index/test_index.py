@@ -1,6 +1,7 @@
 """RQ-VAE compared with the reference implementation; semantic IDs by every strategy, without collisions."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from index import embed, generate, repair, train
 from index.codes import random_codes
-from index.collisions import count_collisions, reassign_by_sinkhorn, resolve_collisions
+from index.collisions import collision_groups, count_collisions, reassign_by_sinkhorn, resolve_collisions
 from index.kmeans import balance, balanced_assignment, balanced_codes, fill_codebooks
 from index.repair import deduplicate
 from index.rqvae import RQVAE, RQVAEConfig
@@ -95,6 +96,47 @@ def test_the_nearest_item_keeps_its_semantic_id_and_the_others_move_as_documente
     # 0.1 stays; 0.2 moves to the other last code; for 0.3 both are occupied, so it moves to the next prefix, where
     # (1, 0) is occupied and (1, 1) free.
     assert resolve_collisions(model, latents, nearest).tolist() == [[0, 1], [0, 0], [1, 1], [1, 0]]
+
+
+def first_free(point, codebooks, occupied, prefix=()):
+    """The search that `resolve_collisions` describes, without a short cut: all semantic IDs in order."""
+    if not codebooks:
+        return None if prefix in occupied else prefix
+    for code in np.argsort(((codebooks[0] - point) ** 2).sum(1), kind="stable").tolist():
+        found = first_free(point - codebooks[0][code], codebooks[1:], occupied, (*prefix, code))
+        if found is not None:
+            return found
+    return None
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 0.5])  # equal items, nearly equal ones, distinct ones
+def test_displaced_items_get_the_first_free_semantic_id_of_the_plain_search(scale):
+    model = make_rqvae((3, 4, 5), seed=1)
+    latents = torch.randn(1, 4) + scale * torch.randn(55, 4)
+    nearest = model.quantize(latents, use_sinkhorn=False)[1].numpy()
+    codes = resolve_collisions(model, latents, nearest)
+    books, points = [book.numpy() for book in model.codebooks], latents.numpy()
+    expected, occupied = nearest.copy(), set(map(tuple, nearest.tolist()))
+    for group in collision_groups(nearest):
+        centre = sum(book[nearest[group[0], level]] for level, book in enumerate(books))
+        for row in group[np.argsort(((points[group] - centre) ** 2).sum(1), kind="stable")][1:]:
+            expected[row] = first_free(points[row], books, occupied)
+            occupied.add(tuple(expected[row].tolist()))
+    assert codes.tolist() == expected.tolist()
+
+
+def test_time_of_equal_items_is_linear():
+    """Four times as many items with one embedding, or one semantic ID, take about four times as long, not sixteen."""
+    model = make_rqvae((64, 64, 64), epsilon=0.0)
+
+    def seconds(items):
+        begun = time.process_time()
+        resolve_collisions(model, torch.zeros(items, 4), np.zeros((items, 3), dtype=np.int64))
+        repaired = deduplicate({str(item): ["<a_1>", "<b_1>", "<c_1>"] for item in range(10 * items)})
+        assert len({tuple(codes) for codes in repaired.values()}) == 10 * items
+        return time.process_time() - begun
+
+    assert seconds(2_000) < 9 * min(seconds(500) for _ in range(3))
 
 
 def test_more_items_than_semantic_ids():
@@ -258,7 +300,7 @@ def test_every_strategy_gives_every_item_a_semantic_id(toy, tmp_path, script):
         flags = ("--method", method, "--embeddings", path, "--output_dir", tmp_path / method)
         code, _, error = script(train.main, *flags, "--codebook_sizes", 3, 2, 2)
         assert code == 0, error
-        source = ("--dataset", "toy", "--data_path", toy, "--rqvae", tmp_path / method)
+        source = ("--dataset", "toy", "--data_path", toy, "--rqvae", tmp_path / method, "--force")
         code, out, error = script(generate.main, *source)
         assert code == 0 and f"items: {num_colliding} with" in out and "Sinkhorn" not in out, error
         index = open_interactions(toy, "toy", ["items", "index"]).index
@@ -266,7 +308,7 @@ def test_every_strategy_gives_every_item_a_semantic_id(toy, tmp_path, script):
     path.unlink()
     written = []
     for seed in (1, 1, 2):
-        flags = ("--random", "--seed", seed, "--codebook_sizes", 3, 3)
+        flags = ("--random", "--seed", seed, "--codebook_sizes", 3, 3, "--force")
         assert script(generate.main, "--dataset", "toy", "--data_path", toy, *flags)[0] == 0
         written.append(open_interactions(toy, "toy", ["items", "index"]).index)
     assert written[0] == written[1] != written[2]
@@ -296,8 +338,10 @@ def test_bad_input_of_embed(toy, edit, refused):
     source = ("--dataset", "toy", "--data_path", toy)
     assert "--collab_weight 2" in refused(embed.main, *source, "--collab_weight", 2)
     assert "no sentence encoder" in refused(embed.main, *source, "--plm", toy)
-    edit("item", lambda item: item.update({"3": {"title": ""}}))
-    assert "item '3' has neither title nor description" in refused(embed.main, *source)
+    for main, more in ((embed.main, ()), (generate.main, ("--random",))):
+        assert "name two files" in refused(main, *source, *more, "--output", toy / "toy/toy.item.json")
+    edit("item", lambda items: {item: {"title": ""} for item in items})
+    assert "no item has a title, description, brand or categories" in refused(embed.main, *source)
     assert not (toy / "toy/toy.emb-minilm-td.npy").exists()
 
 
@@ -328,5 +372,6 @@ def test_the_published_index_of_instruments_is_repaired(shared, tmp_path, script
     assert {code for codes in repaired.values() for code in codes} <= published_codes  # no new tokens
     open_interactions(shared / "data", "Instruments", ["index"], tmp_path / "Instruments.index.json")
     assert "no such file" in refused(repair.main, tmp_path / "none.json", "--output", tmp_path / "x.json")
+    assert "name two files" in refused(repair.main, published, "--output", published)
     (tmp_path / "named.json").write_text(json.dumps({"1": ["x"], "2": ["x"]}))
     assert "has no number" in refused(repair.main, tmp_path / "named.json", "--output", tmp_path / "x.json")

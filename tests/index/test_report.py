@@ -107,6 +107,15 @@ def test_published_index_files(shared, tmp_path, script):
     assert content["indices"]["Industrial"]["prefixes"][0]["lift"] > 5
 
 
+@pytest.mark.parametrize("flags", [(), ("--category_key", "title")])
+def test_items_without_a_common_category_get_a_report_without_lifts(toy, tmp_path, script, flags):
+    index, item = toy / "toy/toy.index.json", toy / "toy/toy.item.json"
+    code, out, error = script(report.main, index, "--item", item, *flags, "--output", tmp_path / "out")
+    assert code == 0 and "no lifts: no category in" in out and "colliding items" in out, error
+    content = json.loads((tmp_path / "out/report.json").read_text())
+    assert content["category_key"] is None and "lift" not in content["indices"]["toy"]["prefixes"][0]
+
+
 def test_bad_input(toy, tmp_path, refused):
     index, item = toy / "toy/toy.index.json", toy / "toy/toy.item.json"
     out = ("--output", tmp_path / "out")
@@ -114,9 +123,7 @@ def test_bad_input(toy, tmp_path, refused):
     assert "cannot be read" in refused(report.main, toy, *out)
     assert "given twice" in refused(report.main, index, index, *out)
     assert "--category_key needs --item" in refused(report.main, index, "--category_key", "brand", *out)
-    assert "no category in any of the keys" in refused(report.main, index, "--item", item, *out)
-    message = refused(report.main, index, "--item", item, "--category_key", "title", *out)
-    assert f"{item}: no category in the key 'title' is shared" in message
+    assert "no item has the key 'kind'" in refused(report.main, index, "--item", item, "--category_key", "kind", *out)
     broken = tmp_path / "broken.index.json"
     for content, message in (
         ("{", "not valid JSON"),

@@ -92,6 +92,33 @@ def test_what_is_no_history_is_refused(recommender, workshop, studio):
     assert recommender.recommend([]) == []
 
 
+def test_items_have_the_scores_of_the_search(recommender, search, monkeypatch):
+    """Whatever the batch; also of items that the search did not find, and of none."""
+    samples = held_out_samples(recommender.dataset, "test", recommender.task, 3)
+    lists = search(60)
+    items = [[scored.item for scored in reversed(ranked)][: row % 4] for row, ranked in enumerate(lists)]
+    for batch_size in (7, 60):
+        scores = recommender.score(samples, items, batch_size=batch_size)
+        for row, ranked in enumerate(lists):
+            expected = [scored.score for scored in reversed(ranked)][: row % 4]
+            assert scores[row].tolist() == pytest.approx(expected, abs=1e-4)
+    everything = sorted(recommender.dataset.index)
+    (scores,) = recommender.score([["1", "2"]], [everything])
+    (ranked,) = recommender.recommend([["1", "2"]], k=9)
+    assert [everything[number] for number in (-scores).argsort()] == [scored.item for scored in ranked]
+
+
+def test_items_that_cannot_be_scored_are_refused(recommender):
+    for items, message in (
+        ([["1"], ["1", "x"]], "row 1: item 'x' has no semantic ID in toy"),
+        ([["1"]], "2 histories, 1 lists of items"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recommender.score([["1"], ["2"]], items)
+    with pytest.raises(InputError, match="history 1: is empty"):
+        recommender.score([["1"], []], [["1"], ["1"]])
+
+
 def test_memory_for_not_even_one(search, monkeypatch):
     out_of_memory_above(0, monkeypatch)
     with pytest.raises(InputError, match="one user in the batch; take fewer beams"):
@@ -112,19 +139,24 @@ def test_many_processes_measure_what_one_does(script, workshop, tuned, tmp_path,
     """Also where a process has nothing to do: sixty users make two batches of fifty, for three processes."""
     import test as test_script
 
-    flags = (*arguments(workshop, tuned, tmp_path), "--test_batch_size", batch_size, "--test_prompt_ids", "0,2")
+    ckpt = shutil.copytree(tuned, tmp_path / "ckpt")
+    flags = (*arguments(workshop, ckpt, tmp_path), "--test_batch_size", batch_size, "--test_prompt_ids", "0,2")
+    flags = (*flags, "--fuse", "ease")
     torch.set_num_threads(2)  # and one in each of the others
     request.addfinalizer(lambda: torch.set_num_threads(1))
     code, said_alone, error = script(test_script.main, *flags)
     assert code == 0, error
     alone, lines = json.loads((tmp_path / "results.json").read_text()), read_lines(tmp_path / "lines.jsonl")
-    (tmp_path / "results.json").unlink()
+    fused = json.loads((ckpt / "fusion.json").read_text())
+    for made in (tmp_path / "results.json", ckpt / "fusion.json"):
+        made.unlink()
     details = (tmp_path / "results/details.json").read_text()
     shutil.rmtree(tmp_path / "results")
     together = run_processes(processes, test_ddp.main, *flags)
     assert together.returncode == 0, together.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     del alone["seconds"], results["seconds"]
+    assert json.loads((ckpt / "fusion.json").read_text()) == fused
     assert results == alone and results["users"] == 60
     assert (tmp_path / "results/details.json").read_text() == details and (tmp_path / "results/report.html").exists()
     for line, want in zip(read_lines(tmp_path / "lines.jsonl"), lines, strict=True):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from reclingua import Scorer
 from reclingua.datasets.ratings import to_numpy
@@ -47,3 +48,17 @@ def test_what_cannot_be_scored_is_refused(studio, workshop, tuned):
         collaborative.encode(collaborative.dataset.parts["test"])
     with pytest.raises(InputError, match="use Recommender"):
         Scorer.from_pretrained(tuned, workshop / "datasets")
+
+
+def test_untuned_is_the_base_model_before_lora(studio):
+    scorer = Scorer.from_pretrained(studio / "tallrec", studio)
+    rows = scorer.dataset.parts["test"].select(range(40))
+    tuned, untuned = scorer.score(rows), scorer.untuned().score(rows)
+    assert abs(tuned - untuned).max() > 1e-3
+    with torch.no_grad():
+        for name, weight in scorer.model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+    np.testing.assert_allclose(scorer.score(rows), untuned, atol=1e-5)
+    with pytest.raises(InputError, match="mf has no base model"):
+        Scorer.from_pretrained(studio / "mf", studio).untuned()

@@ -1,4 +1,4 @@
-"""Metrics compared with the reference implementation and scikit-learn; baselines with known results."""
+"""Metrics compared with the reference implementation and scikit-learn."""
 
 import json
 
@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from reclingua.baselines.co_occurrence import CoOccurrence
-from reclingua.baselines.popularity import Popularity
-from reclingua.datasets.interactions import open_interactions
-from reclingua.metrics import load_metric, parse_metrics, ranking_metrics
+from reclingua.metrics import load_metric, metrics_of_ranks, parse_metrics, ranking_metrics
 from reclingua.metrics.roc import auc, auc_of_groups, uauc
 from reclingua.utils.errors import InputError
 
@@ -33,30 +30,10 @@ def test_unknown_metrics(names):
         parse_metrics(names)
 
 
-def test_baselines_on_a_ring(toy):
-    dataset = open_interactions(toy, "toy")
-    assert CoOccurrence(dataset).recommend(["3", "4"], 1, {"3", "4"}) == ["5"]
-    popularity = Popularity(dataset)
-    best = popularity.recommend([], 3, set())
-    assert popularity.recommend([], 3, {best[0]})[:2] == best[1:]
-    all_items = CoOccurrence(dataset).recommend(["3"], 9, set())
-    assert sorted(all_items) == sorted(dataset.item_ids)
-
-
-def test_baselines_use_training_interactions_only(toy, edit):
-    before = [b(open_interactions(toy, "toy")).recommend(["3"], 9, set()) for b in (Popularity, CoOccurrence)]
-    edit("inter", lambda inter: {user: [*history[:-2], 0, 0] for user, history in inter.items()})
-    assert before == [b(open_interactions(toy, "toy")).recommend(["3"], 9, set()) for b in (Popularity, CoOccurrence)]
-
-
-def test_baselines_of_ml_100k(ml_100k):
-    """Results of two independent implementations on the same split, seen items excluded."""
-    dataset = open_interactions(ml_100k, "ml-100k")
-    histories, targets = zip(*(dataset.split(user, "test") for user in dataset.test_users), strict=True)
-    for baseline, hit, ndcg in ((Popularity(dataset), 0.087, 0.045), (CoOccurrence(dataset), 0.177, 0.091)):
-        lists = [baseline.recommend(history, 10, set(history)) for history in histories]
-        results = ranking_metrics(lists, targets, [("hit", 10), ("ndcg", 10)])
-        assert results == pytest.approx({"hit@10": hit, "ndcg@10": ndcg}, abs=5e-4)
+def test_metrics_of_ranks_are_those_of_lists():
+    lists, targets = [["a"], [], ["b", "a"], ["c", "b", "a"]], ["a"] * 4
+    names = [("hit", 1), ("hit", 2), ("ndcg", 3)]
+    assert metrics_of_ranks(np.array([1, 0, 2, 3]), names) == pytest.approx(ranking_metrics(lists, targets, names))
 
 
 def test_auc_and_uauc_agree_with_the_reference(shared):

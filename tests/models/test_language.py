@@ -1,11 +1,17 @@
 """Codes become words of any model's vocabulary, one token each, with a meaning, tied or not."""
 
+import json
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Gemma3Config, GPT2Config
 
-from reclingua.models.language import load_model, load_tokenizer
+from reclingua.inference.loading import check_context_length
+from reclingua.models.language import context_length, load_model, load_tokenizer
 from reclingua.models.vocabulary import code_tokens, extend_vocabulary, index_token_ids
+from reclingua.utils import hub
 from reclingua.utils.errors import InputError
 from tests.helpers.models import make_model, make_tokenizer
 
@@ -77,7 +83,7 @@ def test_a_code_that_is_a_word_already(taken):
 
 
 def test_another_index_than_the_model_knows():
-    with pytest.raises(InputError, match="'<a_0>' is not in the vocabulary"):
+    with pytest.raises(InputError, match="'<a_0>' of item '0' is not in the vocabulary"):
         index_token_ids(make_tokenizer(bos=False), INDEX)
 
 
@@ -90,6 +96,53 @@ def test_no_model_there(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no causal language model"):
         load_model(tmp_path)
+
+
+def test_a_hub_name_without_a_network_fails_at_once(monkeypatch):
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
+    for load in (load_tokenizer, load_model):
+        with pytest.raises(InputError, match="^nobody/no-such-model: no such folder, not in the cache of the hub"):
+            load("nobody/no-such-model")
+        with pytest.raises(InputError, match="no such folder, and not the name of a model on the hub"):
+            load("ckpt/no/such/folder")
+
+
+def test_an_unreachable_hub_is_noticed_within_seconds(monkeypatch):
+    """Nothing answers, not even the server that knows the name."""
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: time.sleep(60)))
+    begun = time.monotonic()
+    assert not hub.hub_is_reachable.__wrapped__(patience=0.1) and time.monotonic() - begun < 5
+
+
+def test_code_of_a_model_is_run_on_request_alone(tmp_path, monkeypatch):
+    """The library would ask on the terminal."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    make_model("llama", 40).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        'class OwnConfig(LlamaConfig):\n    model_type = "own"\n\n\n'
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(InputError, match="Python code of its own, which is not run; read it, and add --trust_remote"):
+        load_model(tmp_path)
+    monkeypatch.setattr(hub, "_trusts_remote_code", False)  # restored at the end
+    hub.trust_remote_code(True)
+    assert type(load_model(tmp_path)).__name__ == "Own"
+
+
+def test_the_length_that_a_text_model_inside_reads():
+    text = {"vocab_size": 40, "max_position_embeddings": 512}
+    for config, length in (
+        (Gemma3Config(text_config=text), 512),
+        (GPT2Config(n_positions=96), 96),
+        (BloomConfig(), None),
+    ):
+        assert context_length(SimpleNamespace(config=config)) == length
+    with pytest.raises(InputError, match="reads at most 512 tokens"):
+        check_context_length(SimpleNamespace(config=Gemma3Config(text_config=text)), 100_000)
 
 
 def test_smollm2_from_its_package(smollm2):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,13 @@ from sklearn.metrics import roc_auc_score
 import report
 import test as test_script
 from reclingua.reporting import next_item, yes_no
-from reclingua.reporting.bootstrap import BootstrapMetrics, mean_metrics, paired_differences
+from reclingua.reporting.bootstrap import (
+    NUM_RESAMPLES,
+    BootstrapMetrics,
+    draw_counts,
+    mean_metrics,
+    paired_differences,
+)
 from reclingua.reporting.codebook import project_to_plane
 from reclingua.reporting.details import load_run, report_folder, training_curves
 from reclingua.utils.metadata import METADATA_FILE
@@ -61,6 +68,18 @@ def test_draws_depend_neither_on_the_number_of_metrics_nor_on_the_chunk_size():
     chunked = BootstrapMetrics(one.names, one.statistic, one.num_users, num_samples=2_000_000)  # two draws a chunk
     np.testing.assert_allclose(one.resample()[:, 0], three.resample()[:, 0])
     np.testing.assert_allclose(one.resample(), chunked.resample())
+
+
+def test_draws_are_made_once_for_all_metrics_of_a_page():
+    draw_counts.cache_clear()
+    values = np.random.default_rng(2).normal(size=(50, 3))
+    metrics = [mean_metrics(["a"], values[:, [column]]) for column in range(3)]
+    for metric in metrics:
+        metric.intervals()
+        paired_differences(metric, metrics[0])
+    assert draw_counts.cache_info().misses == 1
+    counts = draw_counts(50, NUM_RESAMPLES, 0)
+    assert (counts.sum(axis=1) == 50).all() and counts.dtype == np.uint8
 
 
 def test_auc_of_draws_equals_auc_of_repeated_ratings():
@@ -221,9 +240,11 @@ def test_map_states_the_number_of_sampled_items(search_run, tmp_path, script):
 def test_yes_no_page(preference_runs):
     names = ["warm-and-cold", "roc", "calibration", "users", "training"]
     page = check_page(report_folder(preference_runs[0]) / "report.html", names)
-    sections = ["Metrics: all, warm and cold", "ROC curve", "Calibration", "AUC by user", "Training"]
+    sections = ["Metrics: all, warm and cold", "Baselines", "ROC curve", "Calibration", "AUC by user", "Training"]
     assert page.headings == ["liked: mf", *sections]
     results = json.loads(preference_runs[0].read_text())
+    assert page.row("like-rates")[0].startswith(f"{results['baselines']['like-rates']['test']['auc']:.4f} [")
+    assert len(page.row("mf - like-rates")) == 6
     for part, name in (("test", "all"), ("warm", "warm"), ("cold", "cold")):
         cells = page.row(name)
         assert [cell.split()[0] for cell in cells[:2]] == [f"{results[part][key]:.4f}" for key in ("auc", "uauc")]
@@ -237,6 +258,7 @@ def test_part_without_ratings_is_shown_as_missing(preference_runs, tmp_path, scr
     details_file(file).write_text(json.dumps(details))
     results = json.loads(file.read_text())
     empty = {"auc": None, "uauc": None, "users_counted": 0, "users_left_out": 0, "samples": 0}
+    results["baselines"]["like-rates"] |= {"warm": results["baselines"]["like-rates"]["test"], "cold": empty}
     file.write_text(json.dumps({**results, "warm": results["test"], "cold": empty}))
     assert script(report.main, file)[0] == 0
     assert Page(report_folder(file) / "report.html").row("cold") == ["–", "–", "0", "0", "0"]
@@ -284,6 +306,8 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
     assert "given twice" in refuse(search_run, search_run)
     assert "compare runs of one kind" in refuse(search_run, preference_runs[0])
     assert "cannot be written" in refuse(search_run, "--output", "/proc/self/x/page.html")
+    for file in (search_run, details_file(search_run)):
+        assert "name two files" in refuse(search_run, "--output", file)
     fewer = searched("fewer", "--sample_num", 5)
     assert "its users differ" in refuse(search_run, fewer)
     other = copy_run(search_run, tmp_path, "other.json")
@@ -300,8 +324,10 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
         (json.dumps(json.loads(whole) | {"prompts": ["a", "b", "c", 4]}), "prompts is not a list of 4 texts"),
         (json.dumps(json.loads(whole) | {"ranks": [["a"]]}), "ranks has values of a wrong type or shape"),
         (json.dumps(json.loads(whole) | {"ranks": [[1, 2], [1]]}), "ranks has values of a wrong type or shape"),
-        (json.dumps(json.loads(whole) | {"popularity": [1]}), "lists differ in length"),
-        (json.dumps(json.loads(whole) | {"popularity": [1] * 60}), "metrics differ from the details"),
+        (json.dumps(json.loads(whole) | {"baselines": {"ease": [1]}}), "lists differ in length"),
+        (json.dumps(json.loads(whole) | {"baselines": {"popularity": [1] * 60}}), "metrics differ from the details"),
+        (json.dumps(json.loads(whole) | {"fused": {"ease": ["a"]}}), "fused: ease has values of a wrong type"),
+        (json.dumps(json.loads(whole) | {"fused": [1]}), "fused has values of a wrong type or shape"),
     ):
         details_file(edited).write_text(content)
         assert message in refuse(edited)
@@ -317,6 +343,19 @@ def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
     broken = json.loads(search_run.read_text()) | {"mean_results": {"hit@1": "many"}}
     other.write_text(json.dumps(broken))
     assert "is not a results file of test.py" in refuse(other)
+
+
+def test_broken_files_that_have_no_part_in_the_test_cost_their_picture(workshop, tuned, tmp_path, script):
+    shutil.copytree(workshop / "datasets/toy", tmp_path / "toy")
+    (tmp_path / "toy/toy.emb-other.npy").write_bytes(b"half of a file")
+    shutil.copytree(tuned, tmp_path / "tuned", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "tuned/run.json").write_text('{"log": [')
+    where = ("--ckpt_path", tmp_path / "tuned", "--data_path", tmp_path, "--results_file", tmp_path / "r.json")
+    code, out, error = script(test_script.main, *where, "--num_beams", 5, "--metrics", "hit@1", "--sample_num", 3)
+    assert code == 0, error
+    assert out.count("the map of items leaves out") == out.count("the report has no training curves") == 1
+    page = (tmp_path / "r/report.html").read_text()
+    assert "own embeddings of the codes" in page and "hit@1" in page
 
 
 def test_results_are_written_even_if_the_report_fails(workshop, tuned, tmp_path, refused):

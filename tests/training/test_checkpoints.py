@@ -1,8 +1,9 @@
 """Checkpoints are atomic, and a resumed run ends with the weights of an uninterrupted one, whatever ended it."""
 
+import itertools
+import json
 import multiprocessing
 import os
-import random
 import resource
 import shlex
 import shutil
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 
 import finetune
 from reclingua.training.checkpoints import STAGING_DIR, newest_checkpoint, rotate_checkpoints
+from reclingua.training.trainer import RecTrainer
+from reclingua.utils.files import locked_folder
 from tests.helpers.scripts import ROOT, flags, redirect_output, run_main
 
 pytestmark = pytest.mark.slow
@@ -36,16 +39,16 @@ def uninterrupted(workshop, tmp_path_factory):
 
 @pytest.fixture
 def start(workshop, tmp_path):
-    """start(before): run finetune.py into tmp_path/out in a process of its own, which calls `before` first."""
+    """start(before, *flags): run finetune.py into tmp_path/out in a process of its own, which calls `before` first."""
 
-    def train(before):
+    def train(before, more):
         with open(tmp_path / "printed.txt", "w") as file:
             redirect_output(file.fileno(), file.fileno())
         before()
-        run_main(finetune.main, *flags(workshop, tmp_path / "out", *FLAGS))
+        run_main(finetune.main, *flags(workshop, tmp_path / "out", *FLAGS, *more))
 
-    def start_process(before=lambda: None):
-        process = multiprocessing.get_context("fork").Process(target=train, args=(before,))
+    def start_process(before=lambda: None, *more):
+        process = multiprocessing.get_context("fork").Process(target=train, args=(before, more))
         process.start()
         return process
 
@@ -83,17 +86,30 @@ def assert_complete(output_dir, uninterrupted):
         torch.load(folder / "optimizer.pt", weights_only=True)
 
 
+def killed_in_step(number):
+    """Return a function for `start`: the process kills itself in the step with this number, from 1."""
+
+    def arrange():
+        step, steps = RecTrainer.training_step, itertools.count(1)
+
+        def training_step(*args, **kwargs):
+            if next(steps) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args, **kwargs)
+
+        RecTrainer.training_step = training_step
+
+    return arrange
+
+
 def test_resume_after_three_kills(start, uninterrupted, tmp_path):
-    generator, kills = random.Random(), 0
-    while kills < 3:
-        process = start()
-        time.sleep(generator.uniform(0.5, 2.5))
-        kills += process.exitcode is None
-        process.kill()
+    """Before the first checkpoint, after it, and in the middle of a resumed run."""
+    for number, newest in ((4, None), (9, "checkpoint-6"), (10, "checkpoint-12")):
+        process = start(killed_in_step(number))
         process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "printed.txt").read_text()
         assert_complete(tmp_path / "out", uninterrupted)
-        if process.exitcode == 0:  # it ended before the kill
-            shutil.rmtree(tmp_path / "out")
+        assert getattr(newest_checkpoint(tmp_path / "out"), "name", None) == newest
     process = start()
     process.join()
     assert process.exitcode == 0, (tmp_path / "printed.txt").read_text()
@@ -124,6 +140,46 @@ def test_resume_after_a_kill_within_a_save(start, uninterrupted, tmp_path):
     process.join()
     assert f"from {tmp_path / 'out' / 'checkpoint-6'}" in (tmp_path / "printed.txt").read_text()
     assert_same_weights(tmp_path / "out", uninterrupted)
+
+
+def resume_with_best(start, tmp_path, name, *, is_kept):
+    """Cut a run after checkpoint-12, make checkpoint-6 its best, move its folder to `name` and resume it there."""
+    process = start(killed_in_step(15), "--save_total_limit", 9)
+    process.join()
+    state_file = tmp_path / "out/checkpoint-12/trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state |= {"best_global_step": 6, "best_metric": 2.0}
+    state["best_model_checkpoint"] = str(tmp_path / "out/checkpoint-6")
+    state_file.write_text(json.dumps(state))
+    if not is_kept:
+        shutil.rmtree(tmp_path / "out/checkpoint-6")
+    (tmp_path / "out").rename(tmp_path / name)
+    process = start(lambda: None, "--output_dir", tmp_path / name)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "printed.txt").read_text()
+    return json.loads((tmp_path / name / "run.json").read_text())
+
+
+def test_the_best_checkpoint_is_found_in_a_moved_folder(start, tmp_path):
+    run = resume_with_best(start, tmp_path, "moved", is_kept=True)
+    assert run["best_step"] == 6 and run["best_metric"] == 2.0
+    assert_same_weights(tmp_path / "moved", tmp_path / "moved/checkpoint-6")
+
+
+def test_the_metric_of_a_best_checkpoint_that_is_gone_is_not_reported(start, tmp_path):
+    run = resume_with_best(start, tmp_path, "moved", is_kept=False)
+    assert "checkpoint-6, the best so far, is gone" in (tmp_path / "printed.txt").read_text()
+    assert run["best_step"] > 12 and run["best_metric"] < 2
+    assert_same_weights(tmp_path / "moved", tmp_path / f"moved/checkpoint-{run['best_step']}")
+
+
+def test_a_second_run_into_the_folder_is_refused(workshop, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(finetune, "locked_folder", lambda folder: locked_folder(folder, patience=0))
+    (tmp_path / "out").mkdir()
+    with locked_folder(tmp_path / "out"):
+        assert "another run is writing there" in refused(finetune.main, *flags(workshop, tmp_path / "out", *FLAGS))
+    (tmp_path / "out/config.json").touch()
+    assert "a model but no checkpoint" in refused(finetune.main, *flags(workshop, tmp_path / "out", *FLAGS))
 
 
 def test_resuming_a_finished_run_takes_no_step(workshop, tmp_path, capsys):

@@ -169,6 +169,12 @@ def test_model_without_chunked_loss_trains_by_its_own_loss(toy, tmp_path, capsys
         (("--push_to_hub", "--hub_strategy", "checkpoint"), "--hub_strategy"),
         (("--max_logits_mb", 0), "--max_logits_mb"),
         (("--per_device_batch_size", 0), "--per_device_batch_size 1"),
+        (("--report_to", "tensorboard"), "pip install tensorboard"),
+        (("--report_to", "comet_ml"), "pip install comet-ml"),
+        (("--report_to", "paper"), "--report_to paper: should be none, all or one of azure_ml"),
+        (("--deepspeed", "config/ds_z2_fp16.json"), "config/ds_z2_fp16.json computes in fp16, the other flags do not"),
+        (("--deepspeed", "config/ds_z3_fp16.json", "--bf16"), "do not: add --fp16 --bf16 False"),
+        (("--deepspeed", "config/ds_z3_bf16.json"), "do not: add --bf16"),
         (("--use_liger_kernel",), "pip install liger-kernel" if torch.cuda.is_available() else "needs a GPU"),
     ],
 )

@@ -1,4 +1,7 @@
-"""SASRec (arXiv 1808.09781): a causal transformer reads a user's liked items; its last output is the user's vector."""
+"""SASRec (arXiv 1808.09781): a causal transformer reads a user's items; its last output is the user's vector.
+
+It scores ratings, trained by binary cross-entropy, or all items as the next one, trained by a softmax over them.
+"""
 
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ class SASRecConfig(CollaborativeConfig):
         max_length: number of liked items that are read, the last ones.
         num_layers, num_heads: shape of the transformer.
         dropout: on embeddings, attention weights and both outputs of a block.
+        task: "ratings" or "next_item".
     """
 
     model_type = "sasrec"
@@ -21,6 +25,7 @@ class SASRecConfig(CollaborativeConfig):
     num_layers: int = 2
     num_heads: int = 4
     dropout: float = 0.5
+    task: str = "ratings"
 
 
 class Block(nn.Module):
@@ -68,17 +73,36 @@ class SASRec(CollaborativeModel):
         return self.config.max_length
 
     def user_vectors(self, users, histories=None, items=None) -> torch.Tensor:
+        return self.outputs(histories, 1)[:, 0]
+
+    def outputs(self, histories: torch.Tensor, last: int) -> torch.Tensor:
+        """Return the outputs of the `last` positions of int64 [samples, length], float [samples, last, width]."""
         length = histories.shape[1]
         exists = histories > 0
         x = self.item_embedding(histories) + self.position.weight[-length:]
         x = F.dropout(x, self.config.dropout, self.training)
-        # A position sees the liked items up to itself, and itself even if it is padding: no row is fully masked.
+        # A position sees the items up to itself, and itself even if it is padding: no row is fully masked.
         own = torch.eye(length, dtype=torch.bool, device=x.device)
         mask = (exists[:, None, :] & torch.ones_like(own).tril() | own)[:, None]
         for block in self.blocks[:-1]:
             x = block(x, mask, length)
-        x = self.blocks[-1](x, mask[:, :, -1:], 1)  # of the last block only the last position is needed
-        return self.norm(x[:, 0])
+        return self.norm(self.blocks[-1](x, mask[:, :, -last:], last))  # the last block computes what is returned
+
+    def next_item_loss(self, histories: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy of each item after those before it, over all items (a full softmax).
+
+        Args:
+            histories: int64 [samples, length + 1], oldest first, 0 in front of shorter ones.
+        """
+        targets = histories[:, 1:]
+        is_target = (targets > 0) & (histories[:, :-1] > 0)
+        outputs = self.outputs(histories[:, :-1], targets.shape[1])[is_target]
+        logits = outputs @ self.item_embedding.weight[1:].T
+        return F.cross_entropy(logits, targets[is_target] - 1)
+
+    def next_item_logits(self, histories: torch.Tensor) -> torch.Tensor:
+        """Return the logits of all items but padding after int64 [samples, length], float [samples, num_items - 1]."""
+        return self.outputs(histories, 1)[:, 0] @ self.item_embedding.weight[1:].T
 
     def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
         return self.item_embedding(items)

@@ -1,0 +1,131 @@
+"""Flags of test.py."""
+
+import argparse
+from pathlib import Path
+
+from reclingua.baselines import NEXT_ITEM_BASELINES
+from reclingua.datasets.tasks import TEST_TASKS
+from reclingua.decoding.beam_search import SCORE_OVER
+from reclingua.utils.errors import InputError, one_line_errors
+from reclingua.utils.hub import TRUST_HELP
+
+
+def test_task(name: str) -> str:
+    """Return the test of that name, in whatever case."""
+    return next((task for task in TEST_TASKS if task.lower() == name.lower()), name)
+
+
+def build_test_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of test.py's flags; a bad flag raises InputError."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_input_flags(parser)
+    _add_measuring_flags(parser)
+    return one_line_errors(parser)
+
+
+def _add_input_flags(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--ckpt_path", type=Path, help="folder written by finetune.py or pretrain.py")
+    model.add_argument(
+        "--baselines_only", action="store_true", help="measure the baselines of --dataset alone, without a model"
+    )
+    model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
+    model.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
+    model.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights keep their dtype")
+    model.add_argument(
+        "--lora", action="store_true", help="ignored; detected from the checkpoint (LC-Rec compatibility)"
+    )
+    model.add_argument(
+        "--cf_model",
+        help="collaborative model of a checkpoint, overrides the stored path; of next items: a SASRec of pretrain.py, "
+        "measured as a further baseline",
+    )
+    model.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
+    data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
+    data.add_argument(
+        "--index_file",
+        help="semantic IDs: file suffix, or a path if it has a slash (default: those in the checkpoint)",
+    )  # fmt: skip
+    data.add_argument(
+        "--user_file", default=".user.json",
+        help="user texts (preferences, intentions): file suffix or path (default: %(default)s)",
+    )  # fmt: skip
+    data.add_argument(
+        "--test_task", default="SeqRec", choices=list(TEST_TASKS), type=test_task,
+        help="of a next-item model: SeqRec (history of semantic IDs), FusionSeqRec (history of titles), ItemSearch "
+        "(a user's intention); default: %(default)s",
+    )  # fmt: skip
+    data.add_argument(
+        "--test_prompt_ids", default="0", help="prompts: all, or numbers like 0,3 (default: %(default)s)"
+    )
+    data.add_argument(
+        "--sample_num",
+        type=int,
+        default=-1,
+        help="measure only the first n users, or up to n ratings drawn at random (8 of a user at most); -1: all "
+        "(default: %(default)s)",
+    )
+    data.add_argument(
+        "--test_batch_size", type=int, default=32, help="users or ratings per batch (default: %(default)s)"
+    )
+    data.add_argument(
+        "--allow_other_histories", action="store_true",
+        help="measure although test targets can be interactions that the model was trained on",
+    )  # fmt: skip
+
+
+def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    search = parser.add_argument_group("beam search (next-item models)")
+    search.add_argument("--num_beams", type=int, default=20, help="beam width (default: %(default)s)")
+    search.add_argument(
+        "--score_over", default="vocabulary", choices=SCORE_OVER,
+        help="normalize log-probabilities over the whole vocabulary or over the tokens that the trie allows "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    search.add_argument("--exclude_seen", action="store_true", help="leave the user's own items out of the candidates")
+    search.add_argument(
+        "--filter_items", action="store_true", help="ignored; only items are ever returned (LC-Rec compatibility)"
+    )
+    questions = parser.add_argument_group("ratings (Yes/No models)")
+    questions.add_argument(
+        "--cold_text_only", action="store_true",
+        help="ask by titles alone where training knew nothing of the user or of the item",
+    )  # fmt: skip
+    questions.add_argument(
+        "--untuned", action="store_true", help="a further row: the base model before any tuning, asked by titles alone"
+    )
+    questions.add_argument(
+        "--count_valid", action="store_true",
+        help="like-rates count the valid ratings, too: all that is known before the test period",
+    )  # fmt: skip
+    baselines = parser.add_argument_group("baselines")
+    baselines.add_argument(
+        "--fuse",
+        help="combine the model's scores with those of these baselines, separated by commas, as a further row: ease, "
+        "co-occurrence, ...; of a model of ratings: like-rates. Weights are chosen on valid and stored beside the "
+        "checkpoint",
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--metrics",
+        default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10",
+        help="hit@k and ndcg@k, separated by commas (default: %(default)s)",
+    )
+    results.add_argument("--results_file", type=Path, help="default: results/<dataset>/<name of --ckpt_path>.json")
+    results.add_argument("--predictions_file", type=Path, help="JSON lines: one for each user or rating, and prompt")
+
+
+def parse_fuse(args: argparse.Namespace) -> list[str]:
+    """Return the names of the baselines that --fuse names, [] without it; InputError for one that there is not."""
+    names = [name.strip() for name in args.fuse.split(",")] if args.fuse else []
+    known = [*NEXT_ITEM_BASELINES, *(["sasrec"] if args.cf_model else [])]
+    if unknown := next((name for name in names if name not in known), None):
+        hint = "; sasrec needs --cf_model" if unknown == "sasrec" else ""
+        raise InputError(f"--fuse {unknown}: should be of {', '.join(known)}, separated by commas{hint}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--fuse {args.fuse}: names a baseline twice")
+    if names and args.test_task != "SeqRec":
+        raise InputError(f"--fuse: baselines read histories, so it needs --test_task SeqRec, not {args.test_task}")
+    return names

@@ -1,0 +1,100 @@
+"""Fusion of log-odds for ratings: a model, the like-rates and the collaborative model, one weight each."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from reclingua.baselines.rates import LikeRates
+from reclingua.datasets.ratings import RatingsDataset, to_numpy
+from reclingua.inference.collaborative import score_rows
+from reclingua.inference.fusion import write_fusions
+from reclingua.inference.scorer import Scorer
+from reclingua.utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class RatingFusion:
+    """A logistic regression on the log-odds of several sources.
+
+    Args:
+        weights: source -> weight.
+        intercept: added to the weighted sum.
+    """
+
+    weights: dict[str, float]
+    intercept: float
+
+    @classmethod
+    def fit(cls, sources: Mapping[str, np.ndarray], labels: np.ndarray) -> "RatingFusion":
+        """Fit the weights by maximum likelihood.
+
+        Args:
+            sources: name -> log-odds, float [rows].
+            labels: [rows], 0 or 1.
+
+        Raises:
+            InputError: all labels are equal.
+        """
+        from sklearn.linear_model import LogisticRegression  # takes a second to import
+
+        if len(np.unique(labels)) < 2:
+            raise InputError("--fuse: the valid ratings that fit its weights are all liked or all disliked; take more")
+        features = np.stack(list(sources.values()), axis=1)
+        scale = features.std(0)
+        scale[scale == 0] = 1
+        model = LogisticRegression(C=100.0).fit(features / scale, labels)
+        weights = model.coef_[0] / scale
+        return cls(dict(zip(sources, weights.tolist(), strict=True)), float(model.intercept_[0]))
+
+    def log_odds(self, sources: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the fused log-odds, float64 [rows]."""
+        features = np.stack([sources[name] for name in self.weights], axis=1)
+        return features @ np.array(list(self.weights.values())) + self.intercept
+
+
+def rate_sources(rates: LikeRates, part: Dataset) -> dict[str, np.ndarray]:
+    """Return the log-odds of the like-rates of item and user, the sources that every fusion has."""
+    item, user = rates.log_odds(part).T
+    return {"item like-rate": item, "user like-rate": user}
+
+
+def rating_rows(
+    scorer: Scorer,
+    part: Dataset,
+    log_odds: np.ndarray,
+    valid: tuple[Dataset, np.ndarray] | None,
+    counts_valid: bool,
+) -> tuple[dict[str, dict[str, np.ndarray]], RatingFusion | None]:
+    """Return the scores of the like-rates, of the collaborative model that a Yes/No model reads, and of fusions.
+
+    Args:
+        log_odds: of the model for the rows of `part`.
+        valid: ratings and the model's log-odds for them, which fit the weights of the fusions; None: no fusion.
+        counts_valid: whether like-rates count the valid ratings. Weights are fitted without, as valid is predicted.
+
+    Returns:
+        "baselines" and "fused" -> name -> scores [rows]; and the fusion of the model.
+    """
+    cf_model = getattr(scorer.model, "cf_model", None)
+    rates, kind = LikeRates(scorer.dataset, counts_valid), "" if cf_model is None else cf_model.config.model_type
+    sources, baselines = rate_sources(rates, part), {"like-rates": rates.scores(part)["like-rates"]}
+    if cf_model is not None:
+        baselines[kind] = sources[kind] = score_rows(cf_model, part)
+    if valid is None:
+        return {"baselines": baselines, "fused": {}}, None
+    valid_part, valid_log_odds = valid
+    of_valid, labels = rate_sources(LikeRates(scorer.dataset), valid_part), to_numpy(valid_part, "label")
+    if cf_model is not None:
+        of_valid[kind] = score_rows(cf_model, valid_part)
+        baselines[f"like-rates + {kind}"] = RatingFusion.fit(of_valid, labels).log_odds(sources)
+    fusion = RatingFusion.fit({scorer.name: valid_log_odds, **of_valid}, labels)
+    name = " + ".join([scorer.name, "like-rates", *([kind] if kind else [])])
+    return {"baselines": baselines, "fused": {name: fusion.log_odds({scorer.name: log_odds, **sources})}}, fusion
+
+
+def save_rating_fusion(folder: Path, dataset: RatingsDataset, fusion: RatingFusion) -> Path:
+    """Write a fusion into the checkpoint folder of its model; return the path of the file."""
+    return write_fusions(folder, dataset.sha256(), [asdict(fusion)])
