@@ -12,6 +12,7 @@ from reclingua.datasets.ratings import RatingsDataset, to_numpy
 from reclingua.inference.collaborative import score_rows
 from reclingua.inference.fusion import write_fusions
 from reclingua.inference.scorer import Scorer
+from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError
 
 
@@ -78,7 +79,8 @@ def rating_rows(
     Returns:
         "baselines" and "fused" -> name -> scores [rows]; and the fusion of the model.
     """
-    cf_model = getattr(scorer.model, "cf_model", None)
+    # Soft and personalised prompts have embeddings of their own, which score nothing.
+    cf_model = scorer.model.cf_model if isinstance(scorer.model, YesNoModel) and scorer.metadata.cf_sha256 else None
     rates, kind = LikeRates(scorer.dataset, counts_valid), "" if cf_model is None else cf_model.config.model_type
     sources, baselines = rate_sources(rates, part), {"like-rates": rates.scores(part)["like-rates"]}
     if cf_model is not None:
