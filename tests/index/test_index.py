@@ -295,8 +295,8 @@ def test_bad_input_of_embed(toy, edit, refused):
     source = ("--dataset", "toy", "--data_path", toy)
     assert "--collab_weight 2" in refused(embed.main, *source, "--collab_weight", 2)
     assert "no sentence encoder" in refused(embed.main, *source, "--plm", toy)
-    edit("item", lambda item: item.update({"3": {"title": ""}}))
-    assert "item '3' has neither title nor description" in refused(embed.main, *source)
+    edit("item", lambda item: {key: {"title": "", "price": 3} for key in item})
+    assert "no item has a title, description, brand or categories" in refused(embed.main, *source)
     assert not (toy / "toy/toy.emb-minilm-td.npy").exists()
 
 
