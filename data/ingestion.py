@@ -101,11 +101,11 @@ class Ingestion:
             except duckdb.Error as error:
                 if isinstance(error, DISK_ERRORS) and raw.path.name not in str(error):
                     raise
-        path = self.folder / f"{raw.path.name}.{len(self.left_out)}.normalized"
-        normalized, faulty = normalize(raw, path)
-        for record in faulty:
-            left_out.add(record.fault, record.line, record.text)
-        left_out.total = left_out.counts.total()
+        path = self.folder / f"{len(self.left_out)}.normalized"
+        normalized, num_readable = normalize(
+            raw, path, lambda record: left_out.add(record.fault, record.line, record.text)
+        )
+        left_out.total = num_readable + left_out.counts.total()
         try:
             self.con.execute(statement(normalized.sql))
         except duckdb.OutOfMemoryException:
@@ -145,8 +145,7 @@ class Ingestion:
         columns = f"""{values.id_sql(user, missing, decimal)} AS user, {values.id_sql(item, missing, decimal)} AS item,
             {rating_sql} AS rating, {time_sql} AS timestamp"""
         left_out = self.load(raw, lambda source: f"CREATE TABLE ratings AS SELECT {columns} FROM {source}")
-        (num_rows,) = fetch_one(con, "SELECT count(*) FROM ratings")
-        left_out.total += num_rows
+        left_out.total = left_out.counts.total() + fetch_one(con, "SELECT count(*) FROM ratings")[0]
         if not timestamp:
             con.execute("UPDATE ratings SET timestamp = rowid")
         elif unit == "s" and not args.time_unit and not args.time_format:
@@ -223,14 +222,11 @@ class Ingestion:
                 FROM ({rows}) WHERE item IS NULL OR item IN ({rated})"""
 
         left_out = self.load(raw, statement)
-        unnamed, first, last = fetch_one(
-            self.con,
-            "SELECT count(*) FILTER (item IS NULL), min(line) FILTER (item IS NULL), max(line) FROM described",
-        )
-        left_out.total += last or 0
+        unnamed, first = fetch_one(self.con, "SELECT count(*), min(line) FROM described WHERE item IS NULL")
         if unnamed:
-            record = find_records(raw, {first - 1})[first - 1]
-            left_out.add("has no item", record.line, record.text, unnamed)
+            records = find_records(raw, {first - 1})
+            left_out.total = left_out.total or self._count_rows(raw)
+            left_out.add("has no item", records[first - 1].line, records[first - 1].text, unnamed)
         left_out.check(self.args.max_bad_share)
         lines = "SELECT min(line) FROM described WHERE item IS NOT NULL GROUP BY item"
         self.con.execute(f"CREATE TABLE items AS SELECT item, texts FROM described WHERE line IN ({lines})")
@@ -243,6 +239,9 @@ class Ingestion:
                 f"{raw.path}: has a line for none of the {num_items:,} items of {name}; give files of the same "
                 "dataset, and see --items_id_column"
             )
+
+    def _count_rows(self, raw: RawFile) -> int:
+        return fetch_one(self.con, f"SELECT count(*) FROM {raw.sql}")[0]
 
     def create_no_items(self) -> None:
         """Create an empty table `items`, of a dataset without texts."""

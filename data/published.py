@@ -4,6 +4,7 @@ A reader takes the arguments of `data.prepare` and returns a `Publication`; `dat
 """
 
 import argparse
+import glob
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -236,7 +237,8 @@ WINDOW_COLUMNS = ("user_id", "item_id", "history_item_id")
 
 
 def _find_file(folder: Path, name: str, part: str, ending: str) -> Path:
-    patterns = (f"{part}/{name}*.{ending}", f"{part}/*.{ending}", f"{part}.{ending}", f"{name}*{part}*.{ending}")
+    start = glob.escape(name)
+    patterns = (f"{part}/{start}*.{ending}", f"{part}/*.{ending}", f"{part}.{ending}", f"{start}*{part}*.{ending}")
     for pattern in patterns:
         paths = sorted(folder.glob(pattern))
         if len(paths) > 1:
@@ -299,7 +301,7 @@ def read_sequences(args: argparse.Namespace) -> Publication:
     histories, left_out = {}, LeftOut(path)
     for record in read_records(Table(path, 1, "\n", header=False, encoding=args.encoding)):
         left_out.total += 1
-        user, *items = record.text.split()
+        user, *items = record.text.split() or [""]
         if record.fault or not items or user in histories:
             reason = record.fault or ("has no items" if not items else "has a user of an earlier line")
             left_out.add(reason, record.line, record.text)

@@ -5,6 +5,7 @@ and its readable records are written to a temporary file, which DuckDB then read
 """
 
 import ast
+import codecs
 import csv
 import glob
 import gzip
@@ -12,7 +13,7 @@ import json
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -24,7 +25,6 @@ from reclingua.utils.errors import InputError
 from reclingua.utils.text import shorten
 
 DISK_ERRORS = (duckdb.IOException, duckdb.TransactionException)  # raised for a full disk, and for unreadable files
-MAX_RECORD = 2_000_000  # bytes; DuckDB's own limit for a line of a table
 MAX_RECORD_LINES = 200  # a quote that is not closed within so many lines is a stray one
 
 
@@ -48,6 +48,7 @@ class JsonLines:
     fields: tuple[str, ...]
     as_json: bool = False
     encoding: str = "utf-8"
+    max_bytes: int = 2**24  # DuckDB's own limit for a line
 
     @property
     def sql(self) -> str:
@@ -87,6 +88,7 @@ class Table:
     padded: bool = False  # the last fields of a line can be missing
     header: bool = True
     encoding: str = "utf-8"
+    max_bytes: int = 2_000_000  # DuckDB's own limit for a row
 
     @property
     def sql(self) -> str:
@@ -244,33 +246,32 @@ def read_records(raw: RawFile) -> Iterator[Record]:
     try:
         with open_raw(raw.path) as file:
             for record in raw.records(lines(file)):
-                yield _checked(record, raw.encoding)
+                yield _checked(record, raw)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{raw.path}: line {line + 1} cannot be read ({error}); get the file again") from None
     except (UnicodeError, LookupError) as error:
         raise InputError(f"{raw.path}: is not in the encoding {raw.encoding} ({error}); see --encoding") from None
 
 
-def _checked(record: Record, encoding: str) -> Record:
+def _checked(record: Record, raw: RawFile) -> Record:
     if not record.text.isascii() and not _is_encodable(record.text):
-        return record._replace(fields=None, fault=f"is not in {encoding}; see --encoding, such as latin-1")
-    if len(record.text) > MAX_RECORD // 4 and len(record.text.encode()) > MAX_RECORD:
-        return record._replace(fields=None, fault="is longer than 2 MB")
+        return record._replace(fields=None, fault=f"is not in {raw.encoding}; see --encoding, such as latin-1")
+    if len(record.text) > raw.max_bytes // 4 and len(record.text.encode()) > raw.max_bytes:
+        return record._replace(fields=None, fault=f"is longer than {raw.max_bytes / 1e6:.0f} MB")
     return record
 
 
-def normalize(raw: RawFile, path: Path) -> tuple[RawFile, Iterator[Record]]:
-    """Return a description of the readable records, which are written to `path` while the faulty ones are iterated."""
-
-    def write() -> Iterator[Record]:
-        with path.open("w", encoding="utf-8", newline="\n") as file:
-            for record in read_records(raw):
-                if record.fields is None:
-                    yield record
-                else:
-                    file.write(raw.write_record(record.fields))  # type: ignore[arg-type]
-
-    return raw.normalized(path), write()
+def normalize(raw: RawFile, path: Path, report_fault: Callable[[Record], None]) -> tuple[RawFile, int]:
+    """Write readable records to `path`, report the others; return the description of the file and its rows."""
+    num_readable = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for record in read_records(raw):
+            if record.fields is None:
+                report_fault(record)
+            else:
+                file.write(raw.write_record(record.fields))  # type: ignore[arg-type]
+                num_readable += 1
+    return raw.normalized(path), num_readable
 
 
 def find_records(raw: RawFile, rows: set[int]) -> dict[int, Record]:
@@ -302,8 +303,10 @@ def header_of(path: Path, delimiters: str, quoted: bool, encoding: str = "utf-8"
             for delimiter in delimiters
         }
     except (UnicodeError, LookupError) as error:
+        with open_raw(path) as file:
+            likely = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
         raise InputError(
-            f"{path}: line 1 is not in {encoding} ({error}); name the encoding with --encoding, such as latin-1"
+            f"{path}: line 1 is not in {encoding} ({error}); name the encoding with --encoding, such as {likely}"
         ) from None
     except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
         raise InputError(f"{path}: line 1 cannot be read ({error}); it should contain the column names") from None

@@ -101,7 +101,11 @@ def read_csv(ingestion: Ingestion) -> None:
     raw, columns = read_header(args.items_path, args, ("items_id", "item", *kinds))
     key = columns.find("items_id", [args.item_column, item_name])
     key = columns.require("item") if key is None else key
-    texts = {kind: column for kind in kinds if (column := columns.find(kind)) is not None and column != key}
+    texts: dict[str, int] = {}
+    for kind in kinds:
+        column = columns.find(kind)
+        if column is not None and column not in (key, *texts.values()):
+            texts[kind] = column
 
     def describe(*values: str) -> dict[str, str]:
         separators = {"categories": ", "}

@@ -36,9 +36,8 @@ def conversion_hint(folder: Path, name: str) -> str:
         return f"the folder holds {other}: rename the folder and its files to one name, which --dataset takes"
     source = source_of(folder, files)
     if source:
-        return f"make a dataset of these files: python -m data.prepare --source {source} --raw_path {folder} " + (
-            f"--dataset {name}"
-        )
+        command = f"python -m data.prepare --source {source} --raw_path {folder} --dataset {name}"
+        return f"make a dataset of its files: {command}"
     pickle = next((path for path in files if path.suffix in PICKLE_ENDINGS), None)
     return f"{pickle_remedy(pickle)}; then python -m data.prepare --source collm" if pickle else ""
 

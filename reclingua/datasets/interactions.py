@@ -131,7 +131,8 @@ def open_interactions(
         raise InputError(f"{folder}: no such dataset folder; make it with python -m data.prepare, or see --data_path")
     check_complete(folder)
     inter_path, item_path = folder / f"{name}.inter.json", folder / f"{name}.item.json"
-    if not inter_path.is_file() and (hint := conversion_hint(folder, name)):
+    if not inter_path.is_file():
+        hint = conversion_hint(folder, name) or "make it with python -m data.prepare, whose --source lists the formats"
         raise InputError(f"{inter_path}: no such file; {hint}")
     histories, num_empty = _read_histories(inter_path)
     items = read_items(item_path) if "items" in needs or item_path.exists() else {}

@@ -340,7 +340,7 @@ def test_bad_input_of_embed(toy, edit, refused):
     assert "no sentence encoder" in refused(embed.main, *source, "--plm", toy)
     for main, more in ((embed.main, ()), (generate.main, ("--random",))):
         assert "name two files" in refused(main, *source, *more, "--output", toy / "toy/toy.item.json")
-    edit("item", lambda items: {item: {"title": ""} for item in items})
+    edit("item", lambda item: {key: {"title": "", "price": 3} for key in item})
     assert "no item has a title, description, brand or categories" in refused(embed.main, *source)
     assert not (toy / "toy/toy.emb-minilm-td.npy").exists()
 
