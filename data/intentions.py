@@ -162,10 +162,10 @@ def main() -> None:
     prompts = read_prompts(args.prompt_file, FIELDS)
     users = list(dataset.histories)[: args.users]
     output = args.output or dataset.folder / f"{dataset.name}.user.json"
+    output_file(output)
     run_file, journal_path = output.with_suffix(".run.json"), output.with_suffix(".journal.jsonl")
     outputs = {"--output": output, "the file of the run": run_file, "the journal": journal_path}
     check_outputs(outputs, {"--prompt_file": args.prompt_file, **dataset.files})
-    output_file(output)
     made_with = {
         "histories": dataset.sha256("histories"),
         "items": dataset.sha256("items"),
