@@ -20,7 +20,7 @@ from reclingua.utils.errors import InputError
 
 
 def check_deepspeed(config: str | dict, on_cpu: bool) -> dict:
-    """Return the content of a configuration, a JSON file or its content; ValueError if training cannot begin with it."""
+    """Return the content of this configuration, a JSON file or its content; ValueError if training cannot begin."""
     if isinstance(config, str):
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
