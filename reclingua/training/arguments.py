@@ -21,7 +21,7 @@ from reclingua.datasets.tasks import TARGETS, TASKS
 from reclingua.datasets.trees import HISTORY_WINDOWS
 from reclingua.datasets.yes_no import CODE_FORMATS
 from reclingua.models.language import DTYPES
-from reclingua.training.zero import check_deepspeed
+from reclingua.training.zero import check_deepspeed, check_precision
 from reclingua.utils.errors import InputError, one_line_errors
 from reclingua.utils.files import read_yaml
 from reclingua.utils.hub import TRUST_HELP
@@ -279,8 +279,8 @@ class TuningArguments(TrainingArguments):
             self.liger_kernel_config = (self.liger_kernel_config or {}) | own_loss
         self._check_loggers()
         if self.deepspeed:
-            precision = "bf16" if self.bf16 else "fp16" if self.fp16 else ""
-            check_deepspeed(self.deepspeed, precision, on_cpu=self.use_cpu or not torch.cuda.is_available())
+            content = check_deepspeed(self.deepspeed, on_cpu=self.use_cpu or not torch.cuda.is_available())
+            check_precision(content, "bf16" if self.bf16 else "fp16" if self.fp16 else "")
         super().__post_init__()
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             wrong = "; ".join(each.removeprefix("- ds ") for each in self.hf_deepspeed_config.mismatches)

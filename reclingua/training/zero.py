@@ -19,13 +19,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from reclingua.utils.errors import InputError
 
 
-def check_deepspeed(config: str | dict, precision: str, on_cpu: bool) -> None:
-    """Raise ValueError if training cannot begin with this configuration, a JSON file or its content.
-
-    Args:
-        precision: "bf16", "fp16" or "", as the flags state it.
-    """
-    name = config if isinstance(config, str) else ""
+def check_deepspeed(config: str | dict, on_cpu: bool) -> dict:
+    """Return the content of this configuration, a JSON file or its content; ValueError if training cannot begin."""
     if isinstance(config, str):
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
@@ -37,17 +32,22 @@ def check_deepspeed(config: str | dict, precision: str, on_cpu: bool) -> None:
         raise ValueError("--deepspeed: the file should be an object with zero_optimization")
     if zero.get("stage") not in (1, 2, 3):
         raise ValueError(f"--deepspeed: zero_optimization.stage {zero.get('stage')!r} should be 1, 2 or 3")
-    for half, other in (("bf16", "fp16"), ("fp16", "bf16")):
-        section = config.get(half)
-        if isinstance(section, dict) and section.get("enabled") is True and precision != half:
-            unset = f" --{other} False" if precision else ""
-            raise ValueError(f"--deepspeed {name} computes in {half}, the other flags do not: add --{half}{unset}")
     if "RANK" not in os.environ:
         raise ValueError("--deepspeed: start with torchrun --nproc_per_node <GPUs> finetune.py ...")
     if on_cpu:
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute; gloo does the same
+    return config
+
+
+def check_precision(config: dict, precision: str) -> None:
+    """Raise ValueError if a configuration computes in another precision than the flags: "bf16", "fp16" or ""."""
+    for half, other in (("bf16", "fp16"), ("fp16", "bf16")):
+        section = config.get(half)
+        if isinstance(section, dict) and section.get("enabled") is True and precision != half:
+            unset = f" --{other} False" if precision else ""
+            raise ValueError(f"the file of --deepspeed computes in {half}, unlike the flags: add --{half}{unset}")
 
 
 @contextmanager

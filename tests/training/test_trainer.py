@@ -16,6 +16,7 @@ from reclingua.training.arguments import TuningArguments
 from reclingua.training.callbacks import SetEpochCallback
 from reclingua.training.throughput import Throughput, format_throughput, training_flops
 from reclingua.training.trainer import RecTrainer
+from reclingua.training.zero import check_precision
 from tests.datasets.test_instructions import build
 from tests.helpers.models import OTHERS, make_model
 from tests.helpers.scripts import flags, run_processes
@@ -172,15 +173,27 @@ def test_model_without_chunked_loss_trains_by_its_own_loss(toy, tmp_path, capsys
         (("--report_to", "tensorboard"), "pip install tensorboard"),
         (("--report_to", "comet_ml"), "pip install comet-ml"),
         (("--report_to", "paper"), "--report_to paper: should be none, all or one of azure_ml"),
-        (("--deepspeed", "config/ds_z2_fp16.json"), "config/ds_z2_fp16.json computes in fp16, the other flags do not"),
-        (("--deepspeed", "config/ds_z3_fp16.json", "--bf16"), "do not: add --fp16 --bf16 False"),
-        (("--deepspeed", "config/ds_z3_bf16.json"), "do not: add --bf16"),
         (("--use_liger_kernel",), "pip install liger-kernel" if torch.cuda.is_available() else "needs a GPU"),
     ],
 )
 def test_bad_flags(refused, workshop, tmp_path, more, message):
     assert message in refused(finetune.main, *flags(workshop, tmp_path / "out", *more))
     assert not any(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("half", "precision", "advice"),
+    [
+        ("bf16", "", "add --bf16"),
+        ("fp16", "bf16", "add --fp16 --bf16 False"),
+        ("bf16", "fp16", "add --bf16 --fp16 False"),
+    ],
+)
+def test_a_deepspeed_file_of_another_precision_than_the_flags(half, precision, advice):
+    with pytest.raises(ValueError, match=f"computes in {half}, unlike the flags: {advice}$"):
+        check_precision({half: {"enabled": True}}, precision)
+    check_precision({half: {"enabled": True}}, half)
+    check_precision({half: {"enabled": "auto"}}, precision)
 
 
 def test_throughput_counts_tokens_targets_and_padding():

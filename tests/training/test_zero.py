@@ -207,7 +207,7 @@ def test_deepspeed_accepts_shipped_configurations(path, monkeypatch):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     monkeypatch.setenv("RANK", "0")
-    check_deepspeed(str(path), precision="fp16" if "fp16" in path.stem else "bf16", on_cpu=False)
+    check_deepspeed(str(path), on_cpu=False)
     content = json.loads(path.read_text())
     assert content["zero_optimization"]["stage"] == int(path.stem[4]) and content.keys() & {"bf16", "fp16"}
     sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
@@ -229,8 +229,7 @@ def test_bad_input(refused, workshop, runs, tmp_path):
     assert "not a readable JSON file" in refuse("--deepspeed", broken)
     broken.write_text("{}")
     assert "with zero_optimization" in refuse("--deepspeed", broken)
-    assert "start with torchrun" in refuse("--deepspeed", z3, "--bf16")
-    assert "computes in bf16, the other flags do not: add --bf16" in refuse("--deepspeed", z3)
+    assert "start with torchrun" in refuse("--deepspeed", z3)
     shutil.copytree(runs / "z3" / "checkpoint-2", tmp_path / "earlier" / "checkpoint-2")
     resumed = ("--resume_from_checkpoint", "auto")
     assert "checkpoint-2: was made with --deepspeed" in refuse(*resumed, out="earlier")
