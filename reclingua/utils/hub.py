@@ -28,7 +28,7 @@ def hub_options(path: str | Path) -> dict[str, Any]:
     Without a network the library would try for a minute, so that a model in the hub's cache is loaded from there.
 
     Raises:
-        InputError: `path` names a model that is not in the cache, and the hub cannot be reached.
+        InputError: `path` is neither a folder nor in the cache, and the hub cannot be reached.
     """
     options: dict[str, Any] = {"trust_remote_code": _trusts_remote_code}
     if Path(path).exists():
@@ -36,7 +36,7 @@ def hub_options(path: str | Path) -> dict[str, Any]:
     try:
         validate_repo_id(str(path))
     except HFValidationError:
-        return options  # no name of a model either: the library states it at once
+        raise InputError(f"{path}: no such folder, and not the name of a model on the hub") from None
     if not constants.is_offline_mode() and hub_is_reachable():
         return options
     try:

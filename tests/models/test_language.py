@@ -103,7 +103,7 @@ def test_a_hub_name_without_a_network_fails_at_once(monkeypatch):
     for load in (load_tokenizer, load_model):
         with pytest.raises(InputError, match="^nobody/no-such-model: no such folder, not in the cache of the hub"):
             load("nobody/no-such-model")
-        with pytest.raises(InputError, match="^ckpt/no/such/folder: no (tokenizer|causal language model) could"):
+        with pytest.raises(InputError, match="no such folder, and not the name of a model on the hub"):
             load("ckpt/no/such/folder")
 
 
