@@ -293,7 +293,8 @@ class YesNoDataset(torch.utils.data.Dataset):
         words, _, gap = template.trunk[-1]
         ids = ids + words
         ends = [len(ids)]
-        for tokens in self._history_tokens(self.histories.shown(row, self.starts[row]), gap):
+        shown = self.histories.shown(row, self.starts[row])
+        for tokens in self._history_tokens(shown, gap) if len(shown) else ():  # a branch says that there is none
             ids = ids + tokens
             ends.append(len(ids))
         return ids, ends

@@ -12,7 +12,7 @@ from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, Prompt
 from reclingua.datasets.rates import rate_texts, rates_before
 from reclingua.datasets.ratings import liked_history, open_ratings
 from reclingua.datasets.trees import HISTORY_WINDOWS, Histories, group_rows, window_starts
-from reclingua.datasets.yes_no import LIKED, YesNoCollator, YesNoDataset, format_code, yes_no_token_ids
+from reclingua.datasets.yes_no import LIKED, NO_HISTORY, YesNoCollator, YesNoDataset, format_code, yes_no_token_ids
 from reclingua.utils.errors import InputError
 from tests.helpers.models import make_tokenizer
 
@@ -158,6 +158,17 @@ def test_a_row_of_a_tree_has_the_tokens_of_its_prompt(liked, history_window, cod
             assert batch["position_ids"][tree, places].tolist() == list(range(len(places)))
             assert batch["soft"][tree, places].tolist() == alone[row]["soft"]
             assert batch["last"][number] == places[-1] and batch["labels"][number] == alone.labels[row]
+
+
+@pytest.mark.parametrize("rows_per_tree", [1, 5])
+def test_an_empty_history_is_told_once(liked, rows_per_tree):
+    part = liked.parts["test"].take(3).map(lambda row, i: row | {"his": row["his"][:i]}, with_indices=True)
+    titles = {int(item): about["title"] for item, about in liked.items.items()}
+    settings = {"history_window": "anchored", "rows_per_tree": rows_per_tree}
+    template = PromptTemplate('Liked {history}. New: "{title}". Answer:')
+    questions = YesNoDataset(part, titles, make_tokenizer(False), [template], 4, ", ", 10**6, **settings)
+    text = questions.tokenizer.decode(questions[0]["input_ids"])  # row 0 has no history
+    assert text.count(NO_HISTORY) == 1
 
 
 def test_histories_that_are_no_prefixes_make_trees_of_their_own():
