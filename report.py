@@ -3,7 +3,7 @@
 python -m report results/ml-100k/lcrec.json                                    write the report of one run again
 python -m report results/ml-1m/tallrec.json results/ml-1m/collm-mf.json        compare runs
 
-One run: results/D/lcrec/report.html, with its plots as PNG beside it. Several runs: tables on the screen and
+Both print their metrics. One run: results/D/lcrec/report.html, with its plots as PNG beside it. Several runs:
 results/D/lcrec.compared.html beside the first results file. Differences to the first run whose 95% bootstrap interval
 excludes 0 are marked significant (*), not corrected for multiple comparisons. A page needs no network and no other
 file.
@@ -14,6 +14,7 @@ import reclingua.utils.logging  # noqa: F401
 import argparse
 from pathlib import Path
 
+from reclingua.reporting.baselines import baseline_tables
 from reclingua.reporting.bootstrap import SIGNIFICANCE_NOTE
 from reclingua.reporting.compare import KINDS, check_comparable, comparison_sections, comparison_tables
 from reclingua.reporting.details import DETAILS_FILE, report_folder
@@ -23,15 +24,25 @@ from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import check_outputs, output_file
 from reclingua.utils.text import unique_names
 
+MAX_WIDTH = 120  # of a printed table
+
 
 def print_table(table: Table) -> None:
-    """Print a table with aligned columns."""
+    """Print a table with aligned columns, below each other those that one line of MAX_WIDTH does not hold."""
     rows = [table.columns, *table.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     print(f"\n{table.caption}")
-    for name, *cells in rows:
-        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([f"{name:<{widths[0]}}", *aligned]))
+    start = 1
+    while start < len(widths):
+        end = start + 1
+        while end < len(widths) and widths[0] + sum(2 + width for width in widths[start : end + 1]) <= MAX_WIDTH:
+            end += 1
+        for row in rows:
+            cells = [f"{row[column]:>{widths[column]}}" for column in range(start, end)]
+            print("  ".join([f"{row[0]:<{widths[0]}}", *cells]))
+        if end < len(widths):
+            print()
+        start = end
 
 
 @cli_main
@@ -46,7 +57,10 @@ def main() -> None:
         check_outputs({"--output": args.output}, files | details)
         output_file(args.output)
     if len(args.results) == 1:
-        print(f"report in {write_report(args.results[0], output=args.output)}")
+        page = write_report(args.results[0], output=args.output)
+        run = load_checked_run(args.results[0])
+        print_table(baseline_tables(run, KINDS[run.kind].bootstrap_metrics(run))[0])
+        print(f"\nreport in {page}")
         return
     if len(set(args.results)) < len(args.results):
         raise InputError("a results file is given twice; name each once")

@@ -4,17 +4,21 @@ torchrun --nproc_per_node 2 test_ddp.py --ckpt_path ckpt/ml-100k/lcrec --dataset
 """
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
 from torch import distributed
 
 import test
+from reclingua.inference.arguments import build_test_parser
 from reclingua.utils.errors import InputError, cli_main
 
 
 @cli_main
 def main() -> None:
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        build_test_parser(f"{__doc__}\n{test.__doc__}").parse_args()
     if not os.environ.get("RANK"):
         raise InputError("start it with torchrun --nproc_per_node <processes> test_ddp.py ...; or use test.py")
     if torch.cuda.is_available():

@@ -12,6 +12,7 @@ for argument in "$@"; do
   case $argument in
     --quick) PYTEST+=(-m "not slow and not browser and not gpu") ;;
     --browser) BROWSER=1 ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' tests/run.sh; exit 0 ;;
     *) PYTEST+=("$argument") ;;
   esac
 done

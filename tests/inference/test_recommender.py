@@ -187,3 +187,8 @@ def test_a_failing_process_ends_the_run_with_its_message(workshop, tuned, tmp_pa
 
 def test_without_torchrun(refused):
     assert "torchrun --nproc_per_node" in refused(test_ddp.main, "--ckpt_path", "any")
+
+
+def test_help_without_torchrun(script):
+    code, out, _ = script(test_ddp.main, "--help")
+    assert code == 0 and "torchrun --nproc_per_node 2" in out and "--num_beams" in out

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections import defaultdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -231,7 +232,8 @@ def test_map_states_the_number_of_sampled_items(search_run, tmp_path, script):
     index = json.loads(details_file(file).read_text())["index"]
     index["map"] |= {name: index["map"][name][:5] for name in ("points", "group")}
     edit_details(file, index=index)
-    assert script(report.main, file)[0] == 0
+    code, out, _ = script(report.main, file)
+    assert code == 0 and "Metrics, 95% intervals" in out and "\nlcrec  " in out and "\npopularity  " in out
     page = Page(report_folder(file) / "report.html")
     assert "The map shows 5 of 9 items, drawn at random." in page.text
     assert page.images[-1]["alt"].startswith("5 of 9 items, drawn at random")
@@ -282,7 +284,10 @@ def test_next_item_comparison(search_run, tmp_path, script):
     same = copy_run(search_run, tmp_path, "same.json")
     code, out, error = script(report.main, search_run, worse, same, "--output", tmp_path / "out/page.html")
     assert code == 0, error
-    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    lines = defaultdict(str)  # a row wider than the screen has several lines
+    for line in out.splitlines():
+        lines[line.split("  ")[0]] += line
+    assert max(map(len, out.splitlines()[:-1])) <= report.MAX_WIDTH
     first = json.loads(search_run.read_text())["mean_results"]["hit@1"]
     assert f"{-first:+.4f}" in lines["_worse $x$ - lcrec"] and "*" in lines["_worse $x$ - lcrec"]
     assert "*" not in lines["same - lcrec"] and "+0.0000 [+0.0000, +0.0000]" in lines["same - lcrec"]
