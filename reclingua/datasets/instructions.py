@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Collection, Mapping
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import datasets
 import numpy as np
@@ -61,6 +61,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         copies = np.array([(templates_per_sample or {}).get(task, 1) for task in samples["task"]], dtype=np.int64)
         self._row = np.repeat(np.arange(len(samples)), copies)  # number of the sample, and of its copy
         self._copy = np.arange(len(self._row)) - np.repeat(np.cumsum(copies) - copies, copies)
+        self._titled = {item for item, about in dataset.items.items() if about.get("title")}
         self._fitting: dict[tuple[str, frozenset[str]], list[int]] = {}
         self._template_lengths: dict[tuple[str, frozenset[str], int], dict[int, tuple[int, frozenset[str]]]] = {}
 
@@ -104,7 +105,7 @@ class InstructionDataset(torch.utils.data.Dataset):
     def _known_fields(self, sample: dict) -> frozenset[str]:
         """Return the fields that a sample can fill."""
         known = {"history"} if sample["history"] else set()
-        if sample["history"] and all(self.dataset.items.get(item, {}).get("title") for item in sample["history"]):
+        if sample["history"] and self._titled.issuperset(sample["history"]):
             known |= {"titles"}
         if sample["item"]:
             about = self.dataset.items.get(sample["item"], {})
@@ -226,6 +227,10 @@ class InstructionDataset(torch.utils.data.Dataset):
         def count(text: str) -> int:
             return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
+        @cache
+        def count_codes(item: str) -> int:
+            return count(self._index(item))
+
         sizes = []
         for sample in self.samples.to_list():
             task, known, history = sample["task"], self._known_fields(sample), sample["history"]
@@ -237,7 +242,7 @@ class InstructionDataset(torch.utils.data.Dataset):
                 own["titles"] = sum(count(self._sanitize(self.dataset.title(item))) for item in history)
             if "preference" in needed:
                 own["preference"] = max(count(self._sanitize(text)) for text in sample["preferences"])
-            items = [count(self._index(item)) for item in history]
+            items = [count_codes(item) for item in history]
             sizes.append((task, sample["user"], known, items, own, sample["part"], sample["parts"]))
         return sizes
 

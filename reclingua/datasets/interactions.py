@@ -8,6 +8,7 @@ A dataset D is the folder <data_path>/D/ with D.inter.json, and D.item.json and 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ class InteractionDataset:
     untitled: dict[str, str] = field(default_factory=dict)
     num_empty: int = 0
 
-    @property
+    @cached_property
     def item_ids(self) -> list[str]:
         """All items, numeric ids in numeric order; row i of an embedding file belongs to item i of this list."""
         ids = self.items or self.index or {item for history in self.histories.values() for item in history}

@@ -20,7 +20,8 @@ per_device_batch_size: 8
 learning_rate: 1.0e-2
 max_eval_samples: 20
 save_and_eval_strategy: steps
-save_steps: 10
+save_steps: 20
+per_device_eval_batch_size: 128
 """
 # Settings that make each command short; the commands themselves are those of the page.
 SHORT = """
@@ -32,7 +33,12 @@ bash() {
   esac
 }
 """
-FEW = {"index.train": ["--epochs", "30"], "pretrain.py": ["--epochs", "2"], "finetune.py": ["--max_steps", "20"]}
+FEW = {
+    "index.train": ["--epochs", "30"],
+    "pretrain.py": ["--epochs", "2"],
+    "finetune.py": ["--max_steps", "20"],
+    "test.py": ["--num_beams", "10", "--test_batch_size", "128"],
+}
 
 
 def shell_blocks(page: Path) -> list[str]:
