@@ -7,7 +7,8 @@
 #   bash run.sh ml-100k --force                        run every stage again
 #   bash run.sh ml-1m --method collm --data_path ~/datasets
 #                                                      Yes/No prediction: tallrec, collm, binllm, cora, softprompt or
-#                                                      personprompt; --cf_model mf (default), lightgcn, sasrec or din
+#                                                      personprompt; --cf_model mf (default), lightgcn, sasrec or din.
+#                                                      Without a GPU it takes hours; --sample tries it in minutes
 #
 # A stage is skipped if its output exists and neither its inputs, its code nor its command changed. An interrupted run
 # resumes at the stage where it stopped, fine-tuning at its newest checkpoint; a finished model stays in place until the
@@ -18,11 +19,12 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,17s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,18s/^# \{0,1\}//p' run.sh; }
 die() { echo "error: $*" >&2; exit 2; }
 
 # ---- Arguments ----
-DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" FORCE="" SETUP_ONLY="" SEED=42 METHOD=lcrec CF_MODEL="" INDEX=""
+DATASET=ml-100k DATA_PATH="" BASE_MODEL="" CONFIG="" SEED=42 METHOD=lcrec CF_MODEL="" INDEX=""
+FORCE="" SAMPLE="" SETUP_ONLY=""
 [[ $# -gt 0 && $1 != -* ]] && { DATASET=$1; shift; }
 while [[ $# -gt 0 ]]; do
   case $1 in
@@ -34,11 +36,13 @@ while [[ $# -gt 0 ]]; do
       esac
       shift 2 ;;
     --force) FORCE=1; shift ;;
+    --sample) SAMPLE=1; shift ;;
     --setup_only) SETUP_ONLY=1; shift ;;
     -h | --help) usage; exit 0 ;;
     *) die "$1 is not an option; see bash run.sh --help" ;;
   esac
 done
+[[ -z $SAMPLE || $METHOD != lcrec ]] || die "--sample has no effect with --method lcrec; leave it out"
 [[ $DATASET =~ ^[A-Za-z0-9._-]+$ ]] || die "'$DATASET' is not a dataset name"
 [[ $SEED =~ ^[0-9]{1,9}$ ]] || die "--seed $SEED: should be a whole number"
 case $METHOD in
@@ -336,14 +340,18 @@ run_yes_no() {
   for part in train.parquet valid.parquet test.parquet item.json; do
     [[ -f $folder/$part ]] || die "$folder/$part: no such file; see --data_path, and python -m data.prepare --help"
   done
-  if [[ $DEVICE == gpu ]]; then
-    tune=(--bf16) test=(--bf16)
-  else # six epochs of all rows would take more than a day on two cores
-    tune=(--use_cpu --train_data_sample_num 800 --max_eval_samples 300 --max_his_len 5 --epochs 1 --per_device_batch_size 8
+  [[ $DEVICE == cpu ]] || tune=(--bf16) test=(--bf16)
+  if [[ -n $SAMPLE ]]; then
+    tune+=(--train_data_sample_num 800 --max_eval_samples 300 --max_his_len 5 --epochs 1 --per_device_batch_size 8
       --per_device_eval_batch_size 16 --logging_steps 20)
-    test=(--sample_num 800)
-    echo "  there is no GPU: using a sample (800 rows of train, 800 of test, histories of 5 titles, one epoch)"
+    test+=(--sample_num 800)
+    echo "  a sample: 800 rows of train, 800 of test, histories of 5 titles, one epoch"
+  elif [[ $DEVICE == cpu ]]; then
+    tune=(--epochs 1 --patience 0 --save_and_eval_strategy steps --save_steps 100 --max_eval_samples 1000)
+    echo "  there is no GPU: one pass over the rows of train takes hours; each line below has the time left. Stop it when"
+    echo "  you like, the same command resumes it; --sample tries all stages in minutes"
   fi
+  [[ $DEVICE == gpu ]] || tune+=(--use_cpu)
   [[ ! -d $BASE_MODEL ]] || base=("$BASE_MODEL")
   local rows=("$folder/train.parquet" "$folder/valid.parquet" "$folder/item.json")
   local tested=("$folder/test.parquet" "$folder/item.json")
@@ -383,7 +391,7 @@ NAMES=($PLAN) NUMBER=0 EXPECTED=0 TOOK=0
 # Seconds of each stage: HERE when it last ran with these settings; ELSEWHERE, for the default run, on two CPU cores.
 declare -A HERE=() ELSEWHERE=()
 if [[ -n $PREPARE && $DEVICE == cpu && -z $BASE_MODEL && $CONFIG == config/lcrec-ml-100k-cpu.yaml ]]; then
-  ELSEWHERE=([prepare]=1 [embed]=11 [rqvae]=20 [index]=7 [base]=5 [finetune]=439 [test]=13)
+  ELSEWHERE=([prepare]=1 [embed]=11 [rqvae]=20 [index]=7 [base]=5 [finetune]=439 [test]=76)
 fi
 SETTINGS=$({ echo "$DEVICE$GPUS $SOURCE $BASE_MODEL"; cat "$CONFIG"; } | sha256sum | cut -d' ' -f1)
 for name in "${NAMES[@]}"; do

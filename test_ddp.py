@@ -11,14 +11,13 @@ import torch
 from torch import distributed
 
 import test
-from reclingua.inference.arguments import build_test_parser
 from reclingua.utils.errors import InputError, cli_main
 
 
 @cli_main
 def main() -> None:
     if {"-h", "--help"} & {*sys.argv[1:]}:
-        build_test_parser(f"{__doc__}\n{test.__doc__}").parse_args()
+        test.main()  # prints the flags, and exits
     if not os.environ.get("RANK"):
         raise InputError("start it with torchrun --nproc_per_node <processes> test_ddp.py ...; or use test.py")
     if torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """Trainer callbacks: epochs, stopping, throughput, the console log and the checkpoint on SIGTERM."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.training.throughput import Throughput
 from reclingua.utils.errors import InputError
+from reclingua.utils.text import format_duration
 
 
 class SetEpochCallback(TrainerCallback):
@@ -73,14 +75,20 @@ class ThroughputCallback(TrainerCallback):
 
 
 class ConsoleLogCallback(TrainerCallback):
-    """Prints loss, learning rate and valid metrics, a line each time, below the progress bar or without one."""
+    """Prints loss, learning rate, time left and valid metrics, below the progress bar or without one."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.began, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
             return
         progress = f"  step {state.global_step:>6,} of {state.max_steps:,}, epoch {state.epoch or 0:.1f}   "
         if "loss" in logs:
-            tqdm.write(f"{progress}loss {float(logs['loss']):.4f}   learning rate {float(logs['learning_rate']):.1e}")
+            seconds = (time.monotonic() - self.began) / max(1, state.global_step - self.first_step)
+            left = format_duration(seconds * (state.max_steps - state.global_step))
+            rate = f"learning rate {float(logs['learning_rate']):.1e}"
+            tqdm.write(f"{progress}loss {float(logs['loss']):.4f}   {rate}   about {left} left")
             return
         metrics = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         shown = [f"valid {name} {value:.4f}" for name, value in metrics.items() if "@" in name or name.endswith("auc")]

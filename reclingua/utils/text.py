@@ -1,4 +1,4 @@
-"""Display names and shortened texts."""
+"""Display names, shortened texts and durations."""
 
 from pathlib import Path
 
@@ -16,3 +16,11 @@ def unique_names(paths: list[Path]) -> list[str]:
 def shorten(text: str, max_length: int) -> str:
     """Return `text`, cut to `max_length` characters with an ellipsis at the end if it is longer."""
     return text if len(text) <= max_length else f"{text[: max_length - 1]}…"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in its largest units: "45 s", "12 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

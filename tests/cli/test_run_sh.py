@@ -233,6 +233,9 @@ def test_yes_no_methods_share_their_first_stage(run, tmp_path):
     other = run("liked", "--method", "binllm", *flags[3:])
     assert other.returncode == 0 and other.stdout.count("up to date, skipped") == 2, other.stdout + other.stderr
     assert has_stages(other, "tallrec", "test-tallrec", "pretrain-hash", "binllm", "test-binllm")
+    sampled = run("liked", "--method", "tallrec", *flags[3:], "--sample")
+    assert "a sample: 800 rows" in sampled.stdout and "there is no GPU" not in sampled.stdout, sampled.stderr
+    assert "made again, since the command changed" in sampled.stdout
     assert {path.name for path in (run.folder / "results/liked").glob("*.json")} == {
         "tallrec.json", "cora-mf.json", "binllm.json"
     }  # fmt: skip
@@ -270,6 +273,7 @@ def test_bad_input(run, tmp_path):
         ("toy", "--method", "guess"): "--method guess: should be lcrec, tallrec",
         ("toy", "--method", "cora", "--cf_model", "hash"): "--cf_model hash: should be mf",
         ("toy", "--cf_model", "mf"): "--cf_model has no effect with --method lcrec",
+        ("toy", "--sample"): "--sample has no effect with --method lcrec",
         ("toy", "--method", "tallrec", "--base_model", "x"): "data/toy/train.parquet: no such file",
     }
     for argv, message in cases.items():

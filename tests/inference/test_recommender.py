@@ -191,4 +191,4 @@ def test_without_torchrun(refused):
 
 def test_help_without_torchrun(script):
     code, out, _ = script(test_ddp.main, "--help")
-    assert code == 0 and "torchrun --nproc_per_node 2" in out and "--num_beams" in out
+    assert code == 0 and "--num_beams" in out
