@@ -9,6 +9,7 @@ import pytest
 
 import finetune
 import test as test_script
+import test_ddp
 from convert import make_delta, merge_delta, zero_to_fp32
 from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import open_interactions
@@ -19,7 +20,7 @@ from reclingua.models.vocabulary import code_tokens, index_token_ids
 from reclingua.utils.errors import InputError
 from tests.datasets.test_instructions import learned
 from tests.helpers.models import make_tokenizer
-from tests.helpers.scripts import flags, run_main, torchrun
+from tests.helpers.scripts import flags, run_main, run_processes, torchrun
 
 ALL = ",".join(TASKS)
 
@@ -293,7 +294,7 @@ def test_lc_recs_own_commands(workshop, tuned_on_all, tmp_path):
         if processes == 1:
             run_main(test_script.main, *asked)
         else:
-            done = torchrun(processes, "test_ddp.py", *asked)
+            done = run_processes(processes, test_ddp.main, *asked)
             assert done.returncode == 0, done.stderr[-2000:]
         found.append(json.loads(results.read_text()))
     names = ("test_prompt_ids", "mean_results", "min_results", "max_results", "all_prompt_results")

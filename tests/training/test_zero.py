@@ -24,7 +24,7 @@ from tests.helpers.zero_runs import train_all
 pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).parents[2] / "config"
-STEPS = ("--targets", "all", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 6)
+STEPS = ("--targets", "all", "--max_his_len", 4, "--train_sampling_strategy", "sequential", "--max_steps", 4)
 STEPS += ("--per_device_batch_size", 4, "--logging_steps", 1, "--save_and_eval_strategy", "steps", "--save_steps", 2)
 STEPS += ("--load_best_model_at_end", "False", "--save_total_limit", 9, "--max_eval_samples", 20)
 LORA = ("--lora", "--lora_dropout", 0)
@@ -100,7 +100,7 @@ def test_losses_equal_those_of_one_process(script, workshop, runs, tmp_path):
     one = flags(workshop, tmp_path / "one", *STEPS, "--gradient_accumulation_steps", 2)
     assert script(finetune.main, *one)[0] == 0
     expected = losses(tmp_path / "one")
-    assert len(expected) == 6 and expected[0] - expected[-1] > 0.5
+    assert len(expected) == 4 and expected[0] - expected[-1] > 0.2
     for name in ("ddp", "z2", "z3", "z3-gathered"):
         torch.testing.assert_close(losses(runs / name), expected, rtol=0, atol=1e-4, msg=name)
 
@@ -156,7 +156,7 @@ def convert(script, state, output, *more):
 
 def test_convert_sharded_state(script, runs, tmp_path):
     assert_close(convert(script, runs / "z3", tmp_path / "z3"), runs / "z3-gathered", tolerance=0)
-    assert_close(convert(script, runs / "z2" / "checkpoint-6", tmp_path / "z2"), runs / "z2", tolerance=0)
+    assert_close(convert(script, runs / "z2" / "checkpoint-4", tmp_path / "z2"), runs / "z2", tolerance=0)
     model, tokenizer = load_model(tmp_path / "z3"), load_tokenizer(tmp_path / "z3")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert "<a_0>" in tokenizer.get_vocab()
@@ -166,15 +166,15 @@ def test_convert_sharded_state(script, runs, tmp_path):
 
 
 def test_convert_sh(runs, tmp_path):
-    shutil.copytree(runs / "z3", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-[24]"))
+    shutil.copytree(runs / "z3", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-2"))
     copy = copy_repository(tmp_path / "repository")
 
     def convert_all(folder):
         return run_with_preloaded_python(["bash", "convert/convert.sh", str(folder)], copy, {})
 
     assert convert_all(tmp_path / "run").stdout.count("-> ") == 2
-    assert sorted(path.name for path in (tmp_path / "run" / "converted").iterdir()) == ["checkpoint-6", "final"]
-    for name in ("checkpoint-6", "final"):
+    assert sorted(path.name for path in (tmp_path / "run" / "converted").iterdir()) == ["checkpoint-4", "final"]
+    for name in ("checkpoint-4", "final"):
         assert_close(tmp_path / "run" / "converted" / name, runs / "z3-gathered", tolerance=0)
     assert convert_all(tmp_path / "run").stdout.count("skipped") == 2
     assert convert_all(runs / "ddp").returncode == 2
@@ -185,10 +185,10 @@ def test_bad_states(refused, workshop, runs, tmp_path):
         return refused(zero_to_fp32.main, state, tmp_path / output)
 
     assert "is a model folder already" in refuse(runs / "ddp")
-    assert "is an adapter" in refuse(runs / "z3-lora" / "checkpoint-6")
+    assert "is an adapter" in refuse(runs / "z3-lora" / "checkpoint-4")
     assert "no training state" in refuse(runs)
-    shutil.copytree(runs / "z3" / "checkpoint-6", tmp_path / "state")
-    part = tmp_path / "state" / "global_step6" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.copytree(runs / "z3" / "checkpoint-4", tmp_path / "state")
+    part = tmp_path / "state" / "global_step4" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = part.read_bytes()
     part.write_bytes(content[: len(content) // 2])
     assert "not a complete training state" in refuse(tmp_path / "state")
