@@ -74,7 +74,9 @@ def main() -> None:
     with output.opened(describe_inputs(args, requests, inputs) if processes.is_main else {}) as done:
         if done and processes.is_main:
             print(f"resuming: {done:,} of {output.num_shards:,} shards are written", flush=True)
-        with tqdm(unit=requests.unit, leave=False, disable=None if processes.is_main else True) as bar:
+        total, written = (number // processes.count for number in (requests.count, done * output.size))
+        hidden = None if processes.is_main else True  # None: unless a terminal shows it
+        with tqdm(total=total, initial=written, unit=requests.unit, leave=False, disable=hidden) as bar:
             for count in output.write(requests.read(), requests.answers.rows):
                 bar.update(count)
         num_rows = output.join(lambda table: lengths.update(list_lengths(table)))

@@ -116,8 +116,6 @@ class Recommender:
             InputError: none of them has a semantic ID.
         """
         kept = {item: ids for item, ids in self.token_ids.items() if item in items}
-        if not kept:
-            raise InputError(f"no item of {self.dataset.name} is left to recommend")
         self.trie = Trie.build(kept, end=self._end)
 
     def recommend(

@@ -5,6 +5,7 @@ A file is parquet, jsonl (an object a line) or csv (with a header), by its endin
 
 import csv
 import json
+import re
 from array import array
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from reclingua.utils.errors import InputError
 
 MAX_ITEMS = 9999  # of a history in a file; a model reads the last few dozen
 BATCH = 1024  # rows of a parquet file in memory at a time
+NO_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, halves of characters
 
 User = tuple[str, list[str]]  # id and items, oldest first
 Pair = tuple[str, str]  # user and item
@@ -167,7 +169,7 @@ def _check_columns(place: object, columns: tuple[str, str], present: Collection[
 def _to_id(value: object, kind: str, place: str) -> str:
     """Return an id as a string; InputError if it is neither a text nor a whole number."""
     text = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    if not text or len(text) > MAX_ID or not text.isprintable():
+    if not text or len(text) > MAX_ID or NO_TEXT.search(text):
         raise InputError(f"{place}: {kind} {_shown(value)} is no id: ids are texts or whole numbers")
     return text
 

@@ -115,16 +115,22 @@ class ShardedOutput(Generic[Request]):
         try:
             with open_writer(joined, self.path.suffix.lower()) as write:
                 for number in range(self.num_shards):
-                    table = pq.read_table(self._shard(number))
+                    table = self._read_shard(number)
                     write(table)
                     summarize(table)
                     num_rows += len(table)
             sync(joined)
             os.replace(joined, self.path)
-        except (OSError, pa.ArrowException) as error:
+        except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error}); run the command again") from error
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
         return num_rows
+
+    def _read_shard(self, number: int) -> pa.Table:
+        try:
+            return pq.read_table(self._shard(number))
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self._shard(number)}: cannot be read ({error}); delete it, and run again") from None
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"{number:06}.parquet"

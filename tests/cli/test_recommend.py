@@ -15,6 +15,7 @@ import test as test_script
 from reclingua import Recommender, Scorer
 from reclingua.inference.fusion import load_fusion
 from reclingua.inference.request_files import count_histories, read_histories, read_pairs
+from reclingua.inference.shards import ShardedOutput
 from reclingua.inference.user_lists import UserLists, liked_items, most_popular
 from reclingua.utils.errors import InputError
 from tests.helpers.scripts import run_processes, torchrun
@@ -218,6 +219,17 @@ def test_a_killed_run_resumes_with_the_same_command_only(write, script, refused,
     }
 
 
+def test_a_broken_shard_is_named(script, refused, workshop, tuned, tmp_path):
+    flags = ("--ckpt_path", tuned, "--data_path", workshop / "datasets", "--output", tmp_path / "lists.csv")
+    with mock.patch.object(ShardedOutput, "join", side_effect=KeyboardInterrupt):
+        assert script(recommend.main, *flags)[0] == 130
+    (tmp_path / "lists.csv.parts/000001.parquet").write_text("torn")
+    assert "000001.parquet: cannot be read" in refused(recommend.main, *flags)
+    assert not (tmp_path / "lists.csv").exists()
+    (tmp_path / "lists.csv.parts/000001.parquet").unlink()
+    assert script(recommend.main, *flags)[0] == 0 and len(read(tmp_path / "lists.csv")) == 540
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_users(write, workshop, tuned, tmp_path, processes):
@@ -313,6 +325,7 @@ BAD_HISTORIES = {
         ('{"user": 1, "items": [1.5]}', "item 1.5 is no id"),
         ('{"user": true, "items": [1]}', "user True is no id"),
         ('{"user": "\\ud83d", "items": [1]}', "is no id"),
+        ('{"user": "a\\nb", "items": [1]}', "is no id"),
         ('{"user": 1, "items": [1]}\n{"user": "1", "items": [2]}', "user '1' occurs twice"),
         ('{"user": 1, "items": [1]', "line 1 is not valid JSON"),
         ('{"user": 1, "items": ' + "[" * 100_000, "is not valid JSON"),
