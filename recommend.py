@@ -61,7 +61,10 @@ def main() -> None:
     device, processes = claim_device(args.gpu_id), Processes()
 
     # ---- Checkpoint and requests ----
-    if load_metadata(args.ckpt_path).method == "lcrec":
+    metadata = load_metadata(args.ckpt_path)
+    if metadata.tasks == ["next_item"]:
+        raise InputError(f"{args.ckpt_path}: is a baseline of next items; give a checkpoint of finetune.py")
+    if metadata.method == "lcrec":
         requests = open_lists(args, device)
     else:
         requests = open_pairs(args, device)

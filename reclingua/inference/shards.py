@@ -64,7 +64,7 @@ class ShardedOutput(Generic[Request]):
 
     def _check_record(self, made_from: Mapping[str, object]) -> None:
         record = self.folder / RECORD
-        if not record.exists() and any(self.folder.iterdir()):
+        if not record.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise InputError(f"{self.folder}: holds other files than shards; name another --output")
         if not self._has_shards():
             write_json(record, dict(made_from), indent=1)

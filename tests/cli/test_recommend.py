@@ -18,6 +18,7 @@ from reclingua.inference.request_files import count_histories, read_histories, r
 from reclingua.inference.shards import ShardedOutput
 from reclingua.inference.user_lists import UserLists, liked_items, most_popular
 from reclingua.utils.errors import InputError
+from reclingua.utils.metadata import CheckpointMetadata
 from tests.helpers.scripts import run_processes, torchrun
 
 
@@ -306,6 +307,9 @@ def test_bad_flags(refuse, workshop, studio, tmp_path):
     assert "it scores no pairs" in refuse("--pairs", tmp_path / "x.csv")
     assert "--exclude_seen has no effect" in refuse("--pairs", tmp_path / "x.csv", "--exclude_seen")
     assert "it makes no lists; give --pairs" in refuse("--data_path", studio, ckpt=studio / "mf")
+    (tmp_path / "sasrec").mkdir()
+    CheckpointMetadata("sasrec", "toy", tasks=["next_item"]).save(tmp_path / "sasrec")
+    assert "is a baseline of next items" in refuse(ckpt=tmp_path / "sasrec")
     assert "no such dataset folder" in refuse("--dataset", "nothing")
     assert "no such file" in refuse(ckpt=tmp_path)
     assert "cannot be written" in refuse(output="/proc/self/lists.csv")
@@ -379,9 +383,11 @@ def test_a_bad_row_leaves_nothing(refuse, tmp_path):
     assert "should end in .parquet, .jsonl, .csv" in refuse("--histories", tmp_path / "users.txt")
 
 
-def test_a_folder_of_something_else_is_left_alone(refused, workshop, tuned, tmp_path):
+def test_a_folder_of_something_else_is_left_alone(script, refused, workshop, tuned, tmp_path):
     (tmp_path / "a.csv.parts").mkdir()
     (tmp_path / "a.csv.parts/mine").touch()
     where = ("--ckpt_path", tuned, "--data_path", workshop / "datasets", "--output", tmp_path / "a.csv")
     assert "holds other files than shards" in refused(recommend.main, *where)
     assert [path.name for path in (tmp_path / "a.csv.parts").iterdir()] == ["mine"]
+    (tmp_path / "a.csv.parts/mine").rename(tmp_path / "a.csv.parts/.run.json.0.tmp")  # of a run killed at its start
+    assert script(recommend.main, *where)[0] == 0 and not (tmp_path / "a.csv.parts").exists()
