@@ -24,15 +24,16 @@ from reclingua.utils.provenance import first_difference
 ENDINGS = (".parquet", ".jsonl", ".csv")
 RECORD = "run.json"
 MAX_ROWS = 1024  # requests of a shard
-SHARDS = 32  # at least that many, where requests make more batches than that
+MIN_BATCHES = 4  # of a shard: requests of similar length share a batch, which takes some to choose from
+SHARDS = 16  # at least that many, where that leaves MIN_BATCHES to each: for all processes to have work
 
 Request = TypeVar("Request")
 
 
 def shard_size(count: int, batch_size: int) -> int:
     """Return the requests of a shard, whole batches of them: the same for any number of processes."""
-    rows = min(-(-count // SHARDS), MAX_ROWS)
-    return -(-rows // batch_size) * batch_size
+    batches = -(-min(-(-count // SHARDS), MAX_ROWS) // batch_size)
+    return max(batches, MIN_BATCHES) * batch_size
 
 
 class ShardedOutput(Generic[Request]):
@@ -56,18 +57,18 @@ class ShardedOutput(Generic[Request]):
             if self.processes.is_main:
                 output_file(self.path)
                 stack.enter_context(locked_folder(self.folder))
-                self._check_record(made_from)
+                self._check_record({**made_from, "rows of a shard": self.size})
                 stack.callback(self._remove_if_empty)
                 self.processes.announce("opened")
             self.processes.wait_for("opened", [0])
             yield sum(self._shard(number).exists() for number in range(self.num_shards))
 
-    def _check_record(self, made_from: Mapping[str, object]) -> None:
+    def _check_record(self, made_from: dict[str, object]) -> None:
         record = self.folder / RECORD
         if not record.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise InputError(f"{self.folder}: holds other files than shards; name another --output")
         if not self._has_shards():
-            write_json(record, dict(made_from), indent=1)
+            write_json(record, made_from, indent=1)
         stored = read_json(record, "what shards are made from")
         if stored != made_from:
             raise InputError(

@@ -191,7 +191,7 @@ def test_popularity_counts_all_interactions(recommender):
 def test_a_killed_run_resumes_with_the_same_command_only(write, script, refused, workshop, tuned, tmp_path):
     """Killed in the fourth of eight shards, whose temporary file is left; the shards before it are not asked again."""
     flags = ("--ckpt_path", tuned, "--data_path", workshop / "datasets", "--output", tmp_path / "lists.csv")
-    flags, asked, real = (*flags, "--batch_size", 8, "--k", 3), [], UserLists.rows
+    flags, asked, real = (*flags, "--batch_size", 2, "--k", 3), [], UserLists.rows
 
     def rows(self, users):
         asked.append(len(users))
@@ -211,9 +211,9 @@ def test_a_killed_run_resumes_with_the_same_command_only(write, script, refused,
     assert code == 0 and "resuming: 3 of 8 shards are written" in out, error
     assert asked == [8] * 4 + [8, 8, 8, 8, 4]
     assert not (tmp_path / "lists.csv.parts").exists()
-    write("whole.csv", "--batch_size", 8, "--k", 3)
+    write("whole.csv", "--batch_size", 2, "--k", 3)
     assert (tmp_path / "whole.csv").read_bytes() == (tmp_path / "lists.csv").read_bytes()
-    write("one.csv", "--k", 3)  # in two shards
+    write("one.csv", "--k", 3)  # in one shard
     one, eight = (lists_of(read(tmp_path / name)) for name in ("one.csv", "lists.csv"))
     assert {user: [item for item, _ in ranked] for user, ranked in one.items()} == {
         user: [item for item, _ in ranked] for user, ranked in eight.items()
@@ -224,10 +224,10 @@ def test_a_broken_shard_is_named(script, refused, workshop, tuned, tmp_path):
     flags = ("--ckpt_path", tuned, "--data_path", workshop / "datasets", "--output", tmp_path / "lists.csv")
     with mock.patch.object(ShardedOutput, "join", side_effect=KeyboardInterrupt):
         assert script(recommend.main, *flags)[0] == 130
-    (tmp_path / "lists.csv.parts/000001.parquet").write_text("torn")
-    assert "000001.parquet: cannot be read" in refused(recommend.main, *flags)
+    (tmp_path / "lists.csv.parts/000000.parquet").write_text("torn")
+    assert "000000.parquet: cannot be read" in refused(recommend.main, *flags)
     assert not (tmp_path / "lists.csv").exists()
-    (tmp_path / "lists.csv.parts/000001.parquet").unlink()
+    (tmp_path / "lists.csv.parts/000000.parquet").unlink()
     assert script(recommend.main, *flags)[0] == 0 and len(read(tmp_path / "lists.csv")) == 540
 
 
@@ -235,7 +235,7 @@ def test_a_broken_shard_is_named(script, refused, workshop, tuned, tmp_path):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_users(write, workshop, tuned, tmp_path, processes):
     """Three processes for two shards: one has nothing to do."""
-    size = 8 if processes == 2 else 32
+    size = 2 if processes == 2 else 8
     write("alone.parquet", "--batch_size", size)
     where = ("--ckpt_path", tuned, "--data_path", workshop / "datasets", "--output", tmp_path / "shared.parquet")
     done = run_processes(processes, recommend.main, *where, "--batch_size", size)
@@ -248,7 +248,7 @@ def test_processes_share_the_users(write, workshop, tuned, tmp_path, processes):
 @pytest.mark.slow
 def test_torchrun(workshop, tuned, tmp_path):
     where = ("--data_path", workshop / "datasets", "--output", tmp_path / "lists.csv")
-    done = torchrun(2, "recommend.py", "--ckpt_path", tuned, *where, "--batch_size", 8)
+    done = torchrun(2, "recommend.py", "--ckpt_path", tuned, *where, "--batch_size", 2)
     assert done.returncode == 0 and len(read(tmp_path / "lists.csv")) == 540, done.stderr
 
 
