@@ -17,7 +17,7 @@ from reclingua.inference.recommender import Recommender
 from reclingua.inference.request_files import Pair, User
 from reclingua.inference.scorer import Scorer
 
-DIGITS = 6  # of scores, as in the predictions file of test.py: the last bits depend on the number of threads
+DIGITS = 6  # of the scores in lists, as in the predictions file of test.py
 MODEL, POPULARITY = "model", "popularity"  # sources of a row
 
 
@@ -95,8 +95,8 @@ class PairScores:
             return to_table([], self.schema)
         with torch.autocast(self.scorer.model.device.type, torch.bfloat16, enabled=self.bf16):
             scores = self.scorer.score(histories, [item for _, item in known], users, batch_size=self.batch_size)
-        rounded = [round(score, DIGITS) for score in scores.tolist()]
-        return to_table([(*pair, score) for pair, score in zip(known, rounded, strict=True)], self.schema)
+        # Not rounded: those of cold users and items can be tiny, and still rank them.
+        return to_table([(*pair, score) for pair, score in zip(known, scores.tolist(), strict=True)], self.schema)
 
 
 def liked_items(dataset: RatingsDataset) -> dict[str, list[str]]:
