@@ -20,14 +20,12 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, set_seed
 
-from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.methods import METHODS
-from reclingua.methods.setup import TrainingSetup
 from reclingua.training.arguments import Arguments, parse_arguments
 from reclingua.training.callbacks import Preempted
 from reclingua.training.checkpoints import newest_checkpoint, report_disk_full
 from reclingua.training.throughput import format_throughput
-from reclingua.training.trainer import RecTrainer
+from reclingua.training.trainer import RecTrainer, build_batches
 from reclingua.training.zero import check_zero3_support, saves_sharded_state, without_zero3_init
 from reclingua.utils.errors import InputError, cli_main, mask_flags
 from reclingua.utils.files import check_outputs, locked_folder, write_json
@@ -64,7 +62,7 @@ def tune(args: Arguments, started: float) -> None:
     check_zero3_support(model, training_args)
 
     # ---- Samples -> batches ----
-    batches = build_batches(args, setup)
+    batches = build_batches(training_args, setup.train, setup.lengths, setup.packing)
     max_tokens = training_args.max_tokens_per_batch
     limit = f"{max_tokens:,} tokens" if max_tokens else f"{training_args.per_device_train_batch_size} samples"
     log(f"{len(batches):,} batches of at most {limit} an epoch and process")
@@ -130,23 +128,6 @@ def check_required(args: Arguments) -> None:
         raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
     if (args.data.max_eval_samples or 0) < 0:
         raise InputError("--max_eval_samples should be 0 at least")
-
-
-def build_batches(args: Arguments, setup: TrainingSetup) -> LengthGroupedBatchSampler:
-    """Return the batches of this process."""
-    training_args = args.training
-    order = training_args.train_sampling_strategy
-    return LengthGroupedBatchSampler(
-        setup.lengths,
-        training_args.per_device_train_batch_size,
-        training_args.max_tokens_per_batch,
-        setup.packing,
-        "random" if setup.packing and order == "group_by_length" else order,
-        training_args.seed if training_args.data_seed is None else training_args.data_seed,
-        training_args.process_index,
-        training_args.world_size,
-        epoch_lengths=setup.train.lengths,
-    )
 
 
 def write_run(trainer: RecTrainer, args: Arguments, started: float, results: dict) -> None:

@@ -29,9 +29,15 @@ from tqdm import tqdm
 
 from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
-from reclingua.inference.collaborative import auc_metrics, format_metric, model_inputs, print_table, score
+from reclingua.inference.collaborative import (
+    auc_metrics,
+    format_metric,
+    model_inputs,
+    print_table,
+    score,
+    valid_metrics,
+)
 from reclingua.inference.next_item_sasrec import train_sasrec
-from reclingua.metrics.roc import auc, uauc
 from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.sasrec import SASRecConfig
@@ -152,7 +158,7 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
         scores = score(model, valid)
         if np.isnan(scores).any():
             raise Diverged(f"scores are NaN in epoch {epoch}; lower --learning_rate")
-        line |= {"auc": auc(valid_labels, scores), "uauc": uauc(valid_users, valid_labels, scores)["uauc"]}
+        line |= valid_metrics(valid_users, valid_labels, scores)
         metrics = {name: None if math.isnan(value) else value for name, value in line.items()}
         curve.append(metrics | {"seconds": round(time.monotonic() - started, 3)})
         if math.isnan(line[settings.metric_for_best_model]):

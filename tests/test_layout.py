@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"finetune.py", "pretrain.py", "test.py", "test_ddp.py", "report.py", "demo.py"}
+COMMANDS = {"finetune.py", "pretrain.py", "test.py", "test_ddp.py", "recommend.py", "report.py", "demo.py"}
 
 
 @pytest.fixture(scope="module")

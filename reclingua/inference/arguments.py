@@ -1,4 +1,4 @@
-"""Flags of test.py."""
+"""Flags of test.py and of recommend.py."""
 
 import argparse
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from reclingua.baselines import NEXT_ITEM_BASELINES
 from reclingua.datasets.tasks import TEST_TASKS
 from reclingua.decoding.beam_search import SCORE_OVER
+from reclingua.inference.fusion import DEPTH
+from reclingua.inference.shards import ENDINGS
 from reclingua.utils.errors import InputError, one_line_errors
 from reclingua.utils.hub import TRUST_HELP
 
@@ -129,3 +131,67 @@ def parse_fuse(args: argparse.Namespace) -> list[str]:
     if names and args.test_task != "SeqRec":
         raise InputError(f"--fuse: baselines read histories, so it needs --test_task SeqRec, not {args.test_task}")
     return names
+
+
+# ---- recommend.py ----
+
+RECOMMEND_INPUTS = ("histories", "candidates", "exclude_items", "pairs")  # flags of files
+LIST_FLAGS = ("histories", "candidates", "exclude_items", "exclude_seen", "fuse", "num_beams", "item_to_item")
+
+
+def build_recommend_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of recommend.py's flags; a bad flag raises InputError."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="folder written by finetune.py or pretrain.py")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file to write; its ending is its format: .parquet, .jsonl or .csv"
+    )
+    parser.add_argument("--dataset", help="name of the dataset (default: the one the model was trained on)")
+    parser.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, help="users or pairs per batch (default: %(default)s)")
+    parser.add_argument("--gpu_id", type=int, default=0, help="GPU to use without torchrun (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights keep their dtype")
+    parser.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
+    parser.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+    lists = parser.add_argument_group("lists (next-item models)")
+    lists.add_argument("--k", type=int, default=20, help="length of a list (default: %(default)s)")
+    lists.add_argument(
+        "--histories", type=Path,
+        help="other users: .parquet, .jsonl or .csv with the columns user and items (default: all of the dataset)",
+    )  # fmt: skip
+    lists.add_argument("--candidates", type=Path, help="recommend these items only: a file with one id a line")
+    lists.add_argument("--exclude_items", type=Path, help="never recommend these items: a file with one id a line")
+    lists.add_argument("--exclude_seen", action="store_true", help="leave the user's own items out")
+    lists.add_argument(
+        "--fuse",
+        action="store_true",
+        help="rank by the fusion that test.py --fuse stored in the checkpoint",
+    )
+    lists.add_argument("--num_beams", type=int, help="beam width (default: 20, or --k if that is more)")
+    lists.add_argument(
+        "--item_to_item", action="store_true", help="for each item what follows a history of that item alone"
+    )
+    pairs = parser.add_argument_group("scores (Yes/No and collaborative models)")
+    pairs.add_argument(
+        "--pairs", type=Path, help="pairs to score: .parquet, .jsonl or .csv with the columns user and item"
+    )
+    return one_line_errors(parser)
+
+
+def check_recommend_flags(args: argparse.Namespace) -> None:
+    """Raise InputError for flags out of range or that exclude each other."""
+    if args.output.suffix.lower() not in ENDINGS:
+        raise InputError(f"--output {args.output}: should end in {', '.join(ENDINGS)}")
+    if args.k < 1 or args.batch_size < 1:
+        raise InputError(f"--k {args.k}, --batch_size {args.batch_size}: should be 1 at least")
+    if args.num_beams is not None and args.num_beams < args.k:
+        raise InputError(f"--num_beams {args.num_beams}: should be --k ({args.k}) at least")
+    if args.fuse and args.num_beams is not None:
+        raise InputError("--num_beams: --fuse searches as its weights were chosen; leave it out")
+    if args.fuse and args.k > DEPTH:
+        raise InputError(f"--k {args.k}: a fusion ranks {DEPTH} items at least, so with --fuse it is {DEPTH} at most")
+    if args.item_to_item and args.histories:
+        raise InputError("--item_to_item: is of items, and --histories are of users; give one of them")
+    if args.pairs and (other := next((flag for flag in LIST_FLAGS if getattr(args, flag)), None)):
+        raise InputError(f"--pairs: makes no lists, so --{other} has no effect; leave one of them out")

@@ -58,6 +58,11 @@ def auc_metrics(part: Dataset, scores: np.ndarray) -> dict[str, dict]:
     return results
 
 
+def valid_metrics(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Return {"auc": ..., "uauc": ...} of rows, NaN where a metric is not defined."""
+    return {"auc": auc(labels, scores), "uauc": uauc(users, labels, scores)["uauc"]}
+
+
 def check_same_dataset(model: CollaborativeModel, dataset: RatingsDataset) -> None:
     """Raise InputError unless the model was trained on `dataset` and has a row for each of its users and items."""
     config = model.config

@@ -136,16 +136,20 @@ class FusedRecommender:
         """
         settings, catalogue = self.settings, self.baselines.catalogue
         if ranked is None:
-            excluded = histories if settings.excludes_seen else None
+            seen = histories if settings.excludes_seen else None
             prompts = self.recommender.encode(samples, settings.prompt_id)
             ranked = self.recommender.search(
-                prompts, settings.num_beams, excluded, batch_size, settings.score_over, show_progress
+                prompts, settings.num_beams, seen, batch_size, settings.score_over, show_progress
             )
         found = np.full((len(ranked), max(map(len, ranked), default=0)), -1)
         for row, entries in enumerate(ranked):
             found[row, : len(entries)] = catalogue.encode_items(entry.item for entry in entries)
         encoded = catalogue.encode(histories)
-        best = best_candidates(self.baselines, self.names, encoded, encoded if settings.excludes_seen else None)
+        excluded = encoded if settings.excludes_seen else None
+        if others := [item for item in catalogue.items if item not in self.recommender.trie.item_to_number]:
+            further = histories if settings.excludes_seen else [[]] * len(histories)
+            excluded = catalogue.encode([[*others, *items] for items in further])  # see `Recommender.restrict`
+        best = best_candidates(self.baselines, self.names, encoded, excluded)
         numbers = unite([found, *best])
         items = [[catalogue.items[number] for number in row[row >= 0]] for row in numbers]
         scores = np.zeros((1 + len(self.names), *numbers.shape), np.float32)

@@ -65,8 +65,8 @@ class Recommender:
         self.templates, self.prompt_ids = load_prompts(metadata, self.task)
         self.token_ids = index_token_ids(tokenizer, dataset.index)
         # Every path ends with the end token, as responses do, unless an item is asked for inside a history.
-        end = None if self.task == "seqrec_history" else tokenizer.eos_token_id
-        self.trie = Trie.build(self.token_ids, end=end)
+        self._end = None if self.task == "seqrec_history" else tokenizer.eos_token_id
+        self.trie = Trie.build(self.token_ids, end=self._end)
         self.selector = DecoderSelector(model)
         self._instructions = build_instructions(
             empty_samples(), dataset, tokenizer, {self.task: self.templates}, self.token_ids, metadata
@@ -108,6 +108,15 @@ class Recommender:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, tokenizer = load_language_model(folder, metadata, device, base_model)
         return cls(model, tokenizer, data, metadata, task)
+
+    def restrict(self, items: Collection[str]) -> None:
+        """Recommend none but `items` from now on: as if the others were excluded for each history, at no cost.
+
+        Raises:
+            InputError: none of them has a semantic ID.
+        """
+        kept = {item: ids for item, ids in self.token_ids.items() if item in items}
+        self.trie = Trie.build(kept, end=self._end)
 
     def recommend(
         self,

@@ -119,7 +119,7 @@ class Scorer:
         self,
         histories: Sequence[Sequence[str]] | datasets.Dataset,
         items: Sequence[str] | None = None,
-        users: Sequence[str] | None = None,
+        users: Sequence[str | None] | None = None,
         *,
         prompt_id: int = 0,
         cold_text_only: bool = False,

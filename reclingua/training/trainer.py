@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.models.chunked_loss import ChunkedCrossEntropy
+from reclingua.training.arguments import TuningArguments
 from reclingua.training.callbacks import (
     ConsoleLogCallback,
     ProgressBarCallback,
@@ -30,6 +31,30 @@ from reclingua.training.checkpoints import STAGING_DIR, commit_checkpoint, repor
 from reclingua.training.throughput import Throughput
 from reclingua.training.zero import gather_state_dict, gathered_parameters, saves_sharded_state
 from reclingua.utils.metadata import CheckpointMetadata
+
+
+def build_batches(
+    args: TuningArguments, train: Any, lengths: Sequence[int], packing: bool
+) -> LengthGroupedBatchSampler:
+    """Return the batches of this process.
+
+    Args:
+        train: the samples, with their `lengths` in the current epoch.
+        lengths: largest number of tokens that each sample can have in any epoch.
+        packing: whether samples are packed.
+    """
+    order = args.train_sampling_strategy
+    return LengthGroupedBatchSampler(
+        lengths,
+        args.per_device_train_batch_size,
+        args.max_tokens_per_batch,
+        packing,
+        "random" if packing and order == "group_by_length" else order,
+        args.seed if args.data_seed is None else args.data_seed,
+        args.process_index,
+        args.world_size,
+        epoch_lengths=train.lengths,
+    )
 
 
 class RecTrainer(transformers.Trainer):
