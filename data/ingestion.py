@@ -216,7 +216,8 @@ class Ingestion:
         marks = {*self.args.na_values}
 
         def texts(content: list[str]) -> str:
-            record = {key: "" if text in marks else text for key, text in describe(*content).items()}
+            known = ["" if text in marks else text for text in content]
+            record = {key: "" if text in marks else text for key, text in describe(*known).items()}
             return json.dumps(record, ensure_ascii=False)
 
         self.con.create_function("texts_of", texts, ["VARCHAR[]"], "VARCHAR")

@@ -255,7 +255,7 @@ def test_tables_with_other_names_for_the_items(tmp_path, script, refused):
 
 ATOMIC = {  # dataset -> header of .inter, a line, header of .item, a line, more flags, title of the item
     "steam": ("user_id:token play_hours:float product_id:token date:token", "u 3.5 i 2017-07-15",
-              "app_name:token_seq id:token tags:token_seq", "Half-Life i Action", (), "Half-Life"),
+              "app_name:token_seq id:token tags:token_seq title:token", "Half-Life i Action nan", (), "Half-Life"),
     "yelp": ("review_id:token user_id:token business_id:token stars:float date:float", f"r u i 4 {WHEN}",
              "business_id:token item_name:token_seq categories:token_seq", "i Diner Food", (), "Diner"),
     "lastfm": ("user_id:token artist_id:token weight:float", "u i 13883",
