@@ -236,6 +236,7 @@ def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> 
         items_sha256=data.dataset.items_sha256(),
         cf_sha256=config.cf_sha256,
         training=flags,
+        items={item: {"title": str(texts["title"])} for item, texts in data.dataset.items.items()},
     )
 
 

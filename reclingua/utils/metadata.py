@@ -42,8 +42,8 @@ class CheckpointMetadata:
         training: further flags, which only a resumed training has to share.
         version: of the format; a checkpoint of an earlier one opens, with fewer checks.
         index: of lcrec: item -> its semantic ID, so that a test needs no other index file.
-        items: of lcrec: item -> {"title": ..., "raw_id": ...}, what the data of training knew of them: which items the
-            ids stand for.
+        items: item -> {"title": ..., "raw_id": ...}, what the data of training knew of them: which items the ids
+            stand for.
         training_histories: of lcrec: user -> [number of training items, fingerprint of them], by which a test on
             other histories finds out whether its targets were trained on.
     """
