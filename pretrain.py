@@ -40,6 +40,7 @@ from reclingua.utils.files import check_outputs, output_file, output_folder, wri
 from reclingua.utils.metadata import (
     METADATA_FILE,
     CheckpointMetadata,
+    check_results_file,
     default_results_file,
     has_own_results,
     run_metadata,
@@ -302,6 +303,7 @@ def main() -> None:
     written = {f"{name} of --output_dir": output_dir / name for name in model_files}
     check_outputs({"--results_file": results_file, **written})
     output_file(results_file)
+    check_results_file(results_file)
     if not args.results_file:
         has_own_results(results_file, output_dir)
     sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in dataset.parts.items())

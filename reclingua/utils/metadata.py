@@ -152,6 +152,18 @@ def has_own_results(results_file: Path, checkpoint: Path) -> bool:
     return True
 
 
+def check_results_file(results_file: Path) -> None:
+    """Raise InputError if a file exists there that holds no results, such as a file of a dataset."""
+    if not results_file.exists() or not results_file.stat().st_size:
+        return
+    try:
+        is_own = isinstance(read_json(results_file, "results").get("arguments"), dict)
+    except InputError:
+        is_own = False
+    if not is_own:
+        raise InputError(f"{results_file}: exists and holds no results; name another --results_file")
+
+
 def measured_checkpoint(results_file: Path) -> Path | None:
     """Return the absolute path of the checkpoint that a results file is of, which test.py or pretrain.py wrote."""
     flags = read_json(results_file, "results of test.py").get("arguments")
