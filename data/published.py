@@ -148,8 +148,7 @@ def _to_column(path: Path, table: pa.Table, name: str) -> pa.Array:
 
 
 SECTIONS = ("User Preference:", "User Unpreference:", "Whether the user will like")
-QUOTED = re.compile(r'"(.*?)"(?=\s*(?:,|\?|$|written by))')
-NESTED = re.compile(r'"("[^"].*" written by .*)"\?\s*$')  # the book in question has quotes around title and author
+QUOTED = re.compile(r'"(.{0,1000}?)"(?=\s*(?:,|\?|$|written by))')
 
 
 def read_tallrec(args: argparse.Namespace) -> Publication:
@@ -203,7 +202,9 @@ def _parse_sample(sample: object) -> tuple[str, list[str], str, int] | None:
     preference, unpreference, question = SECTIONS
     before, has_question, asked = sample["input"].partition(question)
     liked, has_dislikes, _ = before.partition(unpreference)
-    asked = NESTED.sub(r"\1?", asked)
+    book = asked.partition('"')[2].rstrip().removesuffix("?").rstrip()
+    if book.startswith('"') and book.endswith('"') and '" written by ' in book:
+        asked = book[:-1]  # the book in question has quotes around title and author
     titles, answer = QUOTED.findall(asked), sample["output"].strip().strip('".').casefold()
     if not (has_question and has_dislikes and preference in liked and titles and answer in ("yes", "no")):
         return None

@@ -19,7 +19,7 @@ from reclingua.datasets.training_histories import count_trained_targets
 from reclingua.datasets.yes_no import YesNoDataset, format_code
 from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.hash import HashedMF
-from reclingua.models.language import check_base_model, context_length, load_model, load_tokenizer
+from reclingua.models.language import DTYPES, check_base_model, context_length, load_model, load_tokenizer
 from reclingua.models.lora import load_lora
 from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
@@ -27,6 +27,8 @@ from reclingua.utils.errors import InputError, print_note
 from reclingua.utils.metadata import FILES, METADATA_FILE, CheckpointMetadata
 from reclingua.utils.provenance import fingerprint
 from reclingua.utils.text import shorten
+
+MAX_SEPARATOR = 1000  # characters between two items of a history, in the checkpoint of a stranger
 
 
 def load_metadata(folder: str | Path) -> CheckpointMetadata:
@@ -45,6 +47,13 @@ def load_metadata(folder: str | Path) -> CheckpointMetadata:
     if metadata.method not in ("lcrec", *YES_NO_METHODS, *COLLABORATIVE_MODELS):
         raise InputError(f"{folder / METADATA_FILE}: was made by {metadata.method!r}, which is no method")
     check_prompts(folder / METADATA_FILE, metadata.prompts)
+    if len(metadata.his_sep) > MAX_SEPARATOR:
+        raise InputError(f"{folder / METADATA_FILE}: 'his_sep' has {len(metadata.his_sep):,} characters; shorten it")
+    if metadata.base_dtype not in DTYPES:
+        raise InputError(
+            f"{folder / METADATA_FILE}: 'base_dtype' should be one of {', '.join(DTYPES)}, not "
+            f"{metadata.base_dtype[:50]!r}"
+        )
     return metadata
 
 

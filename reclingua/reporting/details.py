@@ -93,11 +93,11 @@ def check_result_files(results_file: Path, predictions_file: Path | None, inputs
     outputs = {"--results_file": results_file, "--predictions_file": predictions_file}
     for file in filter(None, outputs.values()):
         output_file(file)
+    outputs |= {f"{name} of the report": report_folder(results_file) / name for name in (DETAILS_FILE, PAGE_FILE)}
+    check_outputs(outputs, inputs)
     check_results_file(results_file)
     if predictions_file:
         check_predictions_file(predictions_file)
-    outputs |= {f"{name} of the report": report_folder(results_file) / name for name in (DETAILS_FILE, PAGE_FILE)}
-    check_outputs(outputs, inputs)
 
 
 def next_item_details(
