@@ -46,6 +46,7 @@ from reclingua.utils.files import check_outputs, output_file, output_folder, wri
 from reclingua.utils.metadata import (
     METADATA_FILE,
     CheckpointMetadata,
+    check_results_file,
     default_results_file,
     has_own_results,
     run_metadata,
@@ -134,6 +135,10 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
     model.to(device).train()
     inputs, valid = model_inputs(dataset.parts["train"], model), model_inputs(dataset.parts["valid"], model)
     valid_users, valid_labels = (valid[name].cpu().numpy() for name in ("users", "labels"))
+    has_uauc = not math.isnan(uauc(valid_users, valid_labels, np.zeros(len(valid_labels)))["uauc"])
+    if settings.metric_for_best_model == "uauc" and not has_uauc:
+        path = dataset.folder / "valid.parquet"
+        raise InputError(f"{path}: no user has both labels; use --metric_for_best_model auc")
     optimizer = torch.optim.Adam(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
@@ -161,10 +166,6 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
         line |= valid_metrics(valid_users, valid_labels, scores)
         metrics = {name: None if math.isnan(value) else value for name, value in line.items()}
         curve.append(metrics | {"seconds": round(time.monotonic() - started, 3)})
-        if math.isnan(line[settings.metric_for_best_model]):
-            raise InputError(
-                f"{dataset.folder / 'valid.parquet'}: no user has both labels; use --metric_for_best_model auc"
-            )
         shown = {name: format_metric(metrics[name]) for name in ("loss", *METRICS)}
         progress.set_postfix(shown)
         if progress.disable and curve[-1]["seconds"] - logged > LOG_SECONDS:
@@ -308,6 +309,7 @@ def main() -> None:
     written = {f"{name} of --output_dir": output_dir / name for name in model_files}
     check_outputs({"--results_file": results_file, **written})
     output_file(results_file)
+    check_results_file(results_file)
     if not args.results_file:
         has_own_results(results_file, output_dir)
     sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in dataset.parts.items())

@@ -56,6 +56,7 @@ def main() -> None:
         details = {f"{DETAILS_FILE} of {path}": report_folder(path) / DETAILS_FILE for path in args.results}
         check_outputs({"--output": args.output}, files | details)
         output_file(args.output)
+        check_page(args.output)
     if len(args.results) == 1:
         page = write_report(args.results[0], output=args.output)
         run = load_checked_run(args.results[0])
@@ -65,6 +66,14 @@ def main() -> None:
     if len(set(args.results)) < len(args.results):
         raise InputError("a results file is given twice; name each once")
     compare_runs(args.results, args.output)
+
+
+def check_page(path: Path) -> None:
+    """Raise InputError if a file exists there that is no page."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            if not file.read(100).lstrip().lower().startswith(b"<!doctype html"):
+                raise InputError(f"{path}: exists and is no page; name another --output")
 
 
 def compare_runs(results_files: list[Path], output: Path | None) -> None:

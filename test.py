@@ -52,6 +52,7 @@ from reclingua.utils.metadata import (
     CheckpointMetadata,
     default_results_file,
     has_own_results,
+    measured_checkpoint,
     run_metadata,
 )
 
@@ -354,8 +355,9 @@ def results_file_of(args: argparse.Namespace, dataset: str, task: str = "") -> P
     inputs = {f"{name} of --ckpt_path": args.ckpt_path / name for name in (METADATA_FILE, "config.json", "run.json")}
     inputs |= {f"--{flag}": Path(file) for flag in ("index_file", "user_file") if (file := getattr(args, flag))}
     check_result_files(results_file, args.predictions_file, inputs)
-    if not args.results_file and has_own_results(results_file, args.ckpt_path) and is_main_process():
-        print(f"{results_file}: earlier results of this checkpoint will be replaced")
+    is_given = args.results_file is not None and results_file.exists() and results_file.stat().st_size > 0
+    if (is_given or not args.results_file and has_own_results(results_file, args.ckpt_path)) and is_main_process():
+        print(f"{results_file}: earlier results of {measured_checkpoint(results_file)} will be replaced")
     return results_file
 
 

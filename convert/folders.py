@@ -1,18 +1,13 @@
-"""Model folders: atomic creation, and the files other than weights."""
+"""Model folders: the files other than weights, and names for others."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from reclingua.utils.errors import InputError
-from reclingua.utils.files import output_folder, sync, temporary_path
 from reclingua.utils.metadata import FILES, METADATA_FILE, CheckpointMetadata
-from reclingua.utils.provenance import record_path
 
 # What goes along with the weights, and the metadata, without local paths. Anything else in a folder can be private.
 COPIED_FILES = (
@@ -22,40 +17,6 @@ COPIED_FILES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 PATHS = ("base_model", "cf_model", "init_from")  # metadata keys with paths or hub names
-
-
-@contextmanager
-def atomic_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `path` on success, and deleted after an exception.
-
-    Args:
-        replaces: files in `path` of the same names are replaced, the record last; others stay.
-
-    Raises:
-        InputError: `path` exists and is not empty, unless it `replaces`, or cannot be written.
-    """
-    path = Path(path).absolute()
-    if path.is_dir() and any(path.iterdir()) and not replaces:
-        raise InputError(f"{path}: exists and is not empty; choose another output folder")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; choose another output folder")
-    path = path.resolve()
-    temporary = temporary_path(path)
-    output_folder(path.parent)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            sync(file)
-        if path.is_dir():
-            for file in sorted(temporary.iterdir(), key=lambda file: file == record_path(temporary)):
-                file.replace(path / file.name)
-        else:
-            temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # does not exist after success
 
 
 def model_folder(path: Path) -> Path:

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from convert.deltas import CORRECTIONS, DELTA, FORMAT, INTEGER_DTYPES, Entry, pair_tensors
-from convert.folders import atomic_folder, copy_rest, model_folder, public_name
+from convert.folders import copy_rest, model_folder, public_name
 from convert.model_card import add_flags, push, validated_metrics, write_card
 from convert.shards import CHUNK_SIZE, Chunk, Spec, StoredTensor, Writer, paired_chunks, shard_layout_like
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import write_json
+from reclingua.utils.files import atomic_folder, write_json
 
 
 @cli_main

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from convert.deltas import CORRECTIONS, DELTA, Entry, pair_tensors, read_delta
-from convert.folders import atomic_folder, copy_rest, model_folder, public_name
+from convert.folders import copy_rest, model_folder, public_name
 from convert.model_card import add_flags, push, validated_metrics, write_card
 from convert.shards import CODES, StoredTensor, Writer, paired_chunks, read_safetensors, shard_layout_like
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_folder
 
 
 @cli_main

@@ -24,13 +24,14 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from convert.folders import atomic_folder, copy_rest, model_folder, public_name, save_public_metadata
+from convert.folders import copy_rest, model_folder, public_name, save_public_metadata
 from convert.model_card import add_flags, push, validated_metrics, write_card
 from reclingua.models.language import DTYPES, check_base_model, load_model, load_tokenizer
 from reclingua.models.lora import load_lora
 from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_folder
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.metadata import CheckpointMetadata
 

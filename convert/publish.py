@@ -15,11 +15,11 @@ import json
 import shutil
 from pathlib import Path
 
-from convert.folders import atomic_folder, copy_rest, model_folder, public_name
+from convert.folders import copy_rest, model_folder, public_name
 from convert.model_card import add_flags, push, validated_metrics, write_card
 from reclingua.models.registry import YES_NO_METHODS
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import read_json, write_json
+from reclingua.utils.files import atomic_folder, read_json, write_json
 from reclingua.utils.metadata import CheckpointMetadata
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

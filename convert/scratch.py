@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from convert.folders import atomic_folder
 from reclingua.datasets.interactions import open_interactions
 from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, read_prompts
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_folder
 from reclingua.utils.provenance import check_replaceable, fingerprint, write_record
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}

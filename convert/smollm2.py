@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
-from convert.folders import atomic_folder
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_folder
 from reclingua.utils.provenance import check_replaceable, write_record
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from convert.folders import atomic_folder, copy_rest, model_folder
+from convert.folders import copy_rest, model_folder
 from convert.shards import Spec, Writer, plan_shards
 from reclingua.models.language import DTYPES
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.files import atomic_folder
 
 
 @cli_main

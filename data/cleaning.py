@@ -12,16 +12,19 @@ _INLINE_TAG = re.compile(
     r"</?(a|abbr|b|big|em|font|i|mark|s|small|span|strong|sub|sup|u)(\s[^<>]*)?/?>", re.IGNORECASE
 )
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<![^<>]*>")
+MAX_ESCAPES = 20
 _ARTICLES = {"The", "A", "An", "La", "Le", "Les", "Il", "Das"}
 
 
 def clean_text(text: str) -> str:
     """Return text as a browser would display it, in one line.
 
-    Entities are decoded until none is left, since shops escape twice ('&amp;amp;'). Tags become a space, inline tags
-    nothing; comments, scripts and style sheets are removed with their content. 'a < b' and '<3' are no tags.
+    Entities are decoded up to MAX_ESCAPES times, since shops escape twice ('&amp;amp;'). Tags become a space, inline
+    tags nothing; comments, scripts and style sheets are removed with their content. 'a < b' and '<3' are no tags.
     """
-    while (decoded := _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)) != text:
+    for _ in range(MAX_ESCAPES):
+        if (decoded := _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)) == text:
+            break
         text = decoded
     if "<" in text:
         text = _TAG.sub(" ", _INLINE_TAG.sub("", _INVISIBLE.sub(" ", text)))
@@ -33,14 +36,16 @@ def clean_value(value: object, separator: str = " ") -> str:
 
     A text that is a list of texts as Python or JSON writes it, "['Good', '<b>pen</b>']", counts as that list.
     """
-    if isinstance(value, str):
-        parts = parse_list(value)
-        if parts is None:
-            return clean_text(value)
-        value = parts
-    if isinstance(value, list | tuple):
-        return separator.join(filter(None, (clean_value(part, separator) for part in value)))
-    return "" if value is None else clean_text(str(value))
+    texts, pending = [], [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, str) and (parts := parse_list(part)) is not None:
+            part = parts
+        if isinstance(part, list | tuple):
+            pending += reversed(part)
+        elif part is not None and (text := clean_text(str(part))):
+            texts.append(text)
+    return separator.join(texts)
 
 
 def parse_list(text: str) -> list | None:
@@ -51,9 +56,9 @@ def parse_list(text: str) -> list | None:
     for parse in (json.loads, ast.literal_eval):
         try:
             parts = parse(text)
+            return parts if isinstance(parts, list) and all(map(_is_text, parts)) else None
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        return parts if isinstance(parts, list) and all(map(_is_text, parts)) else None
     return None
 
 

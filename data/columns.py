@@ -1,7 +1,7 @@
 """Columns of raw tables: by the flags of `data.prepare`, else by the names that published tables use."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data.raw_files import Table, header_of
@@ -49,19 +49,29 @@ class Columns:
         Raises:
             InputError: a flag names a column that does not exist, or that exists twice.
         """
+        return next(self._matches(kind, preferred), None)
+
+    def find_all(self, kind: str) -> list[int]:
+        """Return the numbers of all columns of a kind, the one of `find` first.
+
+        Steam's table of games has both title and app_name, and each is empty for some games.
+        """
+        return list(dict.fromkeys(self._matches(kind)))
+
+    def _matches(self, kind: str, preferred: Sequence[str | None] = ()) -> Iterator[int]:
         flag = getattr(self.args, f"{kind}_column")
         wanted = [flag] if flag is not None else [*filter(None, preferred), *NAMES[kind]]
-        lowered = [name.casefold() for name in self.names]
+        lowered, has_match = [name.casefold() for name in self.names], False
         for name in wanted:
             matches = [i for i, own in enumerate(self.names) if own == name.strip()]
             matches = matches or [i for i, own in enumerate(lowered) if own == name.strip().casefold()]
-            if len(matches) > 1:
+            if len(matches) > 1 and not has_match:
                 raise InputError(f"{self.path}: has more than one column {name!r}; rename one of them")
-            if matches:
-                return matches[0]
-        if flag is not None:
+            if len(matches) == 1:
+                has_match = True
+                yield matches[0]
+        if flag is not None and not has_match:
             raise InputError(f"{self.path}: has no column {flag!r}; it has {self._listing()}; see {FLAGS[kind]}")
-        return None
 
     def require(self, kind: str, preferred: Sequence[str | None] = ()) -> int:
         """Return the number of a column; InputError names the flag if there is none."""

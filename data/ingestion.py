@@ -23,6 +23,8 @@ HINTS = {  # reason -> the flags that can make such lines readable
     "has no readable time": "see --time_column, --time_format",
     "has no user": "see --user_column, --na_values",
     "has no item": "see --item_column, --na_values",
+    "is not in ": "give the --encoding of the file",
+    "has an implausible time": "see --time_column, --time_unit, --time_format",
 }
 
 
@@ -150,16 +152,15 @@ class Ingestion:
             con.execute("UPDATE ratings SET timestamp = rowid")
         elif unit == "s" and not args.time_unit and not args.time_format:
             self._read_compact_dates()
-        earliest = self._earliest_time(unit)
+        earliest = self._earliest_time(unit) if timestamp else 0
+        implausible = f"timestamp < {earliest} OR timestamp >= {values.LATEST}" if timestamp else "false"
         unrated = "NOT coalesce(isfinite(rating), false)" if rating_required and rating else "false"
         problem = f"""CASE
             WHEN user IS NULL THEN 'has no user'
             WHEN item IS NULL THEN 'has no item'
             WHEN {unrated} THEN 'has no numeric rating'
             WHEN NOT coalesce(isfinite(timestamp), false) THEN 'has no readable time'
-            WHEN timestamp < {earliest} OR timestamp >= {values.LATEST} THEN 'has an implausible time' END"""
-        if not timestamp:
-            problem = problem.replace(f"WHEN timestamp < {earliest} OR timestamp >= {values.LATEST}", "WHEN false")
+            WHEN {implausible} THEN 'has an implausible time' END"""
         found = con.execute(f"""
             SELECT problem, count(*), min(place), arg_min(timestamp, place)
             FROM (SELECT {problem} AS problem, rowid AS place, timestamp FROM ratings)
@@ -171,6 +172,11 @@ class Ingestion:
             record = records.get(place)
             left_out.add(reason, record.line if record else place + 1, record.text if record else "", count)
         left_out.check(args.max_bad_share)
+        if earliest == 0 and timestamp and (args.task == "preference" or args.start or args.end):
+            raise InputError(
+                f"{raw.path}: {self.remarks[-1]}; --task preference, --start and --end need times: see --time_column, "
+                "--time_format"
+            )
         if found:
             con.execute(f"DELETE FROM ratings WHERE ({problem}) IS NOT NULL")
         if fetch_one(con, "SELECT count(*) FROM ratings") == (0,):
@@ -181,7 +187,7 @@ class Ingestion:
         numbers = "FROM ratings WHERE isfinite(timestamp)"
         median, total = fetch_one(self.con, f"SELECT approx_quantile(timestamp, 0.5), count(*) {numbers}")
         digits = len(f"{median:.0f}") if total else 0
-        if digits not in values.COMPACT_DATES:
+        if digits not in values.COMPACT_DATES or median < 1970 * 10 ** (digits - 4):
             return
         date = values.compact_date_sql("timestamp", digits)
         (num_dates,) = fetch_one(self.con, f"SELECT count({date}) {numbers}")
@@ -193,8 +199,11 @@ class Ingestion:
         """Return the earliest plausible time: of small numbers, which are positions rather than times, 0."""
         query = "SELECT approx_quantile(timestamp, 0.5) FROM ratings WHERE isfinite(timestamp)"
         (median,) = fetch_one(self.con, query)
-        is_position = median is not None and median < values.EARLIEST
-        return 0 if is_position and not values.plausible_unit(median * values.UNITS[unit]) else values.EARLIEST
+        if median is None or median >= values.EARLIEST or values.plausible_unit(median * values.UNITS[unit]):
+            return values.EARLIEST
+        number = median * values.UNITS[unit]
+        self.remarks.append(f"times are small numbers, such as {number:.0f}, read as positions in an order")
+        return 0
 
     def create_items(self, raw: RawFile, item: str, columns: list[str], describe: Callable[..., dict]) -> None:
         """Create the table `items` of rated items with the texts that `describe` returns for SQL columns.
@@ -207,7 +216,8 @@ class Ingestion:
         marks = {*self.args.na_values}
 
         def texts(content: list[str]) -> str:
-            record = {key: "" if text in marks else text for key, text in describe(*content).items()}
+            known = ["" if text in marks else text for text in content]
+            record = {key: "" if text in marks else text for key, text in describe(*known).items()}
             return json.dumps(record, ensure_ascii=False)
 
         self.con.create_function("texts_of", texts, ["VARCHAR[]"], "VARCHAR")

@@ -313,8 +313,9 @@ def main() -> None:
     args = parse_args(__doc__)
     if args.source in PUBLISHED:
         publication = PUBLISHED[args.source](args)
-        folder = output_folder(args.data_path / args.dataset)
-        write_files(folder, publication.content)
+        folder = args.data_path / args.dataset
+        publication.check_inputs(folder)
+        write_files(output_folder(folder), publication.content)
         print(f"{args.dataset}: {publication.summary}")
         print(*(f"  {note}" for note in publication.notes), f"  written to {folder}/", sep="\n")
         return

@@ -19,6 +19,7 @@ from data.cleaning import clean_value, parse_list
 from data.columns import Columns
 from data.ingestion import LeftOut
 from data.raw_files import JsonLines, Table, first_file, header_of, read_records
+from reclingua.datasets import interactions
 from reclingua.datasets.formats import PICKLE_ENDINGS, pickle_remedy
 from reclingua.datasets.ratings import COLUMNS, PARTS, mark_warm, read_items, read_table, row_faults, without_padding
 from reclingua.utils.errors import InputError
@@ -30,11 +31,22 @@ CODE = re.compile(r"<[^<>]+>")
 
 @dataclass
 class Publication:
-    """A dataset that is taken as published: file name -> content, and what there is to say about it."""
+    """A dataset that is taken as published: file name -> content, and what there is to say about it.
+
+    Args:
+        inputs: files that were read, none of which may be replaced.
+    """
 
     content: Content
     summary: str
     notes: list[str] = field(default_factory=list)
+    inputs: list[Path] = field(default_factory=list)
+
+    def check_inputs(self, folder: Path) -> None:
+        """Raise InputError if a file of `content`, written to `folder`, would replace one that was read."""
+        for path in self.inputs:
+            if path.name in self.content and path.resolve() == (folder / path.name).resolve():
+                raise InputError(f"{path}: would be replaced by the dataset made of it; give another --data_path")
 
 
 def _to_json(content: dict) -> list[str]:
@@ -49,9 +61,10 @@ def read_collm(args: argparse.Namespace) -> Publication:
 
     Histories are padded with zeros; item titles are a column of the frames, or `item.json`.
     """
-    tables, titles = {}, {}
+    tables, titles, inputs = {}, {}, [args.raw_path / "item.json"]
     for part in PARTS:
         path = _find_frame(args.raw_path, part)
+        inputs.append(path)
         tables[part] = read_table(path)
         if "title" in tables[part].column_names and "iid" in tables[part].column_names:
             titles |= dict(zip(*(tables[part][name].to_pylist() for name in ("iid", "title")), strict=True))
@@ -61,7 +74,9 @@ def read_collm(args: argparse.Namespace) -> Publication:
         items = {str(item): {"title": clean_value(titles[item])} for item in sorted(filter(_is_item, titles))}
     else:
         raise InputError(f"{args.raw_path}: the frames have no column 'title', and there is no item.json")
-    return _to_publication(args, tables, items)
+    publication = _to_publication(args, tables, items)
+    publication.inputs = [path for path in inputs if path.is_file()]
+    return publication
 
 
 def _is_item(item: object) -> bool:
@@ -133,7 +148,7 @@ def _to_column(path: Path, table: pa.Table, name: str) -> pa.Array:
 
 
 SECTIONS = ("User Preference:", "User Unpreference:", "Whether the user will like")
-QUOTED = re.compile(r'"(.*?)"(?=\s*(?:,|\?|$|written by))')
+QUOTED = re.compile(r'"(.{0,1000}?)"(?=\s*(?:,|\?|$|written by))')
 
 
 def read_tallrec(args: argparse.Namespace) -> Publication:
@@ -144,7 +159,7 @@ def read_tallrec(args: argparse.Namespace) -> Publication:
     """
     number_of: dict[str, int] = {}
     user_of: dict[str, int] = {}
-    tables, notes = {}, []
+    tables, notes, earlier = {}, [], 0
     for part in PARTS:
         path = first_file(args.raw_path, [f"{part}.json"])
         samples, left_out, rows = _read_samples(path), LeftOut(path), []
@@ -158,7 +173,8 @@ def read_tallrec(args: argparse.Namespace) -> Publication:
             his = [number_of.setdefault(name, len(number_of) + 1) for name in liked]
             item = number_of.setdefault(title, len(number_of) + 1)
             user = user_of.setdefault(profile, len(user_of) + 1)
-            rows.append({"uid": user, "iid": item, "label": label, "timestamp": position, "his": his})
+            rows.append({"uid": user, "iid": item, "label": label, "timestamp": earlier + position, "his": his})
+        earlier += len(samples)
         left_out.check(args.max_bad_share)
         notes += left_out.lines()
         schema = pa.schema({name: kind for name, kind in COLUMNS.items() if name != "not_cold"})
@@ -186,6 +202,9 @@ def _parse_sample(sample: object) -> tuple[str, list[str], str, int] | None:
     preference, unpreference, question = SECTIONS
     before, has_question, asked = sample["input"].partition(question)
     liked, has_dislikes, _ = before.partition(unpreference)
+    book = asked.partition('"')[2].rstrip().removesuffix("?").rstrip()
+    if book.startswith('"') and book.endswith('"') and '" written by ' in book:
+        asked = book[:-1]  # the book in question has quotes around title and author
     titles, answer = QUOTED.findall(asked), sample["output"].strip().strip('".').casefold()
     if not (has_question and has_dislikes and preference in liked and titles and answer in ("yes", "no")):
         return None
@@ -202,9 +221,9 @@ def read_minionerec(args: argparse.Namespace) -> Publication:
     line of `info` has the semantic ID (if any), title and id of an item, separated by tabs.
     """
     folder, name = args.raw_path, args.dataset
-    items, index = _read_info(_find_file(folder, name, "info", "txt"))
+    items, index, notes = _read_info(_find_file(folder, name, "info", "txt"), args)
     histories: dict[str, list[str]] = {}
-    notes, num_gaps = [], 0
+    num_gaps = 0
     for part in PARTS:
         path = _find_file(folder, name, part, "csv")
         columns = Columns(path, header_of(path, ",", quoted=True, encoding=args.encoding)[","], args)
@@ -250,24 +269,24 @@ def _find_file(folder: Path, name: str, part: str, ending: str) -> Path:
     raise InputError(f"{folder}: has none of {', '.join(patterns)}; see --raw_path, --dataset")
 
 
-def _read_info(path: Path) -> tuple[dict[str, dict], dict[str, list[str]]]:
-    """Return the items, with titles, and their semantic IDs if all of them have one."""
-    items, index = {}, {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, start=1):
-        cells = line.split("\t")
-        if len(cells) < 2 or not cells[-1].strip():
-            raise InputError(f"{path}: line {number} should have a semantic ID, a title and an id, separated by tabs")
+def _read_info(path: Path, args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, list[str]], list[str]]:
+    """Return the items, with titles, their semantic IDs if all of them have one, and what was left out."""
+    items, index, left_out = {}, {}, LeftOut(path)
+    for record in read_records(Table(path, 1, "\n", header=False, encoding=args.encoding)):
+        left_out.total += 1
+        cells = record.text.split("\t")
+        if record.fault or len(cells) < 2 or not cells[-1].strip():
+            reason = record.fault or "should have a semantic ID, a title and an id, separated by tabs"
+            left_out.add(reason, record.line, record.text)
+            continue
         item = cells[-1].strip()
         items[item] = {"title": clean_value(cells[-2])}
         if len(cells) > 2 and (codes := CODE.findall(cells[0])):
             index[item] = codes
+    left_out.check(args.max_bad_share)
     if not items:
         raise InputError(f"{path}: is empty; it should have a line for each item")
-    return items, index if len(index) == len(items) else {}
+    return items, index if len(index) == len(items) else {}, left_out.lines()
 
 
 def _parse_window(history: str, item: str) -> list[str] | None:
@@ -293,9 +312,10 @@ def append_window(sequence: list[str], window: list[str]) -> bool:
 
 
 def read_sequences(args: argparse.Namespace) -> Publication:
-    """Read histories as text, `sequential_data.txt` of P5 and TIGER: a line is a user and the items, oldest first.
+    """Read histories as text, `sequential_data.txt` of P5, TIGER and GRLM.
 
-    `datamaps.json` and `meta.json(.gz)` beside it, a Python dictionary a line, give the item texts.
+    A line is a user and the items, oldest first. Item texts are those of `D.item.json` beside it (GRLM), or of
+    `datamaps.json` and `meta.json(.gz)`, a Python dictionary a line (P5).
     """
     path, name = first_file(args.raw_path, ["sequential_data.txt", f"{args.dataset}.txt"]), args.dataset
     histories, left_out = {}, LeftOut(path)
@@ -310,19 +330,39 @@ def read_sequences(args: argparse.Namespace) -> Publication:
     left_out.check(args.max_bad_share)
     content: Content = {f"{name}.inter.json": _to_json(histories)}
     notes, used = left_out.lines(), {item for history in histories.values() for item in history}
-    metas = [path.with_name(file) for file in ("meta.json.gz", "meta.json") if path.with_name(file).is_file()]
-    if metas and path.with_name("datamaps.json").is_file():
-        numbers = read_json(path.with_name("datamaps.json"), "id maps of P5").get("item2id", {})
-        items_of_numbers = {item: {"title": "", "description": ""} for item in sorted(used, key=lambda i: (len(i), i))}
-        for record in read_records(JsonLines(metas[0], (), encoding=args.encoding)):
-            fields = record.fields if isinstance(record.fields, dict) else {}
-            if (item := str(numbers.get(str(fields.get("asin")), ""))) in items_of_numbers:
-                keys = {"title": " ", "description": " ", "brand": " ", "categories": ", "}
-                items_of_numbers[item] = {key: clean_value(fields.get(key), keys[key]) for key in keys}
-        content[f"{name}.item.json"] = _to_json(items_of_numbers)
+    texts, remark = _sequence_texts(path.parent, sorted(used, key=lambda item: (len(item), item)), args)
+    if texts:
+        content[f"{name}.item.json"] = _to_json(texts)
+    notes += [remark] if remark else []
+    inputs = [path.with_name(f"{name}.item.json")]
+    return Publication(content, f"{len(histories):,} users, {len(used):,} items", notes, inputs)
+
+
+def _sequence_texts(folder: Path, items: list[str], args: argparse.Namespace) -> tuple[dict[str, dict], str]:
+    """Return item -> texts from the files beside `sequential_data.txt`, and a remark; empty without such files."""
+    separators = {"title": " ", "description": " ", "brand": " ", "categories": ", "}
+    texts: dict[str, dict] = {item: {"title": "", "description": ""} for item in items}
+    path = folder / f"{args.dataset}.item.json"
+    metas = [folder / file for file in ("meta.json.gz", "meta.json") if (folder / file).is_file()]
+    if path.is_file():
+        records: Iterable[tuple[object, dict]] = interactions.read_items(path).items()
+    elif metas and (folder / "datamaps.json").is_file():
+        path, numbers = metas[0], read_json(folder / "datamaps.json", "id maps of P5").get("item2id")
+        if not isinstance(numbers, dict):
+            raise InputError(f"{folder / 'datamaps.json'}: should have an object item2id, raw id -> number")
+        rows = (record.fields for record in read_records(JsonLines(path, (), encoding=args.encoding)))
+        records = ((numbers.get(str(row.get("asin"))), row) for row in rows if isinstance(row, dict))
     else:
-        notes.append("there is no datamaps.json and meta.json: the dataset has no texts")
-    return Publication(content, f"{len(histories):,} users, {len(used):,} items", notes)
+        return {}, f"there is no {path.name}, or datamaps.json and meta.json: the dataset has no texts"
+    known = set()
+    for item, row in records:
+        if str(item) in texts:
+            texts[str(item)] = {key: clean_value(row.get(key), separator) for key, separator in separators.items()}
+            known.add(str(item))
+    if not known:
+        raise InputError(f"{path}: has none of the {len(items):,} items of the histories; give files of one dataset")
+    missing = len(items) - len(known)
+    return texts, f"{missing:,} items are not in {path.name}: they have no texts" if missing else ""
 
 
 PUBLISHED: dict[str, Callable[[argparse.Namespace], Publication]] = {

@@ -212,7 +212,7 @@ def identifier(name: str) -> str:
 
 def _source(path: Path) -> str:
     """Return the first arguments of DuckDB's readers: the path without glob patterns, and no detection by name."""
-    compression = "gzip" if path.suffix == ".gz" else "none"
+    compression = "gzip" if is_gzipped(path) else "none"
     return f"{literal(glob.escape(str(path)))}, compression='{compression}', hive_partitioning=false"
 
 
@@ -295,23 +295,51 @@ def header_of(path: Path, delimiters: str, quoted: bool, encoding: str = "utf-8"
     """Return the column names of the first line without white space, split at each of the possible `delimiters`."""
     try:
         with open_raw(require_file(path)) as file:
-            text = TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline="\n")
+            codec = "utf-8-sig" if encoding == "utf-8" else encoding
+            # Reads ahead of the first line; bytes there that are no text concern `read_records` alone.
+            text = TextIOWrapper(file, codec, errors="surrogateescape", newline="\n")
             line = text.readline(2**20).rstrip("\r\n")
+        line.encode()
+        if not line.strip():
+            raise ValueError("it is empty")
+        if "\r" in line:
+            raise ValueError("lines end with \\r alone; end them with \\n")
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         return {
             delimiter: [name.strip() for name in next(csv.reader([line], delimiter=delimiter, quoting=quoting), [])]
             for delimiter in delimiters
         }
-    except (UnicodeError, LookupError) as error:
+    except (UnicodeError, LookupError):
         with open_raw(path) as file:
             likely = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
         raise InputError(
-            f"{path}: line 1 is not in {encoding} ({error}); name the encoding with --encoding, such as {likely}"
+            f"{path}: line 1 is not in {encoding}; name the encoding with --encoding, such as {likely}"
         ) from None
     except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
         raise InputError(f"{path}: line 1 cannot be read ({error}); it should contain the column names") from None
 
 
+OTHER_FORMATS = {  # first bytes -> what such a file is
+    b"PK\x03\x04": "is a zip archive or an Excel table: unpack it, or save it as csv",
+    b"PAR1": "is a parquet file: write it as csv, for instance with pandas",
+    b"\xfd7zXZ": "is an xz archive: unpack it",
+    b"BZh": "is a bzip2 archive: unpack it",
+    b"7z\xbc\xaf": "is a 7z archive: unpack it",
+}
+
+
+def is_gzipped(path: Path) -> bool:
+    """Return whether a file is gzipped, by its first bytes: names with and without .gz are both wrong at times."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def open_raw(path: Path) -> BinaryIO:
-    """Open a raw file, gzipped or not, for bytes."""
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")  # type: ignore[return-value]
+    """Open a raw file, gzipped or not, for bytes; InputError if it is no text."""
+    file = (gzip.open if is_gzipped(path) else open)(path, "rb")
+    start = file.read(8)
+    file.seek(0)
+    if what := next((what for magic, what in OTHER_FORMATS.items() if start.startswith(magic)), None):
+        file.close()
+        raise InputError(f"{path}: {what}")
+    return file  # type: ignore[return-value]

@@ -32,11 +32,12 @@ def read_recbole(ingestion: Ingestion) -> None:
     raw, columns = read_atomic_header(folder / f"{args.dataset}.item", args)
     names, key = columns.names, columns.find("items_id", [args.item_column, item_name])
     key = columns.require("item") if key is None else key
-    title = _title_column(columns)
+    titles = [names[column] for column in _title_columns(columns)]
 
     def describe(*values: str) -> dict[str, str]:
         record = {name: clean_value(value) for name, value in zip(names, values, strict=True)}
-        own_title = "" if title is None else record.pop(names[title])
+        title = next(filter(record.get, titles), titles[0] if titles else None)
+        own_title = record.pop(title) if title else ""
         description = None if own_description is None else record.pop(names[own_description])
         if description is None:
             description = movie_description(record.get("release_year", ""), record.get("class", "").split())
@@ -47,13 +48,10 @@ def read_recbole(ingestion: Ingestion) -> None:
     ingestion.create_items(raw, f"c{key}", [f"c{i}" for i in range(len(names))], describe)
 
 
-def _title_column(columns: Columns) -> int | None:
-    """Return the column of titles: by flag or usual name, else the first whose name ends in title or name."""
-    title = columns.find("title")
-    if title is not None:
-        return title
-    endings = (i for ending in ("title", "name") for i, name in enumerate(columns.names) if name.endswith(ending))
-    return next(endings, None)
+def _title_columns(columns: Columns) -> list[int]:
+    """Return the columns of titles: by flag or usual names, else the first whose name ends in title or name."""
+    endings = [i for ending in ("title", "name") for i, name in enumerate(columns.names) if name.endswith(ending)]
+    return columns.find_all("title") or endings[:1]
 
 
 def read_movielens(ingestion: Ingestion) -> None:
@@ -106,15 +104,17 @@ def read_csv(ingestion: Ingestion) -> None:
         column = columns.find(kind)
         if column is not None and column not in (key, *texts.values()):
             texts[kind] = column
+    other_titles = [column for column in columns.find_all("title") if column not in (key, *texts.values())]
 
     def describe(*values: str) -> dict[str, str]:
         separators = {"categories": ", "}
         record = {
-            kind: clean_value(value, separators.get(kind, " ")) for kind, value in zip(texts, values, strict=True)
+            kind: clean_value(value, separators.get(kind, " ")) for kind, value in zip(texts, values, strict=False)
         }
-        return {"title": "", "description": ""} | record
+        titles = [record.get("title", ""), *map(clean_value, values[len(texts) :])]
+        return {"title": "", "description": ""} | record | {"title": next(filter(None, titles), "")}
 
-    ingestion.create_items(raw, f"c{key}", [f"c{column}" for column in texts.values()], describe)
+    ingestion.create_items(raw, f"c{key}", [f"c{column}" for column in (*texts.values(), *other_titles)], describe)
 
 
 SOURCES = {

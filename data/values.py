@@ -13,7 +13,7 @@ UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": 
 # Plausible times, seconds since 1970: the years 1985 to 2099.
 EARLIEST, LATEST = 473_385_600, 4_102_444_800
 # Dates written as a number: number of digits -> format. 20170715 would be August 1970 if it were seconds.
-COMPACT_DATES = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+COMPACT_DATES = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 _BLANK = " || ".join(f"chr({code})" for code in (9, 10, 13, 32, 160, 0xFEFF))
 
 

@@ -29,7 +29,7 @@ from index.kmeans import fill_codebooks
 from index.rqvae import RQVAE, RQVAEConfig
 from reclingua.datasets.interactions import read_embeddings
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import output_folder
+from reclingua.utils.files import atomic_folder, output_folder
 from reclingua.utils.metadata import run_metadata
 from reclingua.utils.provenance import check_replaceable, file_sha256, write_record
 
@@ -178,9 +178,10 @@ def main() -> None:
         model, curve = train(embeddings, config, args)
     else:
         model, curve = cluster(embeddings, config, args.seed)
-    model.save_pretrained(args.output_dir)
     run = {"embeddings": str(args.embeddings.absolute()), **run_metadata(vars(args), started), "curve": curve}
-    write_record(args.output_dir, made_with, run)
+    with atomic_folder(args.output_dir, replaces=True) as folder:
+        model.save_pretrained(folder)
+        write_record(folder, made_with, run)
     print(f"{args.method} of {sum(p.numel() for p in model.parameters()):,} parameters -> {args.output_dir}/")
 
 

@@ -11,9 +11,14 @@ MAX_TITLE = 80  # characters of a title that is made of another text
 
 def to_text(value: object, separator: str = ", ") -> str:
     """Return a text, number or (nested) list of them as one text; "" for None."""
-    if isinstance(value, list | tuple):
-        return separator.join(filter(None, (to_text(part, separator) for part in value)))
-    return "" if value is None else str(value).strip()
+    texts, pending = [], [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list | tuple):
+            pending += reversed(part)
+        elif part is not None and (text := str(part).strip()):
+            texts.append(text)
+    return separator.join(texts)
 
 
 def complete_titles(items: dict[str, dict]) -> dict[str, str]:

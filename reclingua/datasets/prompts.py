@@ -13,6 +13,7 @@ from reclingua.utils.files import read_yaml
 PROMPTS = Path(__file__).parents[2] / "config" / "prompts"
 LCREC_PROMPT_FILE, YES_NO_PROMPT_FILE = PROMPTS / "lcrec.yaml", PROMPTS / "yes_no.yaml"
 
+MAX_PROMPT = 100_000  # characters
 TARGET = "{target}"
 INTENTION_FIELDS = ("user_intention", "item_intention")
 
@@ -110,6 +111,8 @@ def _check(path: str | Path, task: str, number: int, template: object, fields: F
         or not all(isinstance(v, str) for v in template.values())
     ):
         raise InputError(f"{where} should have just {' and '.join(sorted(keys))}, each a text")
+    if max(map(len, template.values())) > MAX_PROMPT:
+        raise InputError(f"{where} has more than {MAX_PROMPT:,} characters; shorten it")
     for key, choices, optional in (("prompt", fields.prompt, fields.optional), ("response", fields.response, set())):
         try:
             names = _fields(template.get(key, ""))

@@ -19,7 +19,7 @@ from reclingua.datasets.training_histories import count_trained_targets
 from reclingua.datasets.yes_no import YesNoDataset, format_code
 from reclingua.models.collaborative import COLLABORATIVE_MODELS
 from reclingua.models.collaborative.hash import HashedMF
-from reclingua.models.language import check_base_model, context_length, load_model, load_tokenizer
+from reclingua.models.language import DTYPES, check_base_model, context_length, load_model, load_tokenizer
 from reclingua.models.lora import load_lora
 from reclingua.models.registry import YES_NO_METHODS, load_yes_no_model
 from reclingua.models.yes_no import YesNoModel
@@ -27,6 +27,8 @@ from reclingua.utils.errors import InputError, print_note
 from reclingua.utils.metadata import FILES, METADATA_FILE, CheckpointMetadata
 from reclingua.utils.provenance import fingerprint
 from reclingua.utils.text import shorten
+
+MAX_SEPARATOR = 1000  # characters between two items of a history, in the checkpoint of a stranger
 
 
 def load_metadata(folder: str | Path) -> CheckpointMetadata:
@@ -45,6 +47,13 @@ def load_metadata(folder: str | Path) -> CheckpointMetadata:
     if metadata.method not in ("lcrec", *YES_NO_METHODS, *COLLABORATIVE_MODELS):
         raise InputError(f"{folder / METADATA_FILE}: was made by {metadata.method!r}, which is no method")
     check_prompts(folder / METADATA_FILE, metadata.prompts)
+    if len(metadata.his_sep) > MAX_SEPARATOR:
+        raise InputError(f"{folder / METADATA_FILE}: 'his_sep' has {len(metadata.his_sep):,} characters; shorten it")
+    if metadata.base_dtype not in DTYPES:
+        raise InputError(
+            f"{folder / METADATA_FILE}: 'base_dtype' should be one of {', '.join(DTYPES)}, not "
+            f"{metadata.base_dtype[:50]!r}"
+        )
     return metadata
 
 
@@ -266,11 +275,34 @@ def load_yes_no(
         if metadata.ratings_sha256 != dataset.sha256():
             raise InputError(f"{folder}: knows the users and items of other ratings than those of {dataset.folder}")
         if metadata.items_sha256 not in (None, dataset.items_sha256()):
-            raise InputError(
-                f"{dataset.folder / 'item.json'}: are not the items that {folder} was trained with: one was added, "
-                "left or has another title; restore the file, or train the model again"
-            )
+            check_same_titles(folder, metadata, dataset)
     return load_yes_no_model(folder, metadata.method, base_model=base_model, cf_model=cf_model), dataset
+
+
+def check_same_titles(folder: Path, metadata: CheckpointMetadata, dataset: RatingsDataset) -> None:
+    """Raise InputError if item.json has other items than the one that a model was trained with.
+
+    A number stands for another item if its title is that of another item of the training. Other titles were edited: a
+    line states their number.
+    """
+    known = {item: texts.get("title") for item, texts in metadata.items.items()}
+    titles = {item: str(texts["title"]) for item, texts in dataset.items.items()}
+    path, advice = dataset.folder / "item.json", "restore the file, or train the model again"
+    if not known:  # a checkpoint of an earlier version
+        raise InputError(
+            f"{path}: are not the items that {folder} was trained with: one was added, left or has another title; "
+            f"{advice}"
+        )
+    if unknown := next((item for item in titles if item not in known), None):
+        raise InputError(f"{path}: item {unknown!r} is not among the items that {folder} was trained with; {advice}")
+    if missing := next((item for item in known if item not in titles), None):
+        raise InputError(f"{path}: has no item {missing!r}, one of those that {folder} was trained with; {advice}")
+    edited = [item for item, title in known.items() if titles[item] != title]
+    names = {*known.values()}
+    if moved := next((item for item in edited if titles[item] in names), None):
+        ours, theirs = (shorten(str(title), 60) for title in (titles[moved], known[moved]))
+        raise InputError(f"{path}: item {moved!r} is {ours!r}, but {folder} was trained with {theirs!r}; {advice}")
+    print_note(f"{path}: {len(edited):,} items have other titles than when {folder} was tuned")
 
 
 def check_ratings(

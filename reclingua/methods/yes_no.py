@@ -162,11 +162,23 @@ def build_model(args: Arguments, data: YesNoData, log: Log) -> TrainingSetup:
 
 
 def build_evaluation(args: Arguments, data: YesNoData, setup: TrainingSetup) -> Callable[[], dict[str, float]]:
-    """Return a function that scores the rows of valid: loss, AUC and UAUC."""
+    """Return a function that scores the rows of valid: loss, AUC and UAUC.
+
+    Raises:
+        InputError: the metric that selects the model does not exist for these rows, whatever their scores.
+    """
     scorer = Scorer(setup.model, data.dataset, setup.metadata, setup.tokenizer)
     users, labels = (to_numpy(data.valid, name) for name in ("uid", "label"))
     training = args.training
     half = torch.bfloat16 if training.bf16 else torch.float16
+    metric, constant = training.metric_for_best_model, np.zeros(len(labels))
+    exists = {"auc": auc(labels, constant), "uauc": uauc(users, labels, constant)["uauc"]}
+    if training.eval_strategy != "no" and np.isnan(exists[str(metric)]):
+        whose = "no user of its rows has both labels" if metric == "uauc" else "its rows have one label"
+        raise InputError(
+            f"{data.dataset.folder / 'valid.parquet'}: {whose}, so that there is no {metric}; see "
+            "--metric_for_best_model, --max_eval_samples"
+        )
 
     def compute_valid_metrics() -> dict[str, float]:
         with torch.autocast(training.device.type, half, enabled=training.bf16 or training.fp16):
@@ -177,12 +189,7 @@ def build_evaluation(args: Arguments, data: YesNoData, setup: TrainingSetup) -> 
             "auc": auc(labels, scores),
             "uauc": uauc(users, labels, scores)["uauc"],
         }
-        metrics = {name: value for name, value in metrics.items() if not np.isnan(value)}
-        if (metric := training.metric_for_best_model) not in metrics:
-            raise InputError(
-                f"{data.dataset.folder / 'valid.parquet'}: its rows have no {metric}; see --max_eval_samples"
-            )
-        return metrics
+        return {name: value for name, value in metrics.items() if not np.isnan(value)}
 
     return compute_valid_metrics
 
@@ -236,6 +243,7 @@ def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> 
         items_sha256=data.dataset.items_sha256(),
         cf_sha256=config.cf_sha256,
         training=flags,
+        items={item: {"title": str(texts["title"])} for item, texts in data.dataset.items.items()},
     )
 
 

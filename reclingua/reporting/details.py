@@ -4,6 +4,7 @@ results/D/lcrec.json contains the metrics, results/D/lcrec/details.json the valu
 take their intervals from the details, and runs are compared by them user by user.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from reclingua.datasets.interactions import InteractionDataset
 from reclingua.datasets.ratings import to_numpy
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import check_outputs, output_file, read_json
+from reclingua.utils.metadata import check_results_file
 
 DETAILS_FILE = "details.json"
 PAGE_FILE = "report.html"
@@ -69,6 +71,19 @@ def report_folder(results_file: Path) -> Path:
     return results_file.with_name(f"{results_file.name}-report")
 
 
+def check_predictions_file(path: Path) -> None:
+    """Raise InputError if a file exists there that holds no predictions, such as a file of a dataset."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = json.loads(file.readline(2**24))
+    except (OSError, ValueError, RecursionError):
+        line = None
+    if not isinstance(line, dict) or not {"user", "prompt"} <= line.keys():
+        raise InputError(f"{path}: exists and holds no predictions; name another --predictions_file")
+
+
 def check_result_files(results_file: Path, predictions_file: Path | None, inputs: Mapping[str, Path | None]) -> None:
     """Raise InputError, before a test begins, if a file that it will write is another one or cannot be written.
 
@@ -80,6 +95,9 @@ def check_result_files(results_file: Path, predictions_file: Path | None, inputs
         output_file(file)
     outputs |= {f"{name} of the report": report_folder(results_file) / name for name in (DETAILS_FILE, PAGE_FILE)}
     check_outputs(outputs, inputs)
+    check_results_file(results_file)
+    if predictions_file:
+        check_predictions_file(predictions_file)
 
 
 def next_item_details(

@@ -351,7 +351,7 @@ def parse(dataclasses: list[Any], description: str, argv: list[str] | None = Non
             namespace[flag] = of_lcrec if namespace["method"] == "lcrec" else of_yes_no
     try:
         return tuple(cls(**{f.name: namespace[f.name] for f in fields(cls) if f.init}) for cls in dataclasses)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(f"these flags do not go together: {error}") from None
 
 

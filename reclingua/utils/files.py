@@ -12,6 +12,7 @@ from pathlib import Path
 from secrets import token_hex
 
 import yaml
+from safetensors import SafetensorError
 
 from reclingua.utils.errors import InputError
 
@@ -138,6 +139,40 @@ def atomic_files(folder: Path, names: Iterable[str]) -> Iterator[dict[str, Path]
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(staging_dir, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `path` on success, and deleted after an exception.
+
+    Args:
+        replaces: files in `path` of the same names are replaced, the record (run.json) last; others stay.
+
+    Raises:
+        InputError: `path` exists and is not empty, unless it `replaces`, or cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.is_dir() and any(path.iterdir()) and not replaces:
+        raise InputError(f"{path}: exists and is not empty; choose another output folder")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; choose another output folder")
+    path = path.resolve()
+    temporary = temporary_path(path)
+    output_folder(path.parent)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync(file)
+        if path.is_dir():
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "run.json"):
+                file.replace(path / file.name)
+        else:
+            temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # does not exist after success
 
 
 REPLACING = ".replacing"  # in a folder some of whose files are of the preparation before

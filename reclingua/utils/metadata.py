@@ -42,8 +42,8 @@ class CheckpointMetadata:
         training: further flags, which only a resumed training has to share.
         version: of the format; a checkpoint of an earlier one opens, with fewer checks.
         index: of lcrec: item -> its semantic ID, so that a test needs no other index file.
-        items: of lcrec: item -> {"title": ..., "raw_id": ...}, what the data of training knew of them: which items the
-            ids stand for.
+        items: item -> {"title": ..., "raw_id": ...}, what the data of training knew of them: which items the ids
+            stand for.
         training_histories: of lcrec: user -> [number of training items, fingerprint of them], by which a test on
             other histories finds out whether its targets were trained on.
     """
@@ -150,6 +150,18 @@ def has_own_results(results_file: Path, checkpoint: Path) -> bool:
     if (measured := measured_checkpoint(results_file)) != checkpoint.resolve():
         raise InputError(f"{results_file}: has results of {measured or 'another model'}; name another --results_file")
     return True
+
+
+def check_results_file(results_file: Path) -> None:
+    """Raise InputError if a file exists there that holds no results, such as a file of a dataset."""
+    if not results_file.exists() or not results_file.stat().st_size:
+        return
+    try:
+        is_own = isinstance(read_json(results_file, "results").get("arguments"), dict)
+    except InputError:
+        is_own = False
+    if not is_own:
+        raise InputError(f"{results_file}: exists and holds no results; name another --results_file")
 
 
 def measured_checkpoint(results_file: Path) -> Path | None:

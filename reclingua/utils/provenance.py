@@ -61,12 +61,19 @@ def _content_file(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
+def _exists(path: Path) -> bool:
+    """Return whether there is such a file, or a model of any kind in such a folder."""
+    if not path.is_dir():
+        return path.exists()
+    return (path / "config.json").exists() or any(path.glob("*.safetensors"))
+
+
 def check_replaceable(path: Path, made_with: dict, force: bool) -> None:
     """Raise InputError if another file would be replaced: one without a record, or with another one.
 
     Commands call it before their work.
     """
-    if force or not _content_file(path).exists():
+    if force or not _exists(path):
         return
     stored = read_record(path)
     if stored == made_with:

@@ -206,6 +206,28 @@ def test_results_of_two_checkpoints_have_two_names(tuned, data, tmp_path, script
         "will be replaced" in script(test_script.main, "--ckpt_path", "ckpt/toy/lcrec", "--data_path", data, *FEW)[1]
     )
 
+    given = ("--results_file", "results/toy/lcrec.json", "--ckpt_path", "other/lcrec")
+    out = script(test_script.main, *given, "--data_path", data, *FEW)[1]
+    assert f"earlier results of {tmp_path / 'ckpt/toy/lcrec'} will be replaced" in out
+
+
+@pytest.mark.parametrize(
+    "flag, name, problem",
+    [
+        ("--results_file", "toy.item.json", "holds no results"),
+        ("--results_file", "notes.txt", "holds no results"),
+        ("--predictions_file", "toy.inter.json", "holds no predictions"),
+        ("--predictions_file", "notes.txt", "holds no predictions"),
+    ],
+)
+def test_files_of_another_kind_are_not_replaced(tuned, data, tmp_path, refused, flag, name, problem):
+    (data / "toy/notes.txt").write_text("mine")
+    before = (data / "toy" / name).read_bytes()
+    flags = ("--ckpt_path", tuned, "--data_path", data, *FEW, "--results_file", tmp_path / "r.json")
+    message = refused(test_script.main, *flags, flag, data / "toy" / name)
+    assert f"{name}: exists and {problem}; name another {flag}" in message
+    assert (data / "toy" / name).read_bytes() == before and not (tmp_path / "r.json").exists()
+
 
 def test_default_names_of_results(tmp_path):
     assert default_results_file("ckpt/D/lcrec", "D").as_posix() == "results/D/lcrec.json"

@@ -1,7 +1,9 @@
 """A Yes/No model is tested with its own base model, its own items, and ratings that it was not trained on."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ import pytest
 import finetune
 import test as test_script
 from convert import scratch
+from reclingua.datasets.ratings import open_ratings
+from reclingua.inference.loading import check_same_titles, load_metadata
+from reclingua.utils.errors import InputError
 from tests.helpers.scripts import measure, run_main, second, tune
 
 FEW = ("--max_steps", 1, "--save_strategy", "no")
@@ -52,18 +57,51 @@ def test_paths_are_stored_absolute(workshop, studio, tmp_path, script, monkeypat
     assert first["base_model"] == str(workshop / "base") and first["base_sha256"] == config["base_sha256"]
 
 
-@pytest.mark.parametrize(
-    "change", [lambda items: items | {"31": {"title": "New"}}, lambda items: items | {"1": {"title": "Another"}}]
-)
+CHANGES = {
+    "added": (lambda items: items | {"31": {"title": "New"}}, "item '31' is not among the items that"),
+    "left": (lambda items: {i: about for i, about in items.items() if i != "3"}, "has no item '3', one of those that"),
+    "moved": (lambda items: items | {"1": items["2"], "2": items["1"]}, "item '1' is 'Thing 2', but"),
+}
+
+
+@pytest.fixture(scope="module")
+def personal(studio, tmp_path_factory):
+    """A model that knows items by their numbers."""
+    folder = tmp_path_factory.mktemp("personal") / "out"
+    run_main(finetune.main, *second(studio, "personprompt", folder, *FEW))
+    return folder
+
+
+@pytest.mark.parametrize("case", ["added", "moved"])
 def test_items_that_changed_are_refused_except_by_tallrec(
-    studio, data, tmp_path, refused, script, rewrite_items, change
+    studio, personal, data, tmp_path, refused, script, rewrite_items, case
 ):
-    assert script(finetune.main, *second(studio, "personprompt", tmp_path / "out", *FEW))[0] == 0
+    change, problem = CHANGES[case]
     rewrite_items(change)
-    message = refused(test_script.main, "--ckpt_path", tmp_path / "out", "--data_path", data)
-    assert "item.json: are not the items that" in message and "restore the file, or train the model again" in message
+    message = refused(test_script.main, "--ckpt_path", personal, "--data_path", data)
+    assert problem in message and "restore the file, or train the model again" in message
     results, _ = measure(script, tmp_path, studio / "tallrec", "--data_path", data)
     assert results["ratings"] == "those of training"
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_which_item_changed_is_stated(personal, data, rewrite_items, case):
+    dataset, (change, problem) = open_ratings(data, "liked"), CHANGES[case]
+    changed = replace(dataset, items=change(dataset.items))
+    with pytest.raises(InputError, match=re.escape(problem)):
+        check_same_titles(personal, load_metadata(personal), changed)
+
+
+def test_an_edited_title_is_stated_and_used(personal, data, tmp_path, script, rewrite_items):
+    rewrite_items(lambda items: items | {"1": {"title": "Thing one"}})
+    _, out = measure(script, tmp_path, personal, "--data_path", data)
+    assert "item.json: 1 items have other titles than when" in out
+    (tmp_path / "old").mkdir()
+    for path in personal.iterdir():
+        if path.is_file() and path.name != "items.json":
+            shutil.copy(path, tmp_path / "old")
+    code, _, error = script(test_script.main, "--ckpt_path", tmp_path / "old", "--data_path", data)
+    assert code == 2 and "are not the items that" in error
 
 
 def test_items_that_a_collaborative_model_does_not_know(studio, data, refused, rewrite_items):

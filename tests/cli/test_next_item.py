@@ -169,6 +169,7 @@ def test_bad_input_of_finetune(workshop, tmp_path, refused):
     assert "one whole number for each" in refuse("--train_prompt_sample_num", "1,1")
     assert "no such prompt file" in refuse("--prompt_file", tmp_path / "no.yaml")
     assert "no such preset" in refuse("--config", tmp_path / "no.yaml")
+    assert "No such file" in refuse("--accelerator_config", tmp_path / "no.json")
     assert "cannot be written" in refuse("--output_dir", "/proc/self/out")
     assert "is both --base_model and --output_dir" in refuse("--output_dir", workshop / "base")
     assert "--max_his_len 0" in refuse("--max_his_len", 0)

@@ -6,6 +6,8 @@ from dataclasses import replace
 from html import unescape
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -183,6 +185,24 @@ def test_a_loss_that_is_no_number_stops_the_run(studio, tmp_path, refused):
     message = refused(finetune.main, *second(studio, "collm", tmp_path / "out", *more))
     assert "lower --learning_rate" in message
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_a_metric_that_does_not_exist_is_refused_before_training(
+    workshop, studio, tmp_path, refused, monkeypatch, command
+):
+    shutil.copytree(studio / "liked", tmp_path / "liked")
+    rows = {row["uid"]: row for row in pq.read_table(studio / "liked/valid.parquet").to_pylist()}
+    pq.write_table(pa.Table.from_pylist(list(rows.values())), tmp_path / "liked/valid.parquet")
+    monkeypatch.setattr(finetune.RecTrainer, "train", None)
+    monkeypatch.setattr(torch.optim, "Adam", None)
+    metric = ("--metric_for_best_model", "uauc", "--dataset", "liked", "--data_path", tmp_path)
+    if command == "finetune":
+        flags = tune(studio, "tallrec", tmp_path / "out", "--base_model", workshop / "base", *metric)
+        assert "no user of its rows has both labels, so that there is no uauc" in refused(finetune.main, *flags)
+    else:
+        error = refused(pretrain.main, "--model", "mf", "--output_dir", tmp_path / "out", *metric)
+        assert "no user has both labels; use --metric_for_best_model auc" in error
 
 
 def test_a_long_history_is_cut_and_counted(script, workshop, studio, tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.cleaning import clean_text, clean_value, natural_title
+from reclingua.datasets.item_texts import to_text
 
 TEXTS = {
     "Tom &amp;amp; Jerry": "Tom & Jerry",
@@ -69,3 +70,18 @@ def test_lists_that_are_written_out_are_joined(text):
 def test_titles_read_naturally():
     assert natural_title("Godfather, The (1972)") == "The Godfather (1972)"
     assert natural_title("Me, Myself") == "Me, Myself" and natural_title("") == ""
+
+
+@pytest.mark.parametrize("text", ["&" + "amp;" * 50_000, "&#38;" + "#38;" * 50_000, "<a " * 50_000, "<!--" * 50_000])
+def test_texts_are_cleaned_in_linear_time(text):
+    started = time.monotonic()
+    clean_text(text)
+    assert time.monotonic() - started < 3
+
+
+def test_nested_lists_have_no_depth_limit():
+    value = "pen"
+    for _ in range(5000):
+        value = [value]
+    assert clean_value(value) == to_text(value) == "pen"
+    assert clean_value([["a", None], "['b', 'c']", 7], ", ") == "a, b, c, 7"

@@ -1,5 +1,6 @@
 """data.prepare on records that people really have: understood, or left out, counted and shown."""
 
+import gzip
 import json
 
 import pytest
@@ -88,6 +89,7 @@ def test_a_line_that_is_too_long_is_left_out(tmp_path, script):
 TIMES = {
     "ISO": (["2017-07-15", "2017-07-15 10:00:00+02:00", "2017-07-15T10:00", "2017-07-15T10:00:00.5Z"], ()),
     "compact": (["20170715", "20170716", "20170717.0", "20170718"], ()),
+    "compact with hour": (["2017071510", "2017071511", "2017071600", "2017071700"], ()),
     "compact with time": (["20170715100000", "20170715100001", "20170716100000", "20170717000000"], ()),
     "day first": (["15/07/2017", "16/07/2017", "17/07/2017", "18/07/2017"], ("--time_format", "%d/%m/%Y")),
     "words": (["Posted July 5, 2017.", "Posted July 6, 2017."] * 2, ("--time_format", "Posted %B %d, %Y.")),
@@ -105,9 +107,17 @@ def test_times_are_understood(tmp_path, script, case):
     order = ["0", "2", "1", "3"] if case == "words" else ["0", "1", "2", "3"]
     assert read_output(tmp_path)[0]["0"] == order
     assert ("read as dates" in out) == case.startswith("compact") and "left out" not in out
+    assert ("read as positions in an order" in out) == (case == "positions")
     if case != "positions":
         days = ("--start", "2017-07-01", "--end", "2017-07-31")
         assert "dropped" not in run(script, tmp_path, "csv", write_csv(tmp_path / "raw", rows), *flags, *days)
+
+
+@pytest.mark.parametrize("window", [("--start", "2017-07-01"), ("--task", "preference")])
+def test_positions_have_no_window(tmp_path, refused, window):
+    rows = [("Ann", item, 5, 201707 + place) for place, item in enumerate(ITEMS)]
+    flags = prepare_flags(tmp_path, "csv", write_csv(tmp_path / "raw", rows), *window)
+    assert "small numbers, such as 201708, read as positions in an order; " in refused(prepare.main, *flags)
 
 
 BAD_TIMES = {
@@ -149,6 +159,33 @@ def test_encodings(tmp_path, script, refused, encoding):
     assert "--encoding" in refused(prepare.main, *prepare_flags(tmp_path, "csv", raw_flags))
     run(script, tmp_path, "csv", raw_flags, "--encoding", encoding)
     assert read_output(tmp_path)[1]["0"] == name and read_output(tmp_path)[2].startswith(f"{name}0\t")
+
+
+def test_a_line_in_another_encoding_costs_one_line(tmp_path, script):
+    lines = "".join(f"{user},{item},{when}\n" for user, item, _, when in MANY)
+    raw_flags = table(tmp_path / "raw", f"user,item,timestamp\n{lines}")
+    with (tmp_path / "raw/sales.csv").open("ab") as file:
+        file.write(f"Zo\xeb,i1,{WHEN}\n".encode("latin-1"))
+    out = run(script, tmp_path, "csv", raw_flags)
+    assert "left out: 1 of 301 lines of sales.csv; line 302 is not in utf-8" in out and "300 ratings read" in out
+
+
+@pytest.mark.parametrize("source", ["csv", "amazon2023"])
+def test_gzipped_files_are_known_by_their_content(tmp_path, script, source):
+    raw_flags = (write_csv if source == "csv" else write_amazon2023)(tmp_path / "raw")
+    expected = run(script, tmp_path, source, raw_flags)
+    for path in (tmp_path / "raw").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(gzip.decompress(content) if path.suffix == ".gz" else gzip.compress(content))
+    assert run(script, tmp_path, source, raw_flags).splitlines()[0] == expected.splitlines()[0]
+
+
+@pytest.mark.parametrize("start, message", [(b"PK\x03\x04", "is a zip archive"), (b"PAR1", "is a parquet file")])
+@pytest.mark.parametrize("file", ["sales.csv", "goods.csv"])
+def test_files_that_are_no_text_are_named(tmp_path, refused, start, message, file):
+    raw_flags = table(tmp_path / "raw", f"user,item,timestamp\na,i1,{WHEN}\n")
+    (tmp_path / "raw" / file).write_bytes(start + bytes(60))
+    assert f"{file}: {message}" in refused(prepare.main, *prepare_flags(tmp_path, "csv", raw_flags))
 
 
 def test_headers_and_ids_are_stripped_and_whole_numbers_are_integers(tmp_path, script):
@@ -218,7 +255,7 @@ def test_tables_with_other_names_for_the_items(tmp_path, script, refused):
 
 ATOMIC = {  # dataset -> header of .inter, a line, header of .item, a line, more flags, title of the item
     "steam": ("user_id:token play_hours:float product_id:token date:token", "u 3.5 i 2017-07-15",
-              "app_name:token_seq id:token tags:token_seq", "Half-Life i Action", (), "Half-Life"),
+              "app_name:token_seq id:token tags:token_seq title:token", "Half-Life i Action nan", (), "Half-Life"),
     "yelp": ("review_id:token user_id:token business_id:token stars:float date:float", f"r u i 4 {WHEN}",
              "business_id:token item_name:token_seq categories:token_seq", "i Diner Food", (), "Diner"),
     "lastfm": ("user_id:token artist_id:token weight:float", "u i 13883",

@@ -90,6 +90,26 @@ def test_samples_of_tallrec(tmp_path, script):
     assert test["uid"][:4] == [1, 2, 3, 1]
 
 
+def test_books_of_tallrec_have_authors(tmp_path, script):
+    """The book in question stands in quotes together with its author, those of the user do not."""
+    books = [f'"Book, {n}: It\'s" written by Ann Lee, Bo Ek' for n in range(4)]
+    for part in PARTS:
+        samples = [
+            {
+                "input": f"User Preference: {books[n - 1]}, {books[n - 2]}\nUser Unpreference: \nWhether the user "
+                f'will like the target book "{books[n]}"?',
+                "output": "Yes." if n % 2 else "No.",
+            }
+            for n in range(4)
+        ]
+        write(tmp_path / f"raw/{part}.json", json.dumps(samples))
+    code, out, error = script(prepare.main, *flags(tmp_path, "tallrec"))
+    assert code == 0 and "4 items" in out, error
+    dataset = open_ratings(tmp_path / "out", "D")
+    assert {item["title"] for item in dataset.items.values()} == {f"Book, {n}: It's" for n in range(4)}
+    assert dataset.parts["train"]["timestamp"][3] < dataset.parts["valid"]["timestamp"][0]
+
+
 # ---- MiniOneRec ----
 
 
@@ -128,6 +148,16 @@ def test_bad_tables_of_minionerec(tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_odd_line_of_info_is_left_out(tmp_path, script):
+    write_minionerec(tmp_path)
+    path = tmp_path / "raw/info/D_5_2016.txt"
+    unused = "".join(f"<x_{n}>\tSpare \u2028 part\tx{n}\n" for n in range(200))  # U+2028 ends no line
+    path.write_text(path.read_text() + unused + "no tabs\n")
+    code, out, error = script(prepare.main, *flags(tmp_path, "minionerec"))
+    assert code == 0 and "left out: 1 of 210 lines of D_5_2016.txt; line 210 should have a semantic ID" in out, error
+    assert open_interactions(tmp_path / "out", "D", ["items", "index"]).title("x7") == "Spare part"
+
+
 def test_windows_are_joined():
     sequence = []
     for window in (["a", "b"], ["a", "b", "c"], ["b", "c", "d"], ["c", "d", "c"], ["d", "c", "e"]):
@@ -152,6 +182,41 @@ def test_sequences_with_texts(tmp_path, script):
     dataset = open_interactions(tmp_path / "out", "D", ["items"])
     assert dataset.histories["1"] == ["2", "3", "4", "5"] and dataset.title("4") == "It's 4 & more"
     assert dataset.untitled == {"5": "id"}
+
+
+def write_sequences(tmp_path):
+    write(tmp_path / "raw/sequential_data.txt", "".join(f"{user} 1 2 3 4\n" for user in range(9)))
+    items = {str(n): {"title": f"T{n} &amp; co", "categories": "Beauty > Hair", "sid": "<s_a_9>"} for n in range(1, 4)}
+    write(tmp_path / "raw/D.item.json", json.dumps(items))
+
+
+def test_sequences_of_grlm_with_texts(tmp_path, script, refused):
+    write_sequences(tmp_path)
+    code, out, error = script(prepare.main, *flags(tmp_path, "sequences"))
+    assert code == 0 and "1 items are not in D.item.json: they have no texts" in out, error
+    dataset = open_interactions(tmp_path / "out", "D", ["items"])
+    assert dataset.title("1") == "T1 & co" and dataset.items["1"]["categories"] == "Beauty > Hair"
+    (tmp_path / "raw/D.item.json").write_text('{"x": {}}')
+    assert "has none of the 4 items of the histories" in refused(prepare.main, *flags(tmp_path, "sequences"))
+
+
+@pytest.mark.parametrize("write_raw, source", [(write_sequences, "sequences"), (write_frames, "collm")])
+def test_files_that_are_read_are_not_replaced(tmp_path, refused, write_raw, source):
+    write_raw(tmp_path)
+    (tmp_path / "raw").rename(tmp_path / "D")
+    for path in (tmp_path / "D").glob("*_ood2.parquet"):
+        path.rename(path.with_name(path.name.replace("_ood2", "")))
+    before = {path: path.read_bytes() for path in (tmp_path / "D").iterdir()}
+    places = ("--raw_path", tmp_path / "D", "--data_path", tmp_path)
+    assert "would be replaced" in refused(prepare.main, "--source", source, "--dataset", "D", *places)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "D").iterdir()}
+
+
+def test_id_maps_that_are_none(tmp_path, refused):
+    write(tmp_path / "raw/sequential_data.txt", "1 1 2 3\n")
+    write(tmp_path / "raw/meta.json", "{}\n")
+    write(tmp_path / "raw/datamaps.json", '{"item2id": [1]}')
+    assert "should have an object item2id" in refused(prepare.main, *flags(tmp_path, "sequences"))
 
 
 @pytest.mark.parametrize("source", ["collm", "tallrec", "minionerec", "sequences"])

@@ -159,7 +159,7 @@ def test_empty_files(tmp_path, refused, source):
     for path in (tmp_path / "raw").iterdir():
         write(path, "")
         error = refused(prepare.main, *prepare_flags(tmp_path, source, raw_flags))
-        assert any(problem in error for problem in ("no ratings", "no column", "no line", "line for none"))
+        assert any(problem in error for problem in ("no ratings", "it is empty", "no line", "line for none"))
         WRITERS[source](tmp_path / "raw")
 
 

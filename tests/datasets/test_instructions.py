@@ -213,6 +213,10 @@ def test_prompts_of_a_checkpoint_that_would_fill_the_memory(tuned, tmp_path, ref
     for templates in ([{"prompt": "{history:>9999999999}", "response": ""}], ["{history}"], 3, {"a": 1}):
         file.write_text(json.dumps(content | {"prompts": {task: templates}}))
         assert str(file) in refused(test_script.main, "--ckpt_path", tmp_path / "tuned")
+    long = [{"prompt": "x" * 10**7 + "{history}", "response": "{target}"}]
+    for change in ({"prompts": {"seqrec": long}}, {"his_sep": "x" * 10**7}, {"base_dtype": "exec"}):
+        file.write_text(json.dumps(content | change))
+        assert str(file) in refused(test_script.main, "--ckpt_path", tmp_path / "tuned")
     with pytest.raises(InputError, match="unknown task 'cooking'"):
         check_prompts(file, {"cooking": []})
 

@@ -94,6 +94,32 @@ def test_an_rqvae_is_replaced_with_force_alone(commands, made):
     assert commands(*again, "--seed", 7, "--force")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"])
+def test_another_model_is_not_replaced_by_an_rqvae(commands, made, tmp_path, name):
+    embeddings, _ = made
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / name).write_text("{}")
+    flags = ("--embeddings", embeddings, "--output_dir", tmp_path / "tuned", *SMALL)
+    code, _, error = commands(train, *flags)
+    assert code == 2 and "no record states what it was made from; give --force" in error
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == [name]
+
+
+def test_an_rqvae_stays_until_the_next_is_complete(commands, made, tmp_path, monkeypatch):
+    embeddings, (_, rqvae) = made
+    before = {path.name: path.read_bytes() for path in rqvae.iterdir()}
+
+    def fail(model, folder):
+        (folder / "config.json").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.RQVAE, "save_pretrained", fail)
+    code, _, error = commands(train, "--embeddings", embeddings, "--output_dir", rqvae, *SMALL, "--seed", 7, "--force")
+    assert code == 2 and "No space left on device" in error
+    assert {path.name: path.read_bytes() for path in rqvae.iterdir()} == before
+    assert not [path for path in rqvae.parent.iterdir() if path.name.endswith(".tmp")]
+
+
 def test_semantic_ids_are_made_of_the_embeddings_that_the_rqvae_was_trained_on(commands, toy, tmp_path, made):
     assert commands(embed, "--plm", "other-encoder")[0] == 0
     other, rqvae = toy / "toy/toy.emb-other-encoder-td.npy", tmp_path / "other"

@@ -303,6 +303,13 @@ def test_yes_no_comparison(preference_runs, script):
     assert "ROC curve" in page.headings and "AUC all: din - mf" in page.images[0]["alt"]
 
 
+def test_a_page_replaces_no_file_of_another_kind(search_run, tmp_path, script, refused):
+    (tmp_path / "notes.html").write_text("mine")
+    assert "exists and is no page" in refused(report.main, search_run, "--output", tmp_path / "notes.html")
+    for _ in range(2):
+        assert script(report.main, search_run, "--output", tmp_path / "page.html")[0] == 0
+
+
 def test_bad_input(search_run, preference_runs, searched, tmp_path, refused):
     def refuse(*argv):
         return refused(report.main, *argv)
