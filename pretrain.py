@@ -135,7 +135,7 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
     model.to(device).train()
     inputs, valid = model_inputs(dataset.parts["train"], model), model_inputs(dataset.parts["valid"], model)
     valid_users, valid_labels = (valid[name].cpu().numpy() for name in ("users", "labels"))
-    has_uauc = not math.isnan(uauc(valid_users, valid_labels, np.zeros(len(valid_labels)))["uauc"])
+    has_uauc = not math.isnan(valid_metrics(valid_users, valid_labels, np.zeros(len(valid_labels)))["uauc"])
     if settings.metric_for_best_model == "uauc" and not has_uauc:
         path = dataset.folder / "valid.parquet"
         raise InputError(f"{path}: no user has both labels; use --metric_for_best_model auc")
