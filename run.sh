@@ -321,10 +321,10 @@ run_next_item() {
     tune "$GPUS" --config "$CONFIG" --base_model "$BASE_MODEL" --dataset "$DATASET" --data_path "$SOURCE" \
     --index_file "$INDEX" --output_dir "$CKPT/lcrec" --resume_from_checkpoint auto --seed "$SEED"
 
-  # ---- 6. Test: leave-one-out, next to the baselines, and fused with EASE ----
+  # ---- 6. Test: leave-one-out, next to the baselines, and fused with the strongest ----
   run_stage test "$RESULTS" "$INTER" "$INDEX" "${texts[@]}" "$CKPT/lcrec/run.json" $(list_code test.py) -- \
     python test.py --ckpt_path "$CKPT/lcrec" --dataset "$DATASET" --data_path "$SOURCE" --index_file "$INDEX" \
-    --num_beams 20 --exclude_seen --fuse ease --results_file "$RESULTS" \
+    --num_beams 20 --exclude_seen --fuse co-occurrence,item-knn,ease --results_file "$RESULTS" \
     --predictions_file "${RESULTS%.json}.predictions.jsonl"
 }
 

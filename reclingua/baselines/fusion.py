@@ -10,6 +10,7 @@ from reclingua.baselines.histories import Histories
 from reclingua.baselines.selection import ndcg, rank_items, score_blocks
 from reclingua.datasets.interactions import InteractionDataset
 
+STRONGEST = ("co-occurrence", "item-knn", "ease")  # together, on valid of MovieLens-100k
 DEPTH = 50  # best items of a baseline that are candidates
 RANK_OFFSET = 10  # of reciprocal rank fusion: 1 / (RANK_OFFSET + rank)
 METHODS = ("scores", "ranks")
@@ -67,7 +68,7 @@ def rank_by_all(
     targets: Sequence[str],
     k: int,
     excludes_seen: bool,
-    fused: Sequence[str] = ("co-occurrence", "ease"),
+    fused: Sequence[str] = STRONGEST,
 ) -> tuple[dict[str, np.ndarray], BaselineFusion | None]:
     """Return name -> ranks as `Baselines.ranks` does, the fusion of the baselines `fused` last, and that fusion.
 
@@ -83,11 +84,11 @@ def rank_by_all(
 def fused_alone(names: Sequence[str]) -> Sequence[str]:
     """Return the baselines whose fusion without a model is set beside its fusion with `names`.
 
-    A single name is joined by co-occurrence, co-occurrence itself and no name by EASE.
+    A single name is joined by co-occurrence, co-occurrence itself by EASE; no name stands for STRONGEST.
     """
-    if len(names) > 1:
-        return names
-    return ("co-occurrence", names[0] if names and names[0] != "co-occurrence" else "ease")
+    if len(names) == 1:
+        return ("co-occurrence", names[0] if names[0] != "co-occurrence" else "ease")
+    return names or STRONGEST
 
 
 def fit_baseline_fusion(

@@ -26,7 +26,7 @@ GREY = "#8c8c8c"
 # The same in all plots.
 BASELINE_COLOURS = {
     "popularity": GREY, "co-occurrence": "#d97706", "item-knn": "#a16207", "transition-ease": "#b91c1c",
-    "ease": "#dc2626", "co-occurrence + ease": "#f472b6", "sasrec": "#7c3aed",
+    "ease": "#dc2626", "co-occurrence + item-knn + ease": "#f472b6", "sasrec": "#7c3aed",
 }  # fmt: skip
 # One colour for each group of the item map; grey is reserved for the other items.
 GROUP_COLOURS = (
