@@ -3,9 +3,8 @@
 import numpy as np
 from datasets import Dataset
 
+from reclingua.datasets.rates import SMOOTHING
 from reclingua.datasets.ratings import RatingsDataset, to_numpy
-
-SMOOTHING = 5  # ratings with the mean label that every item and user is given
 
 RATES = ("popularity", "user like-rate", "item like-rate", "like-rates")
 

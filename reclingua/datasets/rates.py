@@ -1,4 +1,4 @@
-"""Like-rates as text: how many of the earlier ratings of an item, or of a user, were likes ("41 of 60").
+"""Like-rates as text: the share of likes among the earlier ratings of an item, or of a user ("68%").
 
 The simplest statistics that a collaborative model has to beat. Only ratings of train from before a row's own time are
 counted, for rows of every part alike. Leaving out just the row itself would reveal its label: of two rows of one item,
@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from reclingua.datasets.ratings import to_numpy
 
+SMOOTHING = 5  # ratings with the mean label that every item and user is given
 RATE_FIELDS = {"item_rate": "iid", "user_rate": "uid"}  # field of `prompts.RATES` -> column of a row
 
 
@@ -27,9 +28,14 @@ def rates_before(train: Dataset, rows: Dataset, column: str) -> tuple[np.ndarray
 
 
 def rate_texts(train: Dataset, rows: Dataset, fields: set[str]) -> dict[str, list[str]]:
-    """Return field -> text of each row, "likes of ratings", for those of RATE_FIELDS that are in `fields`."""
-    texts = {}
+    """Return field -> text of each row, a smoothed like-rate in percent, for those of RATE_FIELDS in `fields`.
+
+    Smoothing, (likes + SMOOTHING x mean) / (ratings + SMOOTHING), puts the rate and how much it can be trusted into one
+    number: language models read "68%" more easily than "41 of 60".
+    """
+    mean, texts = float(to_numpy(train, "label").mean()), {}
     for field in sorted(fields & RATE_FIELDS.keys()):
-        pairs = zip(*(counts.tolist() for counts in rates_before(train, rows, RATE_FIELDS[field])), strict=True)
-        texts[field] = [f"{likes} of {ratings}" for likes, ratings in pairs]
+        likes, ratings = rates_before(train, rows, RATE_FIELDS[field])
+        percent = 100 * (likes + SMOOTHING * mean) / (ratings + SMOOTHING)
+        texts[field] = [f"{value:.0f}%" for value in percent.tolist()]
     return texts
