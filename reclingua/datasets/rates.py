@@ -30,8 +30,7 @@ def rates_before(train: Dataset, rows: Dataset, column: str) -> tuple[np.ndarray
 def rate_texts(train: Dataset, rows: Dataset, fields: set[str]) -> dict[str, list[str]]:
     """Return field -> text of each row, a smoothed like-rate in percent, for those of RATE_FIELDS in `fields`.
 
-    Smoothing, (likes + SMOOTHING x mean) / (ratings + SMOOTHING), puts the rate and how much it can be trusted into one
-    number: language models read "68%" more easily than "41 of 60".
+    Smoothing, (likes + SMOOTHING x mean) / (ratings + SMOOTHING), puts the rate and its reliability into one number.
     """
     mean, texts = float(to_numpy(train, "label").mean()), {}
     for field in sorted(fields & RATE_FIELDS.keys()):
