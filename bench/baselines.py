@@ -23,6 +23,7 @@ import torch
 
 from bench.common import Peak, earlier_figures, write_results
 from reclingua.baselines.ease import EASE
+from reclingua.baselines.fusion import STRONGEST
 from reclingua.baselines.histories import Histories
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import read_json
@@ -41,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--data_path", type=Path, default=Path("../shared/data"), help="(default: %(default)s)")
     parser.add_argument("--ckpt_path", type=Path, nargs="+", default=[], help="models to fuse, seeds of one training")
-    parser.add_argument("--fuse", default="ease", help="baselines of --parts fusion (default: %(default)s)")
+    parser.add_argument("--fuse", default=",".join(STRONGEST), help="of --parts fusion (default: %(default)s)")
     return one_line_errors(parser).parse_args()
 
 
@@ -102,9 +103,6 @@ def fuse(args: argparse.Namespace, datasets: dict, metrics: tuple[str, ...], key
         metadata, run = (read_json(folder / file, "a tuned model") for file in ("reclingua.json", "run.json"))
         name, is_next_item = metadata["dataset"], key == "mean_results"
         flags = ["--exclude_seen"] if is_next_item and EXCLUDES_SEEN.get(name, True) else []
-        index = Path("data") / name / f"{name}.index.json"
-        if is_next_item and index.exists():
-            flags += ["--index_file", str(index)]
         fused = args.fuse if is_next_item else "like-rates"
         content = measure(args, "--ckpt_path", folder.resolve(), "--dataset", name, "--fuse", fused, *flags)
         rows = {metadata["method"]: content[key]} | {
