@@ -21,6 +21,7 @@ from reclingua import Recommender, Scorer
 from reclingua.demo.access import LOOPBACK, check_hosts, parse_auth
 from reclingua.inference.fusion import load_fusion
 from reclingua.inference.loading import load_metadata
+from reclingua.inference.rating_fusion import load_rating_fusion
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.text import unique_names
@@ -101,7 +102,8 @@ def serve_page(args: argparse.Namespace, methods: dict[Path, str]) -> None:
             recommender = Recommender.from_pretrained(folder, index_file=args.index_file, **shared)
             model = NextItem(recommender, args.num_beams, load_fusion(folder, recommender))
         else:
-            model = YesOrNo(Scorer.from_pretrained(folder, cf_model=args.cf_model, **shared))
+            scorer = Scorer.from_pretrained(folder, cf_model=args.cf_model, **shared)
+            model = YesOrNo(scorer, load_rating_fusion(folder, scorer))
         models[name] = model
         print(f"{folder}: {model.name} on {model.dataset.name}, {len(model.catalogue.titles):,} items")
 

@@ -24,6 +24,7 @@ from reclingua import Recommender, Scorer
 from reclingua.inference.arguments import RECOMMEND_INPUTS, build_recommend_parser, check_recommend_flags
 from reclingua.inference.fusion import FUSION_FILE, checkpoint_sha256, load_fusion
 from reclingua.inference.loading import load_metadata
+from reclingua.inference.rating_fusion import load_rating_fusion
 from reclingua.inference.request_files import Pair, User, count_histories, read_histories, read_item_list, read_pairs
 from reclingua.inference.shards import ShardedOutput, shard_size
 from reclingua.inference.user_lists import PairScores, UserLists, list_lengths
@@ -148,7 +149,10 @@ def open_pairs(args: argparse.Namespace, device: str) -> Requests:
         cf_model=args.cf_model,
         device=device,
     )
-    answers, dataset, notes = PairScores(scorer, args.batch_size, args.bf16), scorer.dataset, []
+    fused = load_rating_fusion(args.ckpt_path, scorer) if args.fuse else None
+    if args.fuse and fused is None:
+        raise InputError(f"--fuse: {args.ckpt_path} holds no fusion; fit one with python test.py --fuse like-rates")
+    answers, dataset, notes = PairScores(scorer, args.batch_size, args.bf16, fused), scorer.dataset, []
     count = unknown_items = unknown_users = 0
     for user, item in read_pairs(args.pairs):
         count += 1

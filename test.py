@@ -16,7 +16,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +262,7 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
     if untuned is not None:
         rows["baselines"] = {"untuned": untuned.astype(np.float64), **rows["baselines"]}
     if fusion:
+        fusion = replace(fusion, prompt_id=prompt_ids[0] or 0, cold_text_only=args.cold_text_only)
         shown = ", ".join(f"{source} {weight:.3f}" for source, weight in fusion.weights.items())
         print(f"fusion: weights {shown}, fitted on valid, in {save_rating_fusion(args.ckpt_path, dataset, fusion)}")
     row_metrics = measure_rows(rows, lambda values: auc_metrics(part, values))

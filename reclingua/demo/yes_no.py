@@ -10,6 +10,7 @@ import numpy as np
 
 from reclingua.datasets.ratings import make_ratings, to_numpy
 from reclingua.demo.catalogue import Catalogue
+from reclingua.inference.rating_fusion import FusedScorer
 from reclingua.inference.scorer import Scorer
 from reclingua.utils.errors import InputError
 
@@ -24,18 +25,23 @@ class Rating(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The probability of Yes with the collaborative model, None where it knows nothing, and from titles alone."""
+    """The probability of Yes with the collaborative model, None where it knows nothing, and from titles alone.
+
+    And that of the model's fusion with like-rates, None if its folder has no fusion.
+    """
 
     collaborative: float | None
     titles: float
+    fused: float | None
     why_not: str
     seconds: float
 
 
 class YesOrNo:
-    """A Yes/No model and the catalogue of one tab."""
+    """A Yes/No model, its fusion with like-rates if there is one, and the catalogue of one tab."""
 
-    def __init__(self, scorer: Scorer):
+    def __init__(self, scorer: Scorer, fused: FusedScorer | None = None):
+        self.fused = fused
         self.scorer, self.dataset, self.name = scorer, scorer.dataset, scorer.name
         self.max_his_len = scorer.metadata.max_his_len
         self.test = self.dataset.parts["test"]
@@ -69,7 +75,11 @@ class YesOrNo:
         part = make_ratings(self.dataset, [history] * rows, [item] * rows, users, is_warm)
         scores = self.scorer.score(part, cold_text_only=True, batch_size=rows)
         *collaborative, titles = self.scorer.probabilities(scores).tolist()
-        return Answer(collaborative[0] if collaborative else None, titles, why_not, time.perf_counter() - started)
+        fused = None
+        if self.fused is not None:
+            fused = float(1 / (1 + np.exp(-self.fused.log_odds(part.select([0]))[0])))
+        seconds = time.perf_counter() - started
+        return Answer(collaborative[0] if collaborative else None, titles, fused, why_not, seconds)
 
     def _missing_knowledge(self, user: int | None, history: Sequence[str], item: str) -> str:
         """Return why the collaborative model knows nothing of this pair; "" if it does."""

@@ -136,7 +136,7 @@ def parse_fuse(args: argparse.Namespace) -> list[str]:
 # ---- recommend.py ----
 
 RECOMMEND_INPUTS = ("histories", "candidates", "exclude_items", "pairs")  # flags of files
-LIST_FLAGS = ("histories", "candidates", "exclude_items", "exclude_seen", "fuse", "num_beams", "item_to_item")
+LIST_FLAGS = ("histories", "candidates", "exclude_items", "exclude_seen", "num_beams", "item_to_item")
 
 
 def build_recommend_parser(description: str | None) -> argparse.ArgumentParser:
@@ -154,6 +154,9 @@ def build_recommend_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
     parser.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+    parser.add_argument(
+        "--fuse", action="store_true", help="rank or score by the fusion that test.py --fuse stored in the checkpoint"
+    )
     lists = parser.add_argument_group("lists (next-item models)")
     lists.add_argument("--k", type=int, default=20, help="length of a list (default: %(default)s)")
     lists.add_argument(
@@ -163,11 +166,6 @@ def build_recommend_parser(description: str | None) -> argparse.ArgumentParser:
     lists.add_argument("--candidates", type=Path, help="recommend these items only: a file with one id a line")
     lists.add_argument("--exclude_items", type=Path, help="never recommend these items: a file with one id a line")
     lists.add_argument("--exclude_seen", action="store_true", help="leave the user's own items out")
-    lists.add_argument(
-        "--fuse",
-        action="store_true",
-        help="rank by the fusion that test.py --fuse stored in the checkpoint",
-    )
     lists.add_argument("--num_beams", type=int, help="beam width (default: 20, or --k if that is more)")
     lists.add_argument(
         "--item_to_item", action="store_true", help="for each item what follows a history of that item alone"
@@ -189,7 +187,7 @@ def check_recommend_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--num_beams {args.num_beams}: should be --k ({args.k}) at least")
     if args.fuse and args.num_beams is not None:
         raise InputError("--num_beams: --fuse searches as its weights were chosen; leave it out")
-    if args.fuse and args.k > DEPTH:
+    if args.fuse and not args.pairs and args.k > DEPTH:
         raise InputError(f"--k {args.k}: a fusion ranks {DEPTH} items at least, so with --fuse it is {DEPTH} at most")
     if args.item_to_item and args.histories:
         raise InputError("--item_to_item: is of items, and --histories are of users; give one of them")

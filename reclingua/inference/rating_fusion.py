@@ -1,4 +1,8 @@
-"""Fusion of log-odds for ratings: a model, the like-rates and the collaborative model, one weight each."""
+"""Fusion of log-odds for ratings: a model, the like-rates and the collaborative model, one weight each.
+
+fused = load_rating_fusion("ckpt/ml-1m/collm-mf", scorer)       # after test.py --fuse like-rates
+fused.log_odds(scorer.dataset.parts["test"])
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,10 +14,13 @@ from datasets import Dataset
 from reclingua.baselines.rates import LikeRates
 from reclingua.datasets.ratings import RatingsDataset, to_numpy
 from reclingua.inference.collaborative import score_rows
-from reclingua.inference.fusion import write_fusions
+from reclingua.inference.fusion import AGAIN, FUSION_FILE, read_fusions, write_fusions
 from reclingua.inference.scorer import Scorer
+from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.yes_no import YesNoModel
 from reclingua.utils.errors import InputError
+
+RATE_SOURCES = ("item like-rate", "user like-rate")
 
 
 @dataclass(frozen=True)
@@ -23,10 +30,13 @@ class RatingFusion:
     Args:
         weights: source -> weight.
         intercept: added to the weighted sum.
+        prompt_id, cold_text_only: how a Yes/No model was asked.
     """
 
     weights: dict[str, float]
     intercept: float
+    prompt_id: int = 0
+    cold_text_only: bool = False
 
     @classmethod
     def fit(cls, sources: Mapping[str, np.ndarray], labels: np.ndarray) -> "RatingFusion":
@@ -56,10 +66,42 @@ class RatingFusion:
         return features @ np.array(list(self.weights.values())) + self.intercept
 
 
+class FusedScorer:
+    """A model of ratings and its fusion with like-rates, counted on train.
+
+    Args:
+        scorer: the model.
+        fusion: fitted to it.
+    """
+
+    def __init__(self, scorer: Scorer, fusion: RatingFusion):
+        self.scorer, self.fusion = scorer, fusion
+        self.rates, self.cf_model = LikeRates(scorer.dataset), read_collaborative(scorer)
+
+    def log_odds(self, part: Dataset, batch_size: int = 32) -> np.ndarray:
+        """Return the fused log-odds of rows of ratings, float64 [rows]; the higher, the likelier they are liked."""
+        asked = self.fusion
+        scores = self.scorer.score(
+            part, prompt_id=asked.prompt_id, cold_text_only=asked.cold_text_only, batch_size=batch_size
+        )
+        sources = {self.scorer.name: self.scorer.model.log_odds(scores.astype(np.float64))}
+        sources |= rate_sources(self.rates, part)
+        if self.cf_model is not None:
+            sources[self.cf_model.config.model_type] = score_rows(self.cf_model, part)
+        return self.fusion.log_odds(sources)
+
+
+def read_collaborative(scorer: Scorer) -> CollaborativeModel | None:
+    """Return the trained collaborative model that a Yes/No model reads, None if there is none.
+
+    Soft and personalised prompts have embeddings of their own, which score nothing.
+    """
+    return scorer.model.cf_model if isinstance(scorer.model, YesNoModel) and scorer.metadata.cf_sha256 else None
+
+
 def rate_sources(rates: LikeRates, part: Dataset) -> dict[str, np.ndarray]:
     """Return the log-odds of the like-rates of item and user, the sources that every fusion has."""
-    item, user = rates.log_odds(part).T
-    return {"item like-rate": item, "user like-rate": user}
+    return dict(zip(RATE_SOURCES, rates.log_odds(part).T, strict=True))
 
 
 def rating_rows(
@@ -79,8 +121,7 @@ def rating_rows(
     Returns:
         "baselines" and "fused" -> name -> scores [rows]; and the fusion of the model.
     """
-    # Soft and personalised prompts have embeddings of their own, which score nothing.
-    cf_model = scorer.model.cf_model if isinstance(scorer.model, YesNoModel) and scorer.metadata.cf_sha256 else None
+    cf_model = read_collaborative(scorer)
     rates, kind = LikeRates(scorer.dataset, counts_valid), "" if cf_model is None else cf_model.config.model_type
     sources, baselines = rate_sources(rates, part), {"like-rates": rates.scores(part)["like-rates"]}
     if cf_model is not None:
@@ -100,3 +141,26 @@ def rating_rows(
 def save_rating_fusion(folder: Path, dataset: RatingsDataset, fusion: RatingFusion) -> Path:
     """Write a fusion into the checkpoint folder of its model; return the path of the file."""
     return write_fusions(folder, dataset.sha256(), [asdict(fusion)])
+
+
+def load_rating_fusion(folder: Path, scorer: Scorer) -> FusedScorer | None:
+    """Return the fusion that the checkpoint of `scorer` holds, None without one.
+
+    Raises:
+        InputError: see `read_fusions`; or the fusion is of other sources than this model has.
+    """
+    entries = read_fusions(folder, scorer.dataset.sha256())
+    if not entries:
+        return None
+    try:
+        fusion = RatingFusion(**entries[-1])
+        values = [float(weight) for weight in [*fusion.weights.values(), fusion.intercept]]
+        cf_model = read_collaborative(scorer)
+        kinds = [] if cf_model is None else [cf_model.config.model_type]
+        if list(fusion.weights) != [scorer.name, *RATE_SOURCES, *kinds] or not np.isfinite(values).all():
+            raise ValueError
+    except (TypeError, ValueError, AttributeError):
+        raise InputError(
+            f"{folder / FUSION_FILE}: holds no fusion of {scorer.name} with like-rates; {AGAIN}"
+        ) from None
+    return FusedScorer(scorer, fusion)

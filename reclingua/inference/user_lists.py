@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 import torch
 
 from reclingua.datasets.interactions import InteractionDataset
-from reclingua.datasets.ratings import RatingsDataset, to_numpy
+from reclingua.datasets.ratings import RatingsDataset, make_ratings, to_numpy
 from reclingua.decoding.beam_search import ScoredItem
 from reclingua.inference.fusion import FusedRecommender
+from reclingua.inference.rating_fusion import FusedScorer
 from reclingua.inference.recommender import Recommender
 from reclingua.inference.request_files import Pair, User
 from reclingua.inference.scorer import Scorer
@@ -78,12 +79,16 @@ def list_lengths(table: pa.Table) -> Counter[int]:
 
 
 class PairScores:
-    """The scores of pairs of user and item, by a model that scores ratings; users are asked with all they liked."""
+    """The scores of pairs of user and item, by a model that scores ratings; users are asked with all they liked.
+
+    Args:
+        fused: the model's fusion with like-rates; None: the scores are the model's own.
+    """
 
     schema = pa.schema({"user": pa.string(), "item": pa.string(), "score": pa.float64()})
 
-    def __init__(self, scorer: Scorer, batch_size: int, bf16: bool = False):
-        self.scorer, self.batch_size, self.bf16 = scorer, batch_size, bf16
+    def __init__(self, scorer: Scorer, batch_size: int, bf16: bool = False, fused: FusedScorer | None = None):
+        self.scorer, self.batch_size, self.bf16, self.fused = scorer, batch_size, bf16, fused
         self.liked = liked_items(scorer.dataset)
 
     def rows(self, pairs: Sequence[Pair]) -> pa.Table:
@@ -94,7 +99,9 @@ class PairScores:
         if not known:
             return to_table([], self.schema)
         with torch.autocast(self.scorer.model.device.type, torch.bfloat16, enabled=self.bf16):
-            scores = self.scorer.score(histories, [item for _, item in known], users, batch_size=self.batch_size)
+            part = make_ratings(self.scorer.dataset, histories, [item for _, item in known], users)
+            ask = self.scorer.score if self.fused is None else self.fused.log_odds
+            scores = ask(part, batch_size=self.batch_size)
         # Not rounded: those of cold users and items can be tiny, and still rank them.
         return to_table([(*pair, score) for pair, score in zip(known, scores.tolist(), strict=True)], self.schema)
 

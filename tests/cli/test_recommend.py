@@ -14,6 +14,7 @@ import recommend
 import test as test_script
 from reclingua import Recommender, Scorer
 from reclingua.inference.fusion import load_fusion
+from reclingua.inference.rating_fusion import RatingFusion, save_rating_fusion
 from reclingua.inference.request_files import count_histories, read_histories, read_pairs
 from reclingua.inference.shards import ShardedOutput
 from reclingua.inference.user_lists import UserLists, liked_items, most_popular
@@ -276,6 +277,20 @@ def test_pairs_have_the_scores_of_scorer(write, studio, tmp_path, kind, ending):
     np.testing.assert_allclose([float(row["score"]) for row in rows], scores, rtol=1e-5)
     assert kind == "tallrec" or [float(row["score"]) for row in rows] == scores.tolist()  # not rounded
     assert "1 pairs with unknown items were dropped; 1 pairs are of users without ratings" in out
+
+
+def test_pairs_are_scored_by_the_fusion_of_the_checkpoint(write, studio, tmp_path, refused):
+    copied = shutil.copytree(studio / "mf", tmp_path / "mf")
+    (tmp_path / "pairs.csv").write_text("user,item\n1,3\n2,5\n")
+    where = ("--data_path", studio, "--pairs", tmp_path / "pairs.csv", "--fuse")
+    none = ("--ckpt_path", copied, "--output", tmp_path / "none.csv")
+    assert "holds no fusion; fit one" in refused(recommend.main, *none, *where)
+    scorer = Scorer.from_pretrained(copied, studio)
+    save_rating_fusion(copied, scorer.dataset, RatingFusion({"mf": 2, "item like-rate": 0, "user like-rate": 0}, 1))
+    rows, _ = write("fused.csv", *where, ckpt=copied)
+    alone, _ = write("alone.csv", *where[:-1], ckpt=copied)
+    odds = scorer.model.log_odds(np.array([float(row["score"]) for row in alone]))
+    np.testing.assert_allclose([float(row["score"]) for row in rows], 2 * odds + 1, rtol=1e-5)
 
 
 def test_histories_of_pairs_hold_all_that_was_liked(studio):

@@ -20,6 +20,7 @@ from reclingua.demo.catalogue import MAX_TITLE_LENGTH, Catalogue
 from reclingua.demo.next_item import NextItem
 from reclingua.demo.worker import Worker
 from reclingua.demo.yes_no import YesOrNo
+from reclingua.inference.rating_fusion import FusedScorer, RatingFusion
 from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import METADATA_FILE
 from tests.helpers.scripts import predictions, second
@@ -145,7 +146,12 @@ def test_answers_are_those_of_test_py_with_knowledge_and_without(script, studio,
 
 def test_text_alone_has_one_answer_and_ratings_are_drawn_from_the_test(studio):
     model = YesOrNo(Scorer.from_pretrained(studio / "tallrec", studio))
-    assert model.ask(1, ["1"], "2").collaborative is None
+    alone = model.ask(1, ["1"], "2")
+    assert alone.collaborative is None and alone.fused is None
+    weights = {"tallrec": 1.0, "item like-rate": 0.0, "user like-rate": 0.0}
+    model.fused = FusedScorer(model.scorer, RatingFusion(weights, intercept=0.5))
+    fused = torch.tensor(alone.titles).logit().add(0.5).sigmoid().item()
+    assert model.ask(1, ["1"], "2").fused == pytest.approx(fused, abs=1e-4)
     rating = model.test_rating("7")
     row = next(r for r in model.test if r["uid"] == 7 and str(r["iid"]) == rating.item)
     assert (rating.user, rating.liked, rating.history) == (7, bool(row["label"]), [str(i) for i in row["his"]])

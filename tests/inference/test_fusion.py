@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import test as test_script
-from reclingua import Recommender
+from reclingua import Recommender, Scorer
 from reclingua.baselines import fit_baselines
+from reclingua.inference.collaborative import auc_metrics
 from reclingua.inference.fusion import FUSION_FILE, FusedRecommender, checkpoint_sha256, load_fusion
-from reclingua.inference.rating_fusion import RatingFusion
+from reclingua.inference.rating_fusion import RatingFusion, load_rating_fusion
 from reclingua.utils.errors import InputError
 
 
@@ -130,3 +131,13 @@ def test_a_model_of_ratings_is_fused_with_like_rates(script, studio, tmp_path, r
     assert results["fused"]["mf + like-rates"]["test"]["auc"] > 0.8
     assert "What mf adds to the baselines" in (tmp_path / "r/report.html").read_text()
     assert "a model of ratings is fused with like-rates" in refused(test_script.main, *run, "--fuse", "ease")
+
+    scorer = Scorer.from_pretrained(copied, studio)
+    fused, part = load_rating_fusion(copied, scorer), scorer.dataset.parts["test"]
+    log_odds = fused.log_odds(part)
+    assert auc_metrics(part, log_odds)["test"] == pytest.approx(results["fused"]["mf + like-rates"]["test"])
+    stored = json.loads((copied / FUSION_FILE).read_text())
+    stored["fusions"][0]["weights"]["din"] = 1.0
+    (copied / FUSION_FILE).write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="holds no fusion of mf with like-rates"):
+        load_rating_fusion(copied, scorer)
