@@ -37,7 +37,7 @@ from reclingua.utils.provenance import file_sha256
 
 
 class Requests(NamedTuple):
-    """What is asked, as a stream that can be read twice, and who answers.
+    """Requests as a stream that can be read twice, and the object that answers them.
 
     Args:
         unit: what a request is ("user").
@@ -99,9 +99,10 @@ def open_lists(args: argparse.Namespace, device: str) -> Requests:
     notes = restrict_items(args, recommender)
     options = {"exclude_seen": args.exclude_seen or args.item_to_item, "batch_size": args.batch_size}
     if args.fuse:
-        fused = load_fusion(args.ckpt_path, recommender)
+        fused = load_fusion(args.ckpt_path, recommender, options["exclude_seen"])
         if fused is None:
-            raise InputError(f"--fuse: {args.ckpt_path} holds no fusion; fit one with python test.py --fuse ease")
+            seen = "with --exclude_seen" if options["exclude_seen"] else "without --exclude_seen"
+            raise InputError(f"--fuse: {args.ckpt_path} holds no fusion {seen}; fit one so with python test.py --fuse")
     else:
         options["num_beams"] = args.num_beams or max(args.k, 20)
 
@@ -110,14 +111,15 @@ def open_lists(args: argparse.Namespace, device: str) -> Requests:
             return ((item, [item]) for item in dataset.item_ids)
         return read_histories(args.histories) if args.histories else iter(dataset.histories.items())
 
+    unit = "item" if args.item_to_item else "user"
     counts = count_histories(read(), dataset.index, args.histories)
     if counts.unknown_items:
         notes.append(f"{counts.unknown_items:,} interactions with unknown items were dropped")
     if counts.without_items:
-        notes.append(f"{counts.without_items:,} users without a known item got the most popular ones")
+        notes.append(f"{counts.without_items:,} {unit}s without a known item got the most popular ones")
     lists = UserLists(recommender, args.k, fused, args.item_to_item, args.bf16, **options)
     files = [path for path in dataset.files.values() if path.exists()]
-    return Requests("item" if args.item_to_item else "user", counts.users, read, lists, files, notes)
+    return Requests(unit, counts.users, read, lists, files, notes)
 
 
 def restrict_items(args: argparse.Namespace, recommender: Recommender) -> list[str]:
@@ -149,6 +151,8 @@ def open_pairs(args: argparse.Namespace, device: str) -> Requests:
         cf_model=args.cf_model,
         device=device,
     )
+    if args.bf16 and not scorer.templates:
+        raise InputError(f"--bf16: {args.ckpt_path} is a collaborative model, which computes in float32; leave it out")
     fused = load_rating_fusion(args.ckpt_path, scorer) if args.fuse else None
     if args.fuse and fused is None:
         raise InputError(f"--fuse: {args.ckpt_path} holds no fusion; fit one with python test.py --fuse like-rates")

@@ -85,7 +85,7 @@ export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 WORK=data/$DATASET                     # files made from the data
 CKPT=ckpt/$DATASET                     # trained models
 SOURCE=${DATA_PATH:-data}              # holds $DATASET/ with interactions and item texts; only read
-RUN=$METHOD${CF_MODEL:+-$CF_MODEL}     # name of the tuned model and its results, e.g. collm-mf
+RUN=$METHOD${CF_MODEL:+-$CF_MODEL}${SAMPLE:+-sample} # name of the tuned model and its results, e.g. collm-mf
 RESULTS=results/$DATASET/$RUN.json
 PREPARE=""                             # set if the dataset is made here: MovieLens-100k comes with the packages
 [[ -n $DATA_PATH || $DATASET != ml-100k ]] || PREPARE=1
@@ -330,7 +330,7 @@ run_next_item() {
 
 # ---- Yes/No prediction: TALLRec first, then the method with its collaborative model ----
 run_yes_no() {
-  local folder=$SOURCE/$DATASET first=$CKPT/tallrec cf_model="" tune=() test=() start=() rank=() base=() kind=$CF_MODEL
+  local folder=$SOURCE/$DATASET name=tallrec${SAMPLE:+-sample} cf_model="" tune=() test=() start=() rank=() base=() kind=$CF_MODEL
   [[ $METHOD != binllm ]] || kind=hash
   make_base_model
   if [[ -n $PREPARE ]]; then
@@ -349,7 +349,7 @@ run_yes_no() {
   elif [[ $DEVICE == cpu ]]; then
     tune=(--epochs 1 --patience 0 --save_and_eval_strategy steps --save_steps 100 --max_eval_samples 1000)
     echo "  there is no GPU: one pass over the rows of train takes hours; each line below has the time left. Stop it when"
-    echo "  you like, the same command resumes it; --sample tries all stages in minutes"
+    echo "  you like, the same command resumes it; --sample tries all stages in minutes, beside it"
   fi
   [[ $DEVICE == gpu ]] || tune+=(--use_cpu)
   [[ ! -d $BASE_MODEL ]] || base=("$BASE_MODEL")
@@ -358,12 +358,13 @@ run_yes_no() {
   local code
   code="$(list_code finetune.py) config/prompts/yes_no.yaml"
 
-  run_stage tallrec "$first" "${rows[@]}" config/tallrec.yaml $code "${base[@]}" -- \
+  local first=$CKPT/$name
+  run_stage "$name" "$first" "${rows[@]}" config/tallrec.yaml $code "${base[@]}" -- \
     tune "$GPUS" --config config/tallrec.yaml --base_model "$BASE_MODEL" --dataset "$DATASET" \
     --data_path "$SOURCE" --output_dir "$first" --resume_from_checkpoint auto --seed "$SEED" "${tune[@]}"
-  run_stage test-tallrec "results/$DATASET/tallrec.json" "${tested[@]}" "$first/run.json" $(list_code test.py) -- \
+  run_stage "test-$name" "results/$DATASET/$name.json" "${tested[@]}" "$first/run.json" $(list_code test.py) -- \
     python test.py --ckpt_path "$first" --dataset "$DATASET" --data_path "$SOURCE" \
-    --results_file "results/$DATASET/tallrec.json" "${test[@]}"
+    --results_file "results/$DATASET/$name.json" "${test[@]}"
   [[ $METHOD != tallrec ]] || return 0
 
   if [[ -n $kind ]]; then
@@ -393,7 +394,7 @@ declare -A HERE=() ELSEWHERE=()
 if [[ -n $PREPARE && $DEVICE == cpu && -z $BASE_MODEL && $CONFIG == config/lcrec-ml-100k-cpu.yaml ]]; then
   ELSEWHERE=([prepare]=1 [embed]=11 [rqvae]=20 [index]=7 [base]=5 [finetune]=439 [test]=76)
 fi
-SETTINGS=$({ echo "$DEVICE$GPUS $SOURCE $BASE_MODEL"; cat "$CONFIG"; } | sha256sum | cut -d' ' -f1)
+SETTINGS=$({ echo "$DEVICE$GPUS $SOURCE $BASE_MODEL $SAMPLE"; cat "$CONFIG"; } | sha256sum | cut -d' ' -f1)
 for name in "${NAMES[@]}"; do
   if [[ -f $WORK/.stages/$name.seconds ]] && read -r seconds settings <"$WORK/.stages/$name.seconds"; then
     [[ $settings != "$SETTINGS" ]] || HERE[$name]=$seconds

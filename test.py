@@ -262,7 +262,8 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
     if untuned is not None:
         rows["baselines"] = {"untuned": untuned.astype(np.float64), **rows["baselines"]}
     if fusion:
-        fusion = replace(fusion, prompt_id=prompt_ids[0] or 0, cold_text_only=args.cold_text_only)
+        how = {"cold_text_only": args.cold_text_only, "counts_valid": args.count_valid}
+        fusion = replace(fusion, prompt_id=prompt_ids[0] or 0, **how)
         shown = ", ".join(f"{source} {weight:.3f}" for source, weight in fusion.weights.items())
         print(f"fusion: weights {shown}, fitted on valid, in {save_rating_fusion(args.ckpt_path, dataset, fusion)}")
     row_metrics = measure_rows(rows, lambda values: auc_metrics(part, values))
@@ -358,7 +359,8 @@ def results_file_of(args: argparse.Namespace, dataset: str, task: str = "") -> P
     check_result_files(results_file, args.predictions_file, inputs)
     is_given = args.results_file is not None and results_file.exists() and results_file.stat().st_size > 0
     if (is_given or not args.results_file and has_own_results(results_file, args.ckpt_path)) and is_main_process():
-        print(f"{results_file}: earlier results of {measured_checkpoint(results_file)} will be replaced")
+        measured = measured_checkpoint(results_file) or "another test"
+        print(f"{results_file}: earlier results of {measured} will be replaced")
     return results_file
 
 

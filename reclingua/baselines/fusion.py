@@ -124,10 +124,19 @@ def unite(lists: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def best_candidates(
-    baselines: Baselines, names: Sequence[str], histories: Histories, excluded: Histories | None
+    baselines: Baselines,
+    names: Sequence[str],
+    histories: Histories,
+    excluded: Histories | None,
+    allowed: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Return the best DEPTH items of each of the baselines, int64 [histories, DEPTH or fewer], -1 for none."""
-    return [rank_items(baselines.models[name], histories, DEPTH, excluded) for name in names]
+    """Return the best DEPTH items of each of the baselines, int64 [histories, DEPTH or fewer], -1 for none.
+
+    Args:
+        excluded: items of each history that are left out.
+        allowed: bool [items], which ones can be returned at all; None: all.
+    """
+    return [rank_items(baselines.models[name], histories, DEPTH, excluded, allowed) for name in names]
 
 
 def score_candidates(

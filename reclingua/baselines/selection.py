@@ -15,15 +15,25 @@ CELLS = 2**24  # scores in memory at a time
 
 
 def score_blocks(
-    baseline: Baseline, histories: Histories, excluded: Histories | None = None
+    baseline: Baseline,
+    histories: Histories,
+    excluded: Histories | None = None,
+    allowed: np.ndarray | None = None,
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (rows, scores [rows, items]) for all histories, some rows at a time; -inf for `excluded` items."""
+    """Yield (rows, scores [rows, items]) for all histories, some rows at a time; -inf for items that are left out.
+
+    Args:
+        excluded: items of each history that are left out.
+        allowed: bool [items], which ones are not left out for all; None: all.
+    """
     size = max(1, CELLS // histories.num_items)
     for start in range(0, len(histories), size):
         rows = slice(start, min(start + size, len(histories)))
         scores = baseline.scores(histories[rows])
         if excluded is not None:
             exclude(scores, excluded[rows])
+        if allowed is not None:
+            scores[:, ~allowed] = -np.inf
         yield rows, scores
 
 
@@ -35,9 +45,16 @@ def rank_targets(
     return np.concatenate([target_ranks(scores, targets[rows]) for rows, scores in blocks])
 
 
-def rank_items(baseline: Baseline, histories: Histories, k: int, excluded: Histories | None = None) -> np.ndarray:
+def rank_items(
+    baseline: Baseline,
+    histories: Histories,
+    k: int,
+    excluded: Histories | None = None,
+    allowed: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the numbers of the best `k` items of each history, int64 [histories, k or fewer], -1 for none."""
-    return np.concatenate([best_items(scores, k) for _, scores in score_blocks(baseline, histories, excluded)])
+    blocks = score_blocks(baseline, histories, excluded, allowed)
+    return np.concatenate([best_items(scores, k) for _, scores in blocks])
 
 
 def ndcg(ranks: np.ndarray, k: int = K) -> float:

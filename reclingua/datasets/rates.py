@@ -1,8 +1,8 @@
 """Like-rates as text: the share of likes among the earlier ratings of an item, or of a user ("68%").
 
 The simplest statistics that a collaborative model has to beat. Only ratings of train from before a row's own time are
-counted, for rows of every part alike. Leaving out just the row itself would reveal its label: of two rows of one item,
-the liked one would have one like less.
+counted, for rows of every part alike; the mean that smooths them is that of all of train. Leaving out just the row
+itself would reveal its label: of two rows of one item, the liked one would have one like less.
 """
 
 import numpy as np

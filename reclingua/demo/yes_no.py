@@ -25,9 +25,12 @@ class Rating(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The probability of Yes with the collaborative model, None where it knows nothing, and from titles alone.
+    """Probabilities of Yes, and the seconds that they took.
 
-    And that of the model's fusion with like-rates, None if its folder has no fusion.
+    Args:
+        collaborative: with the collaborative model, None where it knows nothing (`why_not`).
+        titles: from titles alone.
+        fused: of the fusion with like-rates, None if the checkpoint has none.
     """
 
     collaborative: float | None

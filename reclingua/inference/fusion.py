@@ -146,10 +146,9 @@ class FusedRecommender:
             found[row, : len(entries)] = catalogue.encode_items(entry.item for entry in entries)
         encoded = catalogue.encode(histories)
         excluded = encoded if settings.excludes_seen else None
-        if others := [item for item in catalogue.items if item not in self.recommender.trie.item_to_number]:
-            further = histories if settings.excludes_seen else [[]] * len(histories)
-            excluded = catalogue.encode([[*others, *items] for items in further])  # see `Recommender.restrict`
-        best = best_candidates(self.baselines, self.names, encoded, excluded)
+        known = self.recommender.trie.item_to_number  # fewer after `Recommender.restrict`
+        allowed = np.array([item in known for item in catalogue.items])
+        best = best_candidates(self.baselines, self.names, encoded, excluded, allowed)
         numbers = unite([found, *best])
         items = [[catalogue.items[number] for number in row[row >= 0]] for row in numbers]
         scores = np.zeros((1 + len(self.names), *numbers.shape), np.float32)
@@ -278,14 +277,18 @@ def fuse_targets(
     return fused, fused.rank_targets(candidates, list(samples["item"]), search["num_beams"])
 
 
-def load_fusion(folder: Path, recommender: Recommender) -> FusedRecommender | None:
+def load_fusion(folder: Path, recommender: Recommender, excludes_seen: bool | None = None) -> FusedRecommender | None:
     """Return the latest fusion that the checkpoint in `folder` holds, its baselines fitted again; None without one.
 
     A fusion with SASRec, whose folder it does not name, is passed over.
+
+    Args:
+        excludes_seen: only a fusion whose weights were chosen so is taken; None: any.
     """
     entries = read_fusions(folder, recommender.dataset.sha256("histories"))
     for settings in (parse_fusion(entry, folder / FUSION_FILE) for entry in reversed(entries)):
-        if all(name in NEXT_ITEM_BASELINES for name in settings.baselines):
+        is_asked = excludes_seen in (None, settings.excludes_seen)
+        if is_asked and all(name in NEXT_ITEM_BASELINES for name in settings.baselines):
             fitted = fit_baselines(recommender.dataset, names=settings.baselines, settings=settings.baselines)
             return FusedRecommender(recommender, fitted, settings)
     return None

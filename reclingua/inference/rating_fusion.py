@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from reclingua.baselines.rates import LikeRates
@@ -31,12 +32,14 @@ class RatingFusion:
         weights: source -> weight.
         intercept: added to the weighted sum.
         prompt_id, cold_text_only: how a Yes/No model was asked.
+        counts_valid: whether like-rates count the valid ratings.
     """
 
     weights: dict[str, float]
     intercept: float
     prompt_id: int = 0
     cold_text_only: bool = False
+    counts_valid: bool = False
 
     @classmethod
     def fit(cls, sources: Mapping[str, np.ndarray], labels: np.ndarray) -> "RatingFusion":
@@ -67,7 +70,7 @@ class RatingFusion:
 
 
 class FusedScorer:
-    """A model of ratings and its fusion with like-rates, counted on train.
+    """A model of ratings and its fusion with like-rates.
 
     Args:
         scorer: the model.
@@ -76,14 +79,19 @@ class FusedScorer:
 
     def __init__(self, scorer: Scorer, fusion: RatingFusion):
         self.scorer, self.fusion = scorer, fusion
-        self.rates, self.cf_model = LikeRates(scorer.dataset), read_collaborative(scorer)
+        self.rates, self.cf_model = LikeRates(scorer.dataset, fusion.counts_valid), read_collaborative(scorer)
 
-    def log_odds(self, part: Dataset, batch_size: int = 32) -> np.ndarray:
-        """Return the fused log-odds of rows of ratings, float64 [rows]; the higher, the likelier they are liked."""
+    def log_odds(self, part: Dataset, batch_size: int = 32, bf16: bool = False) -> np.ndarray:
+        """Return the fused log-odds of rows of ratings, float64 [rows]; the higher, the likelier they are liked.
+
+        Args:
+            bf16: the Yes/No model computes in bfloat16.
+        """
         asked = self.fusion
-        scores = self.scorer.score(
-            part, prompt_id=asked.prompt_id, cold_text_only=asked.cold_text_only, batch_size=batch_size
-        )
+        with torch.autocast(self.scorer.model.device.type, torch.bfloat16, enabled=bf16):
+            scores = self.scorer.score(
+                part, prompt_id=asked.prompt_id, cold_text_only=asked.cold_text_only, batch_size=batch_size
+            )
         sources = {self.scorer.name: self.scorer.model.log_odds(scores.astype(np.float64))}
         sources |= rate_sources(self.rates, part)
         if self.cf_model is not None:
@@ -154,10 +162,12 @@ def load_rating_fusion(folder: Path, scorer: Scorer) -> FusedScorer | None:
         return None
     try:
         fusion = RatingFusion(**entries[-1])
-        values = [float(weight) for weight in [*fusion.weights.values(), fusion.intercept]]
+        values = np.array([*fusion.weights.values(), fusion.intercept])
         cf_model = read_collaborative(scorer)
         kinds = [] if cf_model is None else [cf_model.config.model_type]
         if list(fusion.weights) != [scorer.name, *RATE_SOURCES, *kinds] or not np.isfinite(values).all():
+            raise ValueError
+        if not isinstance(fusion.prompt_id, int) or not 0 <= fusion.prompt_id < max(1, len(scorer.templates)):
             raise ValueError
     except (TypeError, ValueError, AttributeError):
         raise InputError(

@@ -29,7 +29,7 @@ Pair = tuple[str, str]  # user and item
 
 @dataclass(frozen=True)
 class HistoryCounts:
-    """What a file of histories holds.
+    """Counts of a file of histories.
 
     Args:
         users: all of them.
@@ -150,6 +150,7 @@ def _read_jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, tup
 
 
 def _read_csv(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, tuple]]:
+    csv.field_size_limit(MAX_ITEMS * (MAX_ID + 1))  # of a history
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         _check_columns(path, columns, reader.fieldnames or [])
@@ -161,6 +162,8 @@ def _read_csv(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, tuple
 
 
 def _check_columns(place: object, columns: tuple[str, str], present: Collection[str]) -> None:
+    if repeated := next((name for name in columns if list(present).count(name) > 1), None):
+        raise InputError(f"{place}: has more than one {repeated!r}; leave one of them out")
     if missing := next((name for name in columns if name not in present), None):
         names = ", ".join(map(str, present))[:100] or "nothing"
         raise InputError(f"{place}: has no {missing!r}; it has {names}, and needs {' and '.join(columns)}")
@@ -189,5 +192,5 @@ class _one_line_errors:  # noqa: N801 (used like a function)
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, FileNotFoundError):
             raise InputError(f"{self.path}: no such file") from None
-        if isinstance(error, OSError | UnicodeDecodeError | csv.Error | pa.ArrowException):
+        if isinstance(error, OSError | UnicodeDecodeError | OverflowError | csv.Error | pa.ArrowException):
             raise InputError(f"{self.path}: cannot be read ({error})") from None

@@ -145,7 +145,7 @@ class Scorer:
             part = make_ratings(self.dataset, histories, items or [], users)
         if isinstance(self.model, YesNoModel):
             return self.score_samples(self.encode(part, prompt_id, cold_text_only), batch_size, show_progress)
-        return collaborative.score(self.model, collaborative.model_inputs(part, self.model), batch_size)
+        return collaborative.score(self.model, collaborative.model_inputs(part, self.model))
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """Return the probabilities of liking that the logits of `score` stand for, float64 [rows]."""

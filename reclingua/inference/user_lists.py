@@ -98,10 +98,12 @@ class PairScores:
         users = [user if user in self.liked else None for user, _ in known]
         if not known:
             return to_table([], self.schema)
-        with torch.autocast(self.scorer.model.device.type, torch.bfloat16, enabled=self.bf16):
-            part = make_ratings(self.scorer.dataset, histories, [item for _, item in known], users)
-            ask = self.scorer.score if self.fused is None else self.fused.log_odds
-            scores = ask(part, batch_size=self.batch_size)
+        part = make_ratings(self.scorer.dataset, histories, [item for _, item in known], users)
+        if self.fused is not None:
+            scores = self.fused.log_odds(part, self.batch_size, self.bf16)
+        else:
+            with torch.autocast(self.scorer.model.device.type, torch.bfloat16, enabled=self.bf16):
+                scores = self.scorer.score(part, batch_size=self.batch_size)
         # Not rounded: those of cold users and items can be tiny, and still rank them.
         return to_table([(*pair, score) for pair, score in zip(known, scores.tolist(), strict=True)], self.schema)
 

@@ -172,11 +172,11 @@ def build_evaluation(args: Arguments, data: YesNoData, setup: TrainingSetup) -> 
     training = args.training
     half = torch.bfloat16 if training.bf16 else torch.float16
     metric, constant = training.metric_for_best_model, np.zeros(len(labels))
-    exists = {"auc": auc(labels, constant), "uauc": uauc(users, labels, constant)["uauc"]}
-    if training.eval_strategy != "no" and np.isnan(exists[str(metric)]):
-        whose = "no user of its rows has both labels" if metric == "uauc" else "its rows have one label"
+    defined = {"auc": auc(labels, constant), "uauc": uauc(users, labels, constant)["uauc"]}
+    if training.eval_strategy != "no" and np.isnan(defined[str(metric)]):
+        reason = "no user of its rows has both labels" if metric == "uauc" else "its rows have one label"
         raise InputError(
-            f"{data.dataset.folder / 'valid.parquet'}: {whose}, so that there is no {metric}; see "
+            f"{data.dataset.folder / 'valid.parquet'}: {reason}, so that there is no {metric}; see "
             "--metric_for_best_model, --max_eval_samples"
         )
 

@@ -235,9 +235,10 @@ def test_yes_no_methods_share_their_first_stage(run, tmp_path):
     assert has_stages(other, "tallrec", "test-tallrec", "pretrain-hash", "binllm", "test-binllm")
     sampled = run("liked", "--method", "tallrec", *flags[3:], "--sample")
     assert "a sample: 800 rows" in sampled.stdout and "there is no GPU" not in sampled.stdout, sampled.stderr
-    assert "made again, since the command changed" in sampled.stdout
+    assert sampled.stdout.count("up to date, skipped") == 0 and (run.folder / "ckpt/liked/tallrec/run.json").exists()
+    assert "the tuned model is ckpt/liked/tallrec-sample" in sampled.stdout  # beside the one of all rows
     assert {path.name for path in (run.folder / "results/liked").glob("*.json")} == {
-        "tallrec.json", "cora-mf.json", "binllm.json"
+        "tallrec.json", "tallrec-sample.json", "cora-mf.json", "binllm.json"
     }  # fmt: skip
 
 

@@ -73,11 +73,11 @@ def test_getting_started(run_page):
     next_item = json.loads((results / "ml-100k/lcrec.json").read_text())
     assert next_item["users"] == 943 and next_item["baselines"]["popularity"]["hit@10"] == pytest.approx(82 / 943)
     assert json.loads((results / "shop/lcrec.json").read_text())["users"] == 300
-    for name in ("tallrec", "collm-mf"):
+    for name in ("tallrec-sample", "collm-mf-sample"):
         assert json.loads((results / f"ml-100k/{name}.json").read_text())["test"]["samples"] > 700
     assert printed.count("all stages done") == 3 and "co-occurrence" in printed and "collm-mf" in printed
     pages = {str(page.relative_to(results)) for page in results.rglob("*.html")}
-    assert pages >= {"ml-100k/lcrec/report.html", "shop/lcrec/report.html", "ml-100k/tallrec.compared.html"}
+    assert pages >= {"ml-100k/lcrec/report.html", "shop/lcrec/report.html", "ml-100k/tallrec-sample.compared.html"}
 
 
 def test_readme(run_page):
