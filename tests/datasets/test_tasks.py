@@ -336,7 +336,8 @@ def test_bad_input(workshop, tuned_on_all, tuned, tmp_path, refused):
     in_titles = {"fusionseqrec": [{"prompt": "{history}", "response": "{title}"}]}
     assert "no prompt of fusionseqrec" in refuse_test(changed(prompts=in_titles), "--test_task", "FusionSeqRec")
     assert "'prompts' should be a dict" in refuse_test(changed(prompts=[]))
-    assert "reads at most 1024 tokens" in refuse_test(changed(his_sep=" and after that there was " * 40))
+    assert "reads at most 1024 tokens" in refuse_test(changed(his_sep=" and after that there was " * 38))
+    assert "'his_sep' has 1,040 characters" in refuse_test(changed(his_sep=" and after that there was " * 40))
 
 
 def test_a_run_does_not_go_on_with_other_texts(workshop, tuned_on_all, tmp_path, script, refused):
