@@ -19,6 +19,7 @@ from tests.helpers.toys import TITLE, write_preferences, write_toy
 
 SHARED = Path(__file__).parents[2] / "shared"
 LONGEST = ("test_readme", "test_zero", "cli/test_yes_no", "demo/test_page", "test_tasks", "test_checkpoints")
+LONGEST += ("models/test_yes_no", "cli/test_run_sh", "data/test_prepare")
 TRAINED = {"tuned", "studio", "smollm2", "preference_runs", "tuned_on_all", "uninterrupted", "runs"}  # fixtures
 ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "mistral", "gpt2", "gemma")  # of tests/helpers/models.py
 

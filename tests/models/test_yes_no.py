@@ -9,7 +9,6 @@ from torch import nn
 
 from reclingua.datasets.prompts import PromptTemplate
 from reclingua.datasets.ratings import open_ratings
-from reclingua.datasets.trees import HISTORY_WINDOWS
 from reclingua.inference.scorer import tree_batches
 from reclingua.models.collm import CoLLM
 from reclingua.models.cora import CoRA
@@ -71,8 +70,10 @@ def without_dropout(model):
     return model.train()
 
 
-@pytest.mark.parametrize("history_window", HISTORY_WINDOWS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt2", "gemma"])
+@pytest.mark.parametrize("name, history_window", [
+    ("llama", "sliding"), ("llama", "anchored"),
+    *(pytest.param(name, "anchored", marks=pytest.mark.slow) for name in ("qwen3", "mistral", "gpt2", "gemma")),
+])  # fmt: skip
 @pytest.mark.parametrize(
     "kind, cf_model, trained",
     [
