@@ -1,7 +1,7 @@
 """Measure a model: hit rate and NDCG of next items, or AUC and UAUC of what test users liked.
 
 The results file, results/D/lcrec.json, gets a report beside it, results/D/lcrec/report.html (see report.py). Every
-result stands beside baselines, whose settings are chosen on valid.
+result comes with baselines, whose settings are chosen on valid.
 
 python test.py --dataset ml-100k --baselines_only --exclude_seen        what there is to beat, without any model
 python test.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k --exclude_seen

@@ -126,7 +126,7 @@ class Table:
         """Yield rows; a line with a quote that is not closed, or not where a field ends, is a row without fields.
 
         A field can contain line ends, so a line that is no row by itself is tried together with the next ones. If
-        they make no row either, it alone is at fault, and reading goes on at the line after it.
+        they make no row either, it alone is at fault, and reading continues at the line after it.
         """
         csv.field_size_limit(sys.maxsize)
         number, ahead = 0, deque[str]()

@@ -93,10 +93,7 @@ class FusedScorer:
                 part, prompt_id=asked.prompt_id, cold_text_only=asked.cold_text_only, batch_size=batch_size
             )
         sources = {self.scorer.name: self.scorer.model.log_odds(scores.astype(np.float64))}
-        sources |= rate_sources(self.rates, part)
-        if self.cf_model is not None:
-            sources[self.cf_model.config.model_type] = score_rows(self.cf_model, part)
-        return self.fusion.log_odds(sources)
+        return self.fusion.log_odds(sources | baseline_sources(self.rates, self.cf_model, part))
 
 
 def read_collaborative(scorer: Scorer) -> CollaborativeModel | None:
@@ -107,9 +104,10 @@ def read_collaborative(scorer: Scorer) -> CollaborativeModel | None:
     return scorer.model.cf_model if isinstance(scorer.model, YesNoModel) and scorer.metadata.cf_sha256 else None
 
 
-def rate_sources(rates: LikeRates, part: Dataset) -> dict[str, np.ndarray]:
-    """Return the log-odds of the like-rates of item and user, the sources that every fusion has."""
-    return dict(zip(RATE_SOURCES, rates.log_odds(part).T, strict=True))
+def baseline_sources(rates: LikeRates, cf_model: CollaborativeModel | None, part: Dataset) -> dict[str, np.ndarray]:
+    """Return the log-odds of the like-rates of item and user, and of the collaborative model if there is one."""
+    sources = dict(zip(RATE_SOURCES, rates.log_odds(part).T, strict=True))
+    return sources if cf_model is None else sources | {cf_model.config.model_type: score_rows(cf_model, part)}
 
 
 def rating_rows(
@@ -131,15 +129,16 @@ def rating_rows(
     """
     cf_model = read_collaborative(scorer)
     rates, kind = LikeRates(scorer.dataset, counts_valid), "" if cf_model is None else cf_model.config.model_type
-    sources, baselines = rate_sources(rates, part), {"like-rates": rates.scores(part)["like-rates"]}
-    if cf_model is not None:
-        baselines[kind] = sources[kind] = score_rows(cf_model, part)
+    sources = baseline_sources(rates, cf_model, part)
+    baselines = {"like-rates": rates.scores(part)["like-rates"]}
+    if kind:
+        baselines[kind] = sources[kind]
     if valid is None:
         return {"baselines": baselines, "fused": {}}, None
     valid_part, valid_log_odds = valid
-    of_valid, labels = rate_sources(LikeRates(scorer.dataset), valid_part), to_numpy(valid_part, "label")
-    if cf_model is not None:
-        of_valid[kind] = score_rows(cf_model, valid_part)
+    of_valid = baseline_sources(LikeRates(scorer.dataset), cf_model, valid_part)
+    labels = to_numpy(valid_part, "label")
+    if kind:
         baselines[f"like-rates + {kind}"] = RatingFusion.fit(of_valid, labels).log_odds(sources)
     fusion = RatingFusion.fit({scorer.name: valid_log_odds, **of_valid}, labels)
     name = " + ".join([scorer.name, "like-rates", *([kind] if kind else [])])

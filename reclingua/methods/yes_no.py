@@ -13,11 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, PromptTemplate, read_prompts
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, sample_ratings, to_numpy
 from reclingua.datasets.yes_no import YesNoCollator
-from reclingua.inference.collaborative import check_same_dataset, model_inputs
+from reclingua.inference.collaborative import check_same_dataset, model_inputs, valid_metrics
 from reclingua.inference.loading import build_yes_no_dataset
 from reclingua.inference.scorer import Scorer
 from reclingua.methods.setup import Log, TrainingSetup
-from reclingua.metrics.roc import auc, uauc
 from reclingua.models.collaborative import load_collaborative, reinitialized, weights_sha256
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.hash import HashedMF
@@ -172,7 +171,7 @@ def build_evaluation(args: Arguments, data: YesNoData, setup: TrainingSetup) -> 
     training = args.training
     half = torch.bfloat16 if training.bf16 else torch.float16
     metric, constant = training.metric_for_best_model, np.zeros(len(labels))
-    defined = {"auc": auc(labels, constant), "uauc": uauc(users, labels, constant)["uauc"]}
+    defined = valid_metrics(users, labels, constant)
     if training.eval_strategy != "no" and np.isnan(defined[str(metric)]):
         reason = "no user of its rows has both labels" if metric == "uauc" else "its rows have one label"
         raise InputError(
@@ -184,11 +183,8 @@ def build_evaluation(args: Arguments, data: YesNoData, setup: TrainingSetup) -> 
         with torch.autocast(training.device.type, half, enabled=training.bf16 or training.fp16):
             scores = scorer.score_samples(setup.valid, training.per_device_eval_batch_size)
         log_odds = torch.as_tensor(setup.model.log_odds(scores))
-        metrics = {
-            "loss": F.binary_cross_entropy_with_logits(log_odds, torch.tensor(labels).float()).item(),
-            "auc": auc(labels, scores),
-            "uauc": uauc(users, labels, scores)["uauc"],
-        }
+        loss = F.binary_cross_entropy_with_logits(log_odds, torch.tensor(labels).float()).item()
+        metrics = {"loss": loss, **valid_metrics(users, labels, scores)}
         return {name: value for name, value in metrics.items() if not np.isnan(value)}
 
     return compute_valid_metrics

@@ -228,7 +228,7 @@ class YesNoModel(PreTrainedModel):
         return self.training and hasattr(next(self.parameters()), "ds_id")
 
     def _can_freeze_trunk(self) -> bool:
-        """Return whether trunks are computed without gradients: only branches depend on what is trained."""
+        """Return whether trunks are computed without gradients: only branches depend on trained weights."""
         return (
             torch.is_grad_enabled()
             and not self.tunes_language
