@@ -21,7 +21,8 @@ from reclingua.inference.loading import build_instructions, check_context_length
 from reclingua.inference.recommender import Recommender
 from reclingua.methods.setup import Log, TrainingSetup
 from reclingua.metrics import parse_metrics, ranking_metrics
-from reclingua.models.language import absolute_name, base_fingerprint, load_tokenizer, supports_packing
+from reclingua.models.architecture import supports_packing
+from reclingua.models.language import absolute_name, base_fingerprint, load_tokenizer
 from reclingua.models.lora import add_lora_adapter
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
 from reclingua.training.arguments import Arguments, MethodArguments, YesNoArguments, refuse_flags

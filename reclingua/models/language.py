@@ -1,6 +1,5 @@
-"""Language models and tokenizers: loading, and probes of what an architecture supports."""
+"""Language models and tokenizers: loading, limits of their context, and fingerprints of their weights."""
 
-import inspect
 import os
 from hashlib import sha256
 from pathlib import Path
@@ -114,13 +113,6 @@ def attention_window(model: PreTrainedModel) -> float:
     return min((layer.get_max_length() for layer in layers if layer.is_sliding), default=float("inf"))
 
 
-def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
-    """Return whether the model's forward has the argument."""
-    # The forward of a PEFT model accepts everything.
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return argument in inspect.signature(base.forward).parameters
-
-
 def base_fingerprint(path: str | Path) -> str:
     """Return the fingerprint of the weights of the model in folder (or of hub name) `path`.
 
@@ -176,17 +168,3 @@ def loading_error(path: str | Path, kind: str, error: Exception) -> InputError:
 def summarize_error(error: Exception) -> str:
     """Return the class of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
-@torch.no_grad()
-def supports_packing(model: PreTrainedModel) -> bool:
-    """Return whether samples packed into a row, separated by `position_ids` only, do not attend to each other."""
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(8, device=model.device)[None]
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=model.device)
-    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 3:].float()
-    joined = model(input_ids=ids, use_cache=False).logits[:, 3:].float()
-    alone = model(input_ids=ids[:, 3:], use_cache=False).logits.float()
-    model.train(was_training)
-    return bool((packed - alone).abs().max() < 1e-2 * (joined - alone).abs().max())

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from reclingua.models.language import accepts_argument, attention_window
-from reclingua.utils.memory import out_of_memory
+from reclingua.models.architecture import accepts_argument, answer_of, architecture_copy, is_equal
+from reclingua.models.language import attention_window, context_length
 
 PROBE_TOKENS = 300  # between trunk and branch: some local layers count places in the sequence
 
@@ -48,33 +48,27 @@ def attention_argument(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tens
     return zeros.masked_fill_(~mask, torch.finfo(model.dtype).min)
 
 
-@torch.no_grad()
 def supports_trees(model: PreTrainedModel) -> bool:
-    """Return whether tree attention is exact for a language model, by one small trial.
+    """Return whether tree attention is exact for a language model, by one small trial of its architecture.
 
     No configuration states whether an architecture honours 4-D masks and position ids. The trial has two branches, the
     first of which is long, and compares the logits after the second with those of its prompt alone.
     """
     if attention_window(model) < float("inf") or not accepts_argument(model, "position_ids"):
         return False
-    limit = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS + 8
+    with architecture_copy(model) as small:
+        return answer_of(_is_tree_exact, small)
+
+
+def _is_tree_exact(model: PreTrainedModel) -> bool:
+    limit = context_length(model) or PROBE_TOKENS + 8
     lengths = (4, max(1, min(PROBE_TOKENS, limit - 8)), 4)
     branch = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     positions = torch.cat([torch.arange(4), 4 + torch.arange(lengths[1]), 4 + torch.arange(4)])
     embedding: Any = model.get_input_embeddings()
     ids = torch.arange(len(branch)) % len(embedding.weight)
     prompt = torch.cat([ids[:4], ids[-4:]])
-    was_training = model.training
-    model.eval()
-    try:
-        branch, positions, ids, prompt = (tensor[None].to(model.device) for tensor in (branch, positions, ids, prompt))
-        mask = attention_argument(model, tree_mask(branch, 4 * (branch > 0).long()))
-        tree = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits[0, -1].float()
-        alone = model(input_ids=prompt, use_cache=False).logits[0, -1].float()
-    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
-        if out_of_memory(error):
-            raise
-        return False  # the architecture needs another kind of mask
-    finally:
-        model.train(was_training)
-    return not (tree - alone).abs().max() > 5e-3 * alone.abs().max()  # NaN passes: broken weights are reported later
+    branch, positions, ids, prompt = (tensor[None].to(model.device) for tensor in (branch, positions, ids, prompt))
+    mask = attention_argument(model, tree_mask(branch, 4 * (branch > 0).long()))
+    tree = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits[0, -1]
+    return is_equal(tree, model(input_ids=prompt, use_cache=False).logits[0, -1])

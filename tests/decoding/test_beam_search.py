@@ -130,6 +130,36 @@ def test_the_slower_way_is_taken_where_it_must_be_and_says_so_once(architecture,
     assert len(caplog.messages) == (reason is not None) and all(reason in text for text in caplog.messages)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
+def test_half_precision_takes_the_block_path(architecture, precision):
+    """The lists are those of generate() in the same precision; only near-ties may change places."""
+    model = make_model(architecture, VOCABULARY, spread=4)
+    if precision != "autocast":
+        model.to(getattr(torch, precision))
+    ids, mask = prompts([3 + n % 5 for n in range(12)])
+    selector = DecoderSelector(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        lists = beam_search(model, ids, mask, Trie.build(ITEMS, end=2), 10, selector=selector)
+        assert isinstance(selector.select(7, Trie.build(ITEMS, end=2), 10), TreeAttentionDecoder)
+        theirs = generate_side(model, ITEMS, 10, end=2)({"input_ids": ids, "attention_mask": mask})
+    for found, want in zip(lists, theirs, strict=True):
+        assert len({r.item for r in found} & {item for item, _ in want}) >= 9
+        for mine, (_, score) in zip(found, want, strict=True):
+            assert mine.score == pytest.approx(score, rel=0.03, abs=0.1)
+
+
+def test_beams_that_see_each_other_are_found_out(monkeypatch):
+    """Whatever the weights: those of this model hardly attend to anything."""
+    forward = TreeAttentionDecoder._forward
+
+    def leak(self, tokens, ancestors, positions):
+        return forward(self, tokens, torch.ones_like(ancestors), positions)
+
+    monkeypatch.setattr(TreeAttentionDecoder, "_forward", leak)
+    model = make_model("llama", VOCABULARY, spread=0.1)
+    assert isinstance(DecoderSelector(model).select(3, Trie.build(ITEMS), 9), ReplicatedCacheDecoder)
+
+
 def test_the_trial_of_a_block_fits_small_vocabularies_and_memory(monkeypatch, caplog):
     trie = Trie.build({"a": [1, 2], "b": [3, 2]})
     assert isinstance(DecoderSelector(make_model("llama", 5)).select(3, trie, 20), TreeAttentionDecoder)

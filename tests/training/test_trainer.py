@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import finetune
 from reclingua.datasets.collators import IGNORE, CausalLMCollator
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
+from reclingua.models.architecture import supports_packing
 from reclingua.models.chunked_loss import ChunkedCrossEntropy
-from reclingua.models.language import supports_packing
 from reclingua.training.arguments import TuningArguments
 from reclingua.training.callbacks import SetEpochCallback
 from reclingua.training.throughput import Throughput, format_throughput, training_flops
