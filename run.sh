@@ -351,7 +351,13 @@ run_yes_no() {
     echo "  there is no GPU: one pass over the rows of train takes hours; each line below has the time left. Stop it when"
     echo "  you like, the same command resumes it; --sample tries all stages in minutes, beside it"
   fi
-  [[ $DEVICE == gpu ]] || tune+=(--use_cpu)
+  if [[ $DEVICE == cpu ]]; then
+    tune+=(--use_cpu)
+    if grep -qsE -m1 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
+      tune+=(--bf16) test+=(--bf16)
+      echo "  this CPU has instructions for bfloat16: training and scoring compute in it, about twice as fast"
+    fi
+  fi
   [[ ! -d $BASE_MODEL ]] || base=("$BASE_MODEL")
   local rows=("$folder/train.parquet" "$folder/valid.parquet" "$folder/item.json")
   local tested=("$folder/test.parquet" "$folder/item.json")

@@ -62,9 +62,8 @@ class CausalLMCollator:
                 starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
                 attention |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
                 attention |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-        else:
-            rows = [[sample] for sample in samples]
-            attention = {"attention_mask": pad([[1] * length for length in lengths], 0)}
+        else:  # no mask: padding is on the right, where causal attention does not look
+            rows, attention = [[sample] for sample in samples], {}
         ids = [[token for sample in row for token in sample["input_ids"]] for row in rows]
         # The first token of a sample is no target: in a packed row the sample before it would predict it.
         labels = [[label for sample in row for label in (IGNORE, *sample["labels"][1:])] for row in rows]

@@ -16,6 +16,8 @@ from reclingua.training.throughput import Throughput
 from reclingua.utils.errors import InputError
 from reclingua.utils.text import format_duration
 
+AGREEMENT_STEPS = 10  # between two agreements of several processes on whether one of them got SIGTERM
+
 
 class SetEpochCallback(TrainerCallback):
     """Passes the number of the epoch to the dataset and the batch sampler, also after a resume within an epoch."""
@@ -115,7 +117,8 @@ class Preempted(Exception):
 class SaveOnSigtermCallback(TrainerCallback):
     """Ends the step, saves a checkpoint and raises `Preempted` once `sigterm_received` is set.
 
-    All processes save the same step, also if only one of them got the signal: after each step they reduce the flag.
+    All processes save the same step, also if only one of them got the signal: they reduce the flag after every
+    AGREEMENT_STEPS steps, since it makes them wait for each other.
     """
 
     def __init__(self):
@@ -127,7 +130,8 @@ class SaveOnSigtermCallback(TrainerCallback):
             self.group = distributed.new_group(backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if not float(state.epoch).is_integer():  # else after the evaluation, as without SIGTERM
+        ends_epoch = float(state.epoch).is_integer()  # then after the evaluation, as without SIGTERM
+        if not ends_epoch and (self.group is None or state.global_step % AGREEMENT_STEPS == 0):
             self._stop_on_sigterm(control)
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:

@@ -31,7 +31,8 @@ class Throughput:
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         self.device = device
-        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.rows = self.slots = 0  # known without the device
         self.seconds = 0.0
         self.started: float | None = None
         self.flops = training_flops(model)
@@ -44,9 +45,10 @@ class Throughput:
             lengths: int64 [samples], tokens of each sample.
             num_slots: tokens of the batch, padding included.
         """
-        targets = (labels[:, 1:] >= 0).sum() if labels.ndim > 1 else torch.tensor(len(labels), device=labels.device)
-        slots = torch.tensor(num_slots, device=labels.device)
-        self.counts += torch.stack([targets, lengths.sum(), lengths.square().sum(), slots])
+        targets = (labels[:, 1:] >= 0).sum() if labels.ndim > 1 else lengths.new_zeros(())
+        self.counts += torch.stack([targets, lengths.sum(), lengths.square().sum()])
+        self.slots += num_slots
+        self.rows += len(labels) if labels.ndim == 1 else 0
 
     def start(self) -> None:
         self.started = self._now()
@@ -72,7 +74,9 @@ class Throughput:
 
         Rates and padding are over all processes, memory is of this one. On a GPU also tflops and mfu of one device.
         """
-        targets, tokens, squares, slots = accelerator.reduce(self.counts, "sum").tolist()
+        host = torch.tensor([self.rows, self.slots], device=self.device)
+        targets, tokens, squares, rows, slots = accelerator.reduce(torch.cat([self.counts, host]), "sum").tolist()
+        targets += rows
         seconds = max(self.seconds, 1e-9)
         figures = {
             "seconds": self.seconds,

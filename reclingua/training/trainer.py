@@ -149,6 +149,15 @@ class RecTrainer(transformers.Trainer):
             worker_init_fn=ignore_sigterm,
         )
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Start the copies of a batch to the device, which come from pinned memory, without waiting for them."""
+        moved = {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+        return super()._prepare_inputs(moved)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the operations of a batch; the base class would walk over all weights in each step."""
+        return int(self.throughput.flops[1] * inputs["input_ids"].numel())
+
     # ---- Loss ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

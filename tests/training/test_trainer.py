@@ -207,7 +207,7 @@ def test_throughput_counts_tokens_targets_and_padding():
     with throughput.paused():
         seconds = throughput.seconds
     throughput.stop()
-    assert throughput.counts.tolist() == [4, 15, 125, 20] and throughput.seconds > seconds
+    assert (*throughput.counts.tolist(), throughput.slots) == (4, 15, 125, 20) and throughput.seconds > seconds
     from accelerate import Accelerator
 
     figures = throughput.figures(Accelerator(cpu=True))
