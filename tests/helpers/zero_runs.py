@@ -7,11 +7,13 @@ import sys
 from torch import distributed
 
 import finetune
+from reclingua.training import callbacks
 from reclingua.training.callbacks import SaveOnSigtermCallback
 
 
 def train_all(runs):
     """Train all {"argv": [flag, value, ...]} one after another; with "sigterm_at": step a SIGTERM ends the run."""
+    callbacks.AGREEMENT_STEPS = 3  # these trainings are short
     on_step_end, finetune.leave_process_group = SaveOnSigtermCallback.on_step_end, lambda trainer: None
     for run in runs:
         SaveOnSigtermCallback.on_step_end = sigterm_at(run["sigterm_at"]) if "sigterm_at" in run else on_step_end

@@ -158,6 +158,20 @@ def test_lightgcn_averages_normalised_neighbours(dataset):
     assert not torch.allclose(model.propagate()[0], expected[0], atol=1e-3)
 
 
+def test_frozen_lightgcn_averages_once(dataset, monkeypatch):
+    model = random_model("lightgcn", dataset).requires_grad_(False)
+    product, calls = torch.sparse.mm, []
+    monkeypatch.setattr(torch.sparse, "mm", lambda *args: calls.append(args) or product(*args))
+    users, items = torch.tensor([1, 2]), torch.tensor([5, 6])
+    first = [model.user_vectors(users), model.item_vectors(items), model.user_vectors(users)]
+    assert len(calls) == model.config.num_layers and torch.equal(first[0], first[2])
+    with torch.no_grad():
+        model.user_embedding.weight.mul_(2)
+    assert not torch.allclose(model.user_vectors(users), first[0])
+    model.bfloat16()
+    assert model.user_vectors(users).dtype == torch.bfloat16 and len(calls) == 3 * model.config.num_layers
+
+
 def test_sasrec_reads_order_and_never_padding(dataset):
     model = random_model("sasrec", dataset)
 

@@ -29,6 +29,7 @@ STEPS += ("--per_device_batch_size", 4, "--logging_steps", 1, "--save_and_eval_s
 STEPS += ("--load_best_model_at_end", "False", "--save_total_limit", 9, "--max_eval_samples", 20)
 LORA = ("--lora", "--lora_dropout", 0)
 ZERO2 = ("tallrec", "collm")  # one that trains LoRA, one that trains a part of its own; ZeRO-3 shards more
+CF_MODELS = ("mf", "lightgcn", "sasrec", "din")
 YESNO = ("tallrec", "collm", "binllm", "cora", "softprompt", "personprompt")
 
 
@@ -48,7 +49,7 @@ def runs(workshop, tmp_path_factory):
     out = tmp_path_factory.mktemp("zero")
     write_preferences(workshop / "datasets")
     liked = ("--dataset", "liked", "--data_path", workshop / "datasets")
-    for model in ("mf", "hash"):
+    for model in ("hash", *CF_MODELS):
         where = ("--output_dir", out / model, "--results_file", out / f"{model}.json")
         run_main(pretrain.main, "--model", model, *liked, *where, "--embedding_size", 16)
     z2, z3 = configuration(out, 2), configuration(out, 3)
@@ -67,7 +68,7 @@ def runs(workshop, tmp_path_factory):
     for name in ("z3-sigterm", "z3-resumed"):
         argv = (*STEPS, "--deepspeed", gathered, "--resume_from_checkpoint", "auto")
         runs[name] = {"argv": flags(workshop, out / "z3-sigterm", *argv)}
-    runs["z3-sigterm"]["sigterm_at"] = 3
+    runs["z3-sigterm"]["sigterm_at"] = 2
     for method in YESNO:
         cf_model = {"collm": "mf", "cora": "mf", "binllm": "hash"}.get(method)
         argv = (*liked, "--method", method, "--base_model", workshop / "base", "--use_cpu")
@@ -81,6 +82,12 @@ def runs(workshop, tmp_path_factory):
             if name == "z2" and method not in ZERO2:
                 continue
             runs[f"{name}-{method}"] = {"argv": (*argv, "--output_dir", out / f"{name}-{method}", *more)}
+    for kind in CF_MODELS:
+        argv = (*liked, "--method", "collm", "--base_model", workshop / "base", "--use_cpu", "--max_steps", 2)
+        argv += ("--cf_model", out / kind, "--train_cf_model", "--logging_steps", 1, "--bf16")
+        argv += ("--train_data_sample_num", 32, "--save_and_eval_strategy", "no")
+        argv += ("--deepspeed", CONFIGS / "ds_z2_bf16.json")
+        runs[f"bf16-{kind}"] = {"argv": (*argv, "--output_dir", out / f"bf16-{kind}")}
     for settings in runs.values():
         settings["argv"] = [str(word) for word in settings["argv"]]
     with pytest.MonkeyPatch.context() as environment:
@@ -127,11 +134,18 @@ def test_weights_equal_those_of_one_process(runs):
 
 
 def test_sigterm_and_resume_of_two_processes(runs):
-    """SIGTERM for one process ends both after the same step."""
+    """SIGTERM for one process at step 2 ends both after the step at which they agree."""
     printed, checkpoint = (runs / "printed.txt").read_text(), runs / "z3-sigterm" / "checkpoint-3"
     assert re.search(f"SIGTERM.*{re.escape(str(checkpoint))}", printed)
     assert f"from {checkpoint}" in printed and "torchrun --nproc_per_node 2 " in printed
     assert_close(runs / "z3-sigterm", runs / "z3-gathered", tolerance=0)
+
+
+@pytest.mark.parametrize("kind", CF_MODELS)
+def test_collaborative_models_train_in_half_precision(runs, kind):
+    assert torch.isfinite(losses(runs / f"bf16-{kind}")).all()
+    before, after = (load_file(runs / name / "model.safetensors") for name in (kind, f"bf16-{kind}"))
+    assert any(not torch.equal(before[name], after[f"cf_model.{name}"].float()) for name in before if "weight" in name)
 
 
 @pytest.mark.parametrize("method", YESNO)

@@ -31,6 +31,8 @@ class LightGCN(CollaborativeModel):
         self.user_embedding = nn.Embedding(config.num_users, config.embedding_size, padding_idx=0)
         self.item_embedding = nn.Embedding(config.num_items, config.embedding_size, padding_idx=0)
         self._graph: torch.Tensor | None = None
+        self._propagated: tuple[torch.Tensor, torch.Tensor]
+        self._propagated_state: tuple | None = None
         self.register_buffer("edges", torch.zeros(2, config.num_edges, dtype=torch.long))
         self.post_init()
 
@@ -38,7 +40,7 @@ class LightGCN(CollaborativeModel):
         """Set the edges to the liked pairs of train, int64 [pairs] each; duplicates are one edge."""
         edges = torch.unique(torch.stack([users, items]), dim=1)
         self.config.num_edges = edges.shape[1]
-        self.edges, self._graph = edges.to(self.edges.device), None
+        self.edges, self._graph, self._propagated_state = edges.to(self.edges.device), None, None
 
     def graph(self) -> torch.Tensor:
         """Return the normalised adjacency of users and items, sparse [nodes, nodes], built once per device."""
@@ -52,12 +54,26 @@ class LightGCN(CollaborativeModel):
         return self._graph
 
     def propagate(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings of all users and of all items, the mean over the layers (section 3.1.2)."""
-        layer = total = torch.cat([self.user_embedding.weight, self.item_embedding.weight])
-        for _ in range(self.config.num_layers):
-            layer = torch.sparse.mm(self.graph(), layer)
-            total = total + layer
-        mean = total / (self.config.num_layers + 1)
+        """Return the embeddings of all users and of all items, the mean over the layers (section 3.1.2).
+
+        Of frozen weights they are computed once, until the weights change or move.
+        """
+        weights = (self.user_embedding.weight, self.item_embedding.weight)
+        if any(weight.requires_grad for weight in weights):
+            return self._propagate(*weights)
+        state = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
+        if state != self._propagated_state:
+            with torch.no_grad():
+                self._propagated, self._propagated_state = self._propagate(*weights), state
+        return self._propagated
+
+    def _propagate(self, users: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(users.device.type, enabled=False):
+            layer = total = torch.cat([users, items]).float()  # there are no sparse products in half precision
+            for _ in range(self.config.num_layers):
+                layer = torch.sparse.mm(self.graph(), layer)
+                total = total + layer
+            mean = (total / (self.config.num_layers + 1)).to(users.dtype)
         return mean[: self.config.num_users], mean[self.config.num_users :]
 
     def user_vectors(self, users, histories=None, items=None) -> torch.Tensor:
