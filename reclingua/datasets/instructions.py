@@ -58,6 +58,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
         self.only_response, self.seed, self.epoch = only_response, seed, 0
         self._sanitize = lru_cache(2**18)(sanitizer(tokenizer, max_text_len))
+        self._encode_part = lru_cache(2**12)(self._encode_next_to_codes)
         copies = np.array([(templates_per_sample or {}).get(task, 1) for task in samples["task"]], dtype=np.int64)
         self._row = np.repeat(np.arange(len(samples)), copies)  # number of the sample, and of its copy
         self._copy = np.arange(len(self._row)) - np.repeat(np.cumsum(copies) - copies, copies)
@@ -78,7 +79,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         if task == "seqrec_history" and not sample["item"]:
             shift = self._draw_shift(sample["user"], int(self._copy[i]))
             items = history_segment(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
-            return self._encode_history([self._index(item) for item in items], template)
+            return self._encode_history(items, template)
         if sample["preferences"]:
             generator = random.Random(f"{self.seed} {self.epoch} {i} preference")
             sample["preferences"] = [generator.choice(sample["preferences"])]
@@ -97,8 +98,16 @@ class InstructionDataset(torch.utils.data.Dataset):
 
     def encode(self, sample: dict, template: PromptTemplate) -> dict[str, list[int]]:
         """Return input_ids and labels of prompt and response."""
-        texts = self._field_texts(sample, template.fields)
-        return self._encode_texts(sample["task"], template, texts, len(sample["history"]))
+        task, history = sample["task"], sample["history"]
+        if template.around_history is None:
+            texts = self._field_texts(sample, template.fields)
+            return self._encode_texts(task, template, texts, len(history))
+        ending = self._separator(len(history)) if task == "seqrec_history" else ""
+        prompt = self._encode_items(history, template, ending)
+        if template.has_target_response:
+            return self._with_response(prompt, self._codes[sample["item"]], task)
+        texts = self._field_texts(sample, template.fields - {"history"})
+        return self._with_response(prompt, self._encode_response(template, texts), task)
 
     # ---- Fields of a prompt template ----
 
@@ -176,9 +185,14 @@ class InstructionDataset(torch.utils.data.Dataset):
     def _encode_texts(
         self, task: str, template: PromptTemplate, texts: dict[str, str], length: int
     ) -> dict[str, list[int]]:
-        """Return prompt and response; the response ends with the end token unless it is part of a history."""
         prompt = encode_prompt(self.tokenizer, self._render(task, template, texts, length))
-        ids = self.tokenizer((template.response or TARGET).format(**texts), add_special_tokens=False).input_ids
+        return self._with_response(prompt, self._encode_response(template, texts), task)
+
+    def _encode_response(self, template: PromptTemplate, texts: dict[str, str]) -> list[int]:
+        return self.tokenizer((template.response or TARGET).format(**texts), add_special_tokens=False).input_ids
+
+    def _with_response(self, prompt: list[int], ids: list[int], task: str) -> dict[str, list[int]]:
+        """Return prompt and response; the response ends with the end token unless it is part of a history."""
         if task != "seqrec_history":
             ids = [*ids, self.tokenizer.eos_token_id]
         labels = [IGNORE] * len(prompt) if self.only_response else prompt
@@ -186,13 +200,40 @@ class InstructionDataset(torch.utils.data.Dataset):
 
     def _encode_history(self, items: list[str], template: PromptTemplate) -> dict[str, list[int]]:
         """Return a prompt that ends with the items; the codes of every item after the first are labels."""
-        ids = encode_prompt(self.tokenizer, template.prompt.format(history=self._join_items(items)))
+        ids = self._encode_items(items, template)
         if not self.only_response:
             return {"input_ids": ids, "labels": list(ids)}
-        context = encode_prompt(self.tokenizer, template.prompt.format(history=self._join_items(items[:1])))
         labels = [token if token in self.index_tokens else IGNORE for token in ids]
-        labels[: len(context)] = [IGNORE] * len(context)
+        context = len(self._encode_items(items[:1], template))
+        labels[:context] = [IGNORE] * context
         return {"input_ids": ids, "labels": labels}
+
+    def _encode_items(self, items: list[str], template: PromptTemplate, ending: str = "") -> list[int]:
+        """Return what `encode_prompt` returns for the prompt of these items, from parts that are encoded once.
+
+        A code is one token and never merges with the text around it:   text | code code | text | code code | text
+        """
+        assert template.around_history is not None
+        before, after = template.around_history
+        ids = list(self._encode_part(before + self._number(1), "start"))
+        for position, item in enumerate(items):
+            ids += self._encode_part(self._separator(position), "middle") if position else ()
+            ids += self._codes[item]
+        return ids + self._encode_part(after + ending, "end")
+
+    def _encode_next_to_codes(self, text: str, place: str) -> list[int]:
+        """Return the tokens of a text between two codes, or at the "start" or the "end" of a prompt."""
+        code = next(iter(self.dataset.index.values()))[0]
+        if place == "start":
+            return encode_prompt(self.tokenizer, text + code)[:-1]
+        ids = encode_prompt(self.tokenizer, code + text + (code if place == "middle" else ""))
+        first = ids.index(self.tokenizer.convert_tokens_to_ids(code))  # after a BOS
+        return ids[first + 1 : -1 if place == "middle" else None]
+
+    @cached_property
+    def _codes(self) -> dict[str, list[int]]:
+        """Token ids of each item's semantic ID."""
+        return {item: self.tokenizer.convert_tokens_to_ids(codes) for item, codes in self.dataset.index.items()}
 
     # ---- Lengths ----
 
@@ -249,7 +290,8 @@ class InstructionDataset(torch.utils.data.Dataset):
     def _template_sizes(self, task: str, known: frozenset[str], length: int) -> dict[int, tuple[int, frozenset[str]]]:
         """Return prompt template number -> (tokens without the texts of its fields, these fields)."""
         if (task, known, length) not in self._template_lengths:
-            index, text = self._index(next(iter(self.dataset.index))), "x"
+            item = next(iter(self.dataset.index))
+            index, text = self._index(item), "x"
             texts = dict.fromkeys(known, text) | {"target": index, "history": self._join_items([index] * length)}
             texts["titles"] = self._join_titles([text] * length)
             tokens = {word: len(self.tokenizer(word, add_special_tokens=False).input_ids) for word in (index, text)}
@@ -259,7 +301,7 @@ class InstructionDataset(torch.utils.data.Dataset):
             for number in self._fitting_templates(task, known):
                 template = self.prompts[task][number]
                 if task == "seqrec_history" and "target" not in known:
-                    sample, fields = self._encode_history([index] * length, template), template.fields
+                    sample, fields = self._encode_history([item] * length, template), template.fields
                 else:
                     sample = self._encode_texts(task, template, texts, length)
                     fields = template.fields if template.response else template.fields | {"target"}

@@ -58,6 +58,14 @@ class PromptTemplate:
         """Fields of prompt and response together."""
         return frozenset(_fields(self.prompt) | _fields(self.response))
 
+    @cached_property
+    def around_history(self) -> tuple[str, str] | None:
+        """The text before and after {history} in the prompt; None if the prompt has further fields."""
+        parts = list(Formatter().parse(self.prompt))
+        if [field for _, field, _, _ in parts if field is not None] != ["history"]:
+            return None
+        return parts[0][0], "".join(text for text, _, _, _ in parts[1:])
+
     @property
     def has_target_response(self) -> bool:
         """Whether the response is the target's semantic ID, which beam search can find."""

@@ -97,7 +97,7 @@ def test_a_history_is_asked_as_it_was_learned(toy, his_sep, add_prefix):
     """The prompt of a test is a beginning of a training text, token by token, up to where the item goes."""
     _, instructions = build(toy, "all", his_sep=his_sep, add_prefix=add_prefix)
     template = instructions.prompts["seqrec_history"][0]
-    items = ["<a_0><b_0>", "<a_1><b_1>", "<a_2><b_2>"]
+    items = ["0", "4", "8"]
     row = instructions.samples[0] | {"history": ["0", "4"], "item": "8"}
     prompt = instructions.tokenizer(instructions.render_prompt(row, template)).input_ids
     whole = instructions._encode_history(items, template)
