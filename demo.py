@@ -18,10 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from reclingua import Recommender, Scorer
-from reclingua.demo.access import LOOPBACK, check_hosts, parse_auth
 from reclingua.inference.fusion import load_fusion
 from reclingua.inference.loading import load_metadata
 from reclingua.inference.rating_fusion import load_rating_fusion
+from reclingua.utils.access import LOOPBACK, check_hosts, parse_auth
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.text import unique_names

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from reclingua.baselines import UNTUNED, fit_baselines
-from reclingua.demo.catalogue import Catalogue
+from reclingua.inference.catalogue import Catalogue
 from reclingua.inference.fusion import FusedRecommender
 from reclingua.inference.recommender import Recommender
 from reclingua.utils.errors import InputError

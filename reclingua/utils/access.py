@@ -1,4 +1,4 @@
-"""Which requests the demo page answers: those addressed to it by its own name, from its own pages.
+"""Which requests a server on this machine answers: those addressed to it by its own name, from its own pages.
 
 A browser lets any web page send requests to 127.0.0.1, and read the answers of a server that takes the name of that
 page for its own (DNS rebinding). The Host header states the name in the address bar, Origin the page that asks.
