@@ -112,8 +112,9 @@ def main() -> None:
     listener = bind(args.host, args.port)  # fails before models are loaded
     silence_third_party()
     trust_remote_code(args.trust_remote_code)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("reclingua.serving").setLevel(logging.INFO)
+    logger = logging.getLogger("reclingua.serving")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
 
     # ---- Models ----
     queue = BatchQueue(args.max_batch, args.max_wait_ms / 1000, args.max_queue, Metrics())

@@ -161,18 +161,14 @@ def build_router(service: Service) -> APIRouter:
         )
 
     @router.get("/items")
-    def items(
-        query: Annotated[str, Query(max_length=1000, description="words of a title")] = "",
-        limit: Annotated[int, Query(ge=1, le=100)] = 10,
-        model: Annotated[str | None, Query(max_length=200)] = None,
-    ) -> schemas.ItemsAnswer:
+    def items(asked: Annotated[schemas.ItemsQuery, Query()]) -> schemas.ItemsAnswer:
         """Return items by the words of their titles."""
-        served = service.find_model(model, ANY_MODEL, "query")
-        found = [
-            schemas.Item(item=item, title=served.catalogue.titles[item])
-            for item in served.catalogue.find(query, limit)
+        model = service.find_model(asked.model, ANY_MODEL, "query")
+        titles = model.catalogue.titles
+        items = [
+            schemas.Item(item=item, title=titles[item]) for item in model.catalogue.find(asked.query, asked.limit)
         ]
-        return schemas.ItemsAnswer(model=served.name, catalogue=served.version, items=found)
+        return schemas.ItemsAnswer(model=model.name, catalogue=model.version, items=items)
 
     @router.get("/models")
     async def models() -> list[schemas.ModelInfo]:

@@ -3,6 +3,7 @@
 An id is one of the dataset folder, a text or a whole number.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema
@@ -13,8 +14,16 @@ from reclingua.inference.request_files import MAX_ITEMS
 MAX_SCORED = 1000  # items of a request for scores
 
 
+def to_whole(value: object) -> object:
+    """Return 2 for 2.0, which JSON Schema calls an integer, and anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def to_id(value: object) -> object:
-    """Return a whole number as text, and anything else as it is."""
+    """Return a whole number as text, and anything else as it is; ValueError for halves of characters."""
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise ValueError("should be valid Unicode")
+    value = to_whole(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -40,7 +49,9 @@ class Request(BaseModel):
 class RecommendRequest(Request):
     """A history, and what its list should be like."""
 
-    k: StrictInt = Field(10, ge=1, description="length of the list, at most `max_k` of the model (/v1/models)")
+    k: Annotated[StrictInt, BeforeValidator(to_whole)] = Field(
+        10, ge=1, description="length of the list, at most `max_k` of the model (/v1/models)"
+    )
     exclude: Ids = Field([], description="items to leave out")
     candidates: Ids | None = Field(None, description="recommend these items only")
     exclude_seen: StrictBool = Field(False, description="leave out the items of the history")
@@ -52,6 +63,16 @@ class ScoreRequest(Request):
 
     items: list[Id] = Field(min_length=1, max_length=MAX_SCORED, description="items to score")
     user: Id | None = Field(None, description="user id of the ratings, for models with user embeddings")
+
+
+class ItemsQuery(BaseModel):
+    """Query parameters of a search for items; a parameter with another name is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    query: str = Field("", max_length=1000, description="words of a title")
+    limit: int = Field(10, ge=1, le=100)
+    model: str | None = Field(None, max_length=200, description="default: the first")
 
 
 class Item(BaseModel):
