@@ -1,24 +1,23 @@
-"""Routes of the server: validation, the queue, deadlines, and the answers."""
+"""Routes of the server, its answers to errors, and what it does at its start and end."""
 
 import asyncio
 import json
 import logging
 import signal
 import traceback
-from collections.abc import AsyncIterator, Container, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from reclingua.serving import schemas
-from reclingua.serving.access import BodyDeadline, Keys
-from reclingua.serving.batching import BatchQueue, QueueFullError
+from reclingua.serving.access import BodyDeadline
+from reclingua.serving.batching import QueueFullError
 from reclingua.serving.metrics import RequestMetrics
-from reclingua.serving.models import ListRequest, NextItemModel, RatingModel, ScoreRequest, ServedModel
-from reclingua.serving.registry import ModelRegistry
+from reclingua.serving.service import Service, invalid
 from reclingua.utils.access import HostCheck
 from reclingua.utils.errors import InputError
 
@@ -36,67 +35,6 @@ NO_ANSWER: dict[int | str, dict[str, Any]] = {
 }
 
 logger = logging.getLogger("reclingua.serving")
-Model = TypeVar("Model", NextItemModel, ServedModel)
-ANY_MODEL: tuple[type[ServedModel], ...] = (NextItemModel, RatingModel)
-
-
-class Service:
-    """What the routes share.
-
-    Args:
-        timeout: seconds from a request to its deadline.
-    """
-
-    def __init__(self, registry: ModelRegistry, queue: BatchQueue, keys: Keys, timeout: float):
-        self.registry, self.queue, self.keys, self.timeout = registry, queue, keys, timeout
-        self.is_draining = False
-
-    def find_model(self, name: str | None, kinds: tuple[type[Model], ...], place: str) -> Model:
-        """Return the served model `name`, or without a name the first of these kinds; error 422 if there is none."""
-        fitting = {key: model for key, model in self.registry.models.items() if isinstance(model, kinds)}
-        model = next(iter(fitting.values()), None) if name is None else fitting.get(name)
-        if model is None:
-            names = ", ".join(fitting) or "none: no served model can answer this"
-            raise invalid((place, "model"), f"should be one of {names}")
-        return model
-
-    async def answer(self, request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-        """Return the result of `work`, which is cancelled when the client leaves (499) or at the deadline (504)."""
-        task, left = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect(request))
-        try:
-            done, _ = await asyncio.wait({task, left}, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
-            if task in done:
-                return task.result()
-        finally:
-            task.cancel()
-            left.cancel()
-        self.queue.metrics.given_up.labels("disconnect" if left in done else "deadline").inc()
-        if left in done:
-            raise HTTPException(499, "the client left")
-        raise HTTPException(504, f"no answer within {self.timeout:g} seconds")
-
-
-async def wait_for_disconnect(request: Request) -> None:
-    """Return when the client has closed the connection; the body has been read before."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def invalid(place: Sequence[str], message: str) -> RequestValidationError:
-    """Return error 422 that names the field of a request."""
-    return RequestValidationError([{"loc": place, "msg": message, "type": "value_error"}])
-
-
-def split_known(items: Iterable[str], known: Container[str]) -> tuple[list[str], list[str]]:
-    """Return the known items in their order, and the others, each once."""
-    present: list[str] = []
-    unknown: dict[str, None] = {}
-    for item in items:
-        if item in known:
-            present.append(item)
-        else:
-            unknown[item] = None
-    return present, list(unknown)
 
 
 def build_router(service: Service) -> APIRouter:
@@ -106,94 +44,24 @@ def build_router(service: Service) -> APIRouter:
     @router.post("/recommend")
     async def recommend(body: schemas.RecommendRequest, request: Request) -> schemas.RecommendAnswer:
         """Return the best items after a history; the most popular ones if it has no known item."""
-        model = service.find_model(body.model, (NextItemModel,), "body")
-        longest = model.max_k(body.fuse)
-        k = body.k if "k" in body.model_fields_set else min(body.k, longest)
-        if k > longest:
-            raise invalid(("body", "k"), f"should be {longest} at most")
-        if body.fuse and body.exclude_seen not in model.fused:
-            seen = "with" if body.exclude_seen else "without"
-            raise invalid(("body", "fuse"), f"{model.name} holds no fusion {seen} exclude_seen")
-        known = model.catalogue
-        history, unknown = split_known(body.history, known)
-        excluded, unknown_excluded = split_known(body.exclude, known)
-        candidates, unknown_candidates = split_known(body.candidates or [], known)
-        left_out = set(excluded)
-        if body.candidates is not None:
-            left_out |= known.titles.keys() - candidates
-        if history:
-            compute = model.recommend_fused if body.fuse else model.recommend
-            wanted = ListRequest(history, k, left_out, body.exclude_seen)
-            ranked = await service.answer(request, service.queue.submit(compute, wanted))
-        else:
-            ranked = [entry for entry in model.popular if entry.item not in left_out][:k]
-        ignored = {"history": unknown, "exclude": unknown_excluded, "candidates": unknown_candidates}
-        return schemas.RecommendAnswer(
-            **describe(model, history, ignored),
-            items=[
-                schemas.RankedItem(item=entry.item, title=known.titles[entry.item], score=entry.score)
-                for entry in ranked
-            ],
-        )
+        return await service.recommend(body, request)
 
     @router.post("/score")
     async def score(body: schemas.ScoreRequest, request: Request) -> schemas.ScoreAnswer:
         """Return the scores of given items after a history."""
-        model = service.find_model(body.model, ANY_MODEL, "body")
-        history, unknown = split_known(body.history, model.catalogue)
-        items, unknown_items = split_known(body.items, model.catalogue)
-        ignored = {"history": unknown, "items": unknown_items}
-        users, ignored["user"] = split_known([body.user] if body.user else [], model.users)
-        needs_history = isinstance(model, NextItemModel)
-        scores: list[tuple[float, float | None]] = []
-        if isinstance(model, NextItemModel) and not history:
-            scores = [(model.counts[item], None) for item in items]
-        elif items:
-            wanted = ScoreRequest(history, items, users[0] if users else None)
-            size = 1 if needs_history else len(items)
-            scores = await service.answer(request, service.queue.submit(model.score, wanted, size))
-        return schemas.ScoreAnswer(
-            **describe(model, history or not needs_history, ignored),
-            scores=[
-                schemas.ScoredItem(item=item, score=value, probability=probability)
-                for item, (value, probability) in zip(items, scores, strict=True)
-            ],
-        )
+        return await service.score(body, request)
 
     @router.get("/items")
     def items(asked: Annotated[schemas.ItemsQuery, Query()]) -> schemas.ItemsAnswer:
         """Return items by the words of their titles."""
-        model = service.find_model(asked.model, ANY_MODEL, "query")
-        titles = model.catalogue.titles
-        items = [
-            schemas.Item(item=item, title=titles[item]) for item in model.catalogue.find(asked.query, asked.limit)
-        ]
-        return schemas.ItemsAnswer(model=model.name, catalogue=model.version, items=items)
+        return service.find_items(asked)
 
     @router.get("/models")
     async def models() -> list[schemas.ModelInfo]:
         """Return the served models."""
-        return [
-            schemas.ModelInfo(
-                name=model.name,
-                kind=model.kind,
-                dataset=model.dataset.name,
-                catalogue=model.version,
-                items=len(model.catalogue.titles),
-                max_k=model.max_k(False) if isinstance(model, NextItemModel) else None,
-                fusions=list(model.fused) if isinstance(model, NextItemModel) else [],
-            )
-            for model in service.registry.models.values()
-        ]
+        return service.list_models()
 
     return router
-
-
-def describe(model: ServedModel, is_by_model: object, ignored: dict[str, list[str]]) -> dict[str, Any]:
-    """Return the fields of `ModelAnswer`."""
-    source: schemas.Source = "model" if is_by_model else "popularity"
-    unknown = {field: ids for field, ids in ignored.items() if ids}
-    return {"model": model.name, "catalogue": model.version, "source": source, "ignored": unknown}
 
 
 def build_state_router(service: Service) -> APIRouter:

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 
-from reclingua.datasets.ratings import to_numpy
 from reclingua.decoding.beam_search import ScoredItem
 from reclingua.inference.catalogue import Catalogue
 from reclingua.inference.fusion import DEPTH, FusedRecommender, load_fusion
 from reclingua.inference.loading import load_metadata, load_next_item_dataset
 from reclingua.inference.recommender import Recommender
 from reclingua.inference.scorer import Scorer
-from reclingua.inference.user_lists import most_popular
+from reclingua.inference.user_lists import liked_items, most_popular
 from reclingua.utils.errors import InputError
 from reclingua.utils.provenance import fingerprint
 
@@ -165,12 +163,9 @@ class RatingModel:
 
     def __init__(self, name: str, scorer: Scorer, options: ModelOptions):
         self.name, self.scorer, self.options, self.dataset = name, scorer, options, scorer.dataset
-        parts = self.dataset.parts
-        self.users = frozenset(
-            str(user) for part in parts.values() for user in np.unique(to_numpy(part, "uid")).tolist()
-        )
+        self.users = frozenset(liked_items(self.dataset))
         titles = {item: str(texts["title"]) for item, texts in self.dataset.items.items()}
-        self.catalogue = Catalogue(titles, Counter(map(str, to_numpy(parts["train"], "iid").tolist())))
+        self.catalogue = Catalogue(titles, Counter(map(str, self.dataset.parts["train"]["iid"])))
         self.version = fingerprint(titles)[:VERSION_LENGTH]
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[tuple[float, float | None]]]:

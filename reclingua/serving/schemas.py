@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema
 
-from reclingua.datasets.interactions import MAX_ID
-from reclingua.inference.request_files import MAX_ITEMS
+from reclingua.inference.request_files import MAX_ID, MAX_ITEMS
 
 MAX_SCORED = 1000  # items of a request for scores
 

@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 import serve
+from reclingua import Recommender
 from reclingua.serving.access import ADMIN_KEY, API_KEYS
 from tests.helpers.scripts import ROOT
 from tests.helpers.server import ADMIN, KEY, run_server, write_titles
@@ -95,6 +96,24 @@ def test_a_body_that_does_not_arrive_is_given_up(flags):
             )
             answer = b"".join(iter(lambda: sock.recv(65536), b""))  # until the server closes the connection
         assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in time" in answer
+
+
+def test_a_failure_is_of_one_request_and_its_message_is_not_in_the_log(flags, monkeypatch):
+    real = Recommender.recommend
+
+    def recommend(self, histories, *args, **options):
+        if ["8", "7"] in histories:
+            raise KeyError("secret 8 7")
+        return real(self, histories, *args, **options)
+
+    monkeypatch.setattr(Recommender, "recommend", recommend)
+    with run_server(*flags, "--max_wait_ms", 300) as server:
+        bodies = [{"history": history} for history in ([1], [8, 7], [2])]
+        responses = server.post_all("/v1/recommend", bodies)
+        assert [response.status_code for response in responses] == [200, 500, 200]
+        assert "secret" not in responses[1].text + server.log.read_text()
+        assert "/v1/recommend failed: KeyError" in server.log.read_text()
+        assert server.metric('reclingua_requests_total{path="/v1/recommend",status="500"}') == 1
 
 
 # ---- Reload ----
