@@ -11,8 +11,8 @@ RUN pip install --no-cache-dir -r requirements.txt
 COPY serve.py .
 COPY reclingua reclingua
 
-RUN useradd --create-home server
-USER server
+RUN useradd --create-home --uid 1000 server
+USER 1000
 
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \

@@ -22,14 +22,14 @@ from types import FrameType
 
 import uvicorn
 
-from reclingua.serving.access import API_KEYS, Keys
+from reclingua.serving.access import Keys
 from reclingua.serving.app import build_app
 from reclingua.serving.batching import BatchQueue
 from reclingua.serving.metrics import Metrics
 from reclingua.serving.models import ModelOptions, ModelSource
 from reclingua.serving.registry import ModelRegistry
 from reclingua.serving.service import Service
-from reclingua.utils.access import LOOPBACK
+from reclingua.utils.access import API_KEYS, LOOPBACK
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.processes import claim_device

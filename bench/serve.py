@@ -30,7 +30,7 @@ from bench.common import process_mb, write_results
 from bench.recommend import generate_histories
 from reclingua import Recommender
 from reclingua.inference.loading import load_metadata
-from reclingua.serving.access import ADMIN_KEY
+from reclingua.utils.access import ADMIN_KEY
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import read_json, write_json
 from serve import URL_PREFIX

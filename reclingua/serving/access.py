@@ -11,9 +11,9 @@ from fastapi import Depends, HTTPException
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from reclingua.utils.access import ADMIN_KEY, API_KEYS
 from reclingua.utils.errors import InputError
 
-API_KEYS, ADMIN_KEY = "RECLINGUA_API_KEYS", "RECLINGUA_ADMIN_KEY"  # in the environment
 MIN_KEY_LENGTH = 16  # characters
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]

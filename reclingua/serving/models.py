@@ -92,7 +92,7 @@ class NextItemModel:
     ):
         self.name, self.recommender, self.fused = name, recommender, fused
         self.options, self.weights = options, weights
-        self.dataset = recommender.dataset
+        self.dataset, self.max_his_len = recommender.dataset, recommender.metadata.max_his_len
         self.popular = most_popular(self.dataset, self.dataset.index)
         titles = {item: self.dataset.title(item) for item in self.dataset.index}
         self.counts = {entry.item: int(entry.score) for entry in self.popular}
@@ -163,6 +163,7 @@ class RatingModel:
 
     def __init__(self, name: str, scorer: Scorer, options: ModelOptions):
         self.name, self.scorer, self.options, self.dataset = name, scorer, options, scorer.dataset
+        self.max_his_len = scorer.metadata.max_his_len
         self.users = frozenset(liked_items(self.dataset))
         titles = {item: str(texts["title"]) for item, texts in self.dataset.items.items()}
         self.catalogue = Catalogue(titles, Counter(map(str, self.dataset.parts["train"]["iid"])))

@@ -93,6 +93,7 @@ class Service:
                 catalogue=model.version,
                 items=len(model.catalogue.titles),
                 max_k=model.max_k(False) if isinstance(model, NextItemModel) else None,
+                max_his_len=model.max_his_len,
                 fusions=list(model.fused) if isinstance(model, NextItemModel) else [],
             )
             for model in self.registry.models.values()

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from reclingua.utils.errors import InputError
 
 LOOPBACK = ("127.0.0.1", "localhost")
+API_KEYS, ADMIN_KEY = "RECLINGUA_API_KEYS", "RECLINGUA_ADMIN_KEY"  # of serve.py, in the environment
 
 
 class HostCheck:

@@ -7,9 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import demo
 from reclingua import Recommender, Scorer
+from reclingua.demo.next_item import NextItem
+from reclingua.demo.remote import RemoteRecommender
 from reclingua.inference.fusion import load_fusion
 from reclingua.inference.user_lists import most_popular
+from reclingua.utils.errors import InputError
 from tests.helpers.server import ADMIN, KEY
 
 pytestmark = pytest.mark.slow
@@ -107,6 +111,20 @@ def test_the_known_items_of_a_history_are_read(server, recommender):
     assert nothing.status_code == 200 and nothing.json()["items"] == []
 
 
+def test_the_demo_asks_the_server(server, recommender, checkpoints, refused):
+    remote = NextItem(RemoteRecommender(server.url, checkpoints.data, KEY), 8)
+    local = NextItem(recommender, 8)
+    assert (remote.name, remote.max_his_len, remote.recommenders[1:]) == ("lcrec", 3, local.recommenders[1:])
+    for name in remote.recommenders:
+        answers = [model.ask(name, ["1", "2", "3"], 5, exclude_seen=True, taken="4") for model in (remote, local)]
+        assert answers[0]._replace(seconds=0) == answers[1]._replace(seconds=0)
+    with pytest.raises(InputError, match="answers 401"):
+        RemoteRecommender(server.url, checkpoints.data, "wrong")
+    for url, message in (("http://127.0.0.1:1", "cannot be asked"), ("nonsense", "cannot be asked")):
+        assert message in refused(demo.main, "--server", url, "--data_path", checkpoints.data)
+    assert "give one of them" in refused(demo.main)
+
+
 # ---- Catalogue and state ----
 
 
@@ -117,7 +135,7 @@ def test_catalogue_and_state(server):
     models = {model["name"]: model for model in server.client.get("/v1/models").json()}
     assert models["lcrec"] | {"catalogue": ""} == {
         "name": "lcrec", "kind": "next-item", "dataset": "toy", "catalogue": "", "items": 9, "max_k": 8,
-        "fusions": [True],
+        "max_his_len": 3, "fusions": [True],
     }  # fmt: skip
     assert models["likes"]["kind"] == "rating" and models["din"]["items"] == 30
     assert server.client.get("/health").json() == {"status": "ok"}
@@ -252,7 +270,7 @@ def test_requests_made_from_the_openapi_document(server, mode):
 
         @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
         @settings(
-            max_examples=60 if has_input else 2, deadline=None, derandomize=True, database=None,
+            max_examples=30 if has_input else 2, deadline=None, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         def check(case):
