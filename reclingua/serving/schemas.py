@@ -136,9 +136,7 @@ class ModelInfo(BaseModel):
     catalogue: str
     items: int = Field(description="number of items")
     max_k: int | None = Field(description="longest list; null for a model of ratings")
-    max_his_len: int = Field(
-        description="items of a history that the model reads, the last ones"
-    )
+    max_his_len: int = Field(description="items of a history that the model reads, the last ones")
     fusions: list[bool] = Field(description="values of exclude_seen with which `fuse` can be asked for")
 
 
