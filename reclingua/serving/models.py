@@ -1,4 +1,4 @@
-"""Models of the server, each with the catalogue of its items; both stay as they are, a reload opens new ones."""
+"""Models of the server, each with the catalogue of its items. They never change: a reload opens new ones."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence

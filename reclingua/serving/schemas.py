@@ -1,4 +1,4 @@
-"""Requests and answers of the server as JSON: what is valid, and what the OpenAPI document states.
+"""Schemas of requests and answers: they validate JSON and make the OpenAPI document.
 
 An id is one of the dataset folder, a text or a whole number.
 """
@@ -37,7 +37,7 @@ Source = Literal["model", "popularity"]
 
 
 class Request(BaseModel):
-    """What all requests have in common; a field with another name is an error."""
+    """Fields of all requests; a field with another name is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,7 +46,7 @@ class Request(BaseModel):
 
 
 class RecommendRequest(Request):
-    """A history, and what its list should be like."""
+    """Request for a list."""
 
     k: Annotated[StrictInt, BeforeValidator(to_whole)] = Field(
         10, ge=1, description="length of the list, at most `max_k` of the model (/v1/models)"
@@ -58,7 +58,7 @@ class RecommendRequest(Request):
 
 
 class ScoreRequest(Request):
-    """A history, and the items to score."""
+    """Request for the scores of given items."""
 
     items: list[Id] = Field(min_length=1, max_length=MAX_SCORED, description="items to score")
     user: Id | None = Field(None, description="user id of the ratings, for models with user embeddings")
@@ -96,14 +96,14 @@ class ScoredItem(BaseModel):
 
 
 class Answer(BaseModel):
-    """What all answers have in common."""
+    """Fields of all answers."""
 
     model: str = Field(description="name of the model")
     catalogue: str = Field(description="version of the items that the whole answer is about")
 
 
 class ModelAnswer(Answer):
-    """What all answers of a model have in common."""
+    """Fields of the answers that a model computes."""
 
     source: Source = Field(description="popularity: the history has no known item")
     ignored: dict[str, list[str]] = Field(description="field of the request -> its unknown ids")
@@ -153,6 +153,6 @@ class Status(BaseModel):
 
 
 class Problem(BaseModel):
-    """Why a request has no other answer."""
+    """Reason why a request has no other answer."""
 
     detail: str

@@ -1,4 +1,4 @@
-"""Service behind the routes: checks a request against the served models, computes it in time, and words its answer."""
+"""Service behind the routes: checks requests against the served models, and has them computed before a deadline."""
 
 import asyncio
 from collections.abc import Container, Coroutine, Sequence
@@ -18,7 +18,7 @@ ANY_MODEL: tuple[type[ServedModel], ...] = (NextItemModel, RatingModel)
 
 
 class Service:
-    """What the routes share.
+    """Answers to valid requests, by the served models.
 
     Args:
         timeout: seconds from a request to its deadline.
