@@ -2,6 +2,7 @@
 
 python demo.py --ckpt_path ckpt/ml-100k/lcrec --dataset ml-100k                      then open http://127.0.0.1:7860
 python demo.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ~/datasets
+python demo.py --server http://127.0.0.1:8000                                        of python serve.py
 
 It listens on 127.0.0.1, answers pages of its own alone, and makes no outbound requests.
 """
@@ -18,10 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from reclingua import Recommender, Scorer
-from reclingua.demo.access import LOOPBACK, check_hosts, parse_auth
 from reclingua.inference.fusion import load_fusion
 from reclingua.inference.loading import load_metadata
 from reclingua.inference.rating_fusion import load_rating_fusion
+from reclingua.utils.access import API_KEYS, LOOPBACK, check_hosts, parse_auth
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.hub import TRUST_HELP, trust_remote_code
 from reclingua.utils.text import unique_names
@@ -35,8 +36,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("models")
     model.add_argument(
-        "--ckpt_path", type=Path, nargs="+", required=True, help="folders written by finetune.py, a tab for each"
+        "--ckpt_path", type=Path, nargs="+", default=[], help="folders written by finetune.py, a tab for each"
     )
+    model.add_argument(
+        "--server", metavar="URL",
+        help=f"ask the next-item model of this serve.py, with the first key of {API_KEYS}, and load no checkpoint",
+    )  # fmt: skip
     model.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
     model.add_argument("--cf_model", help="collaborative model of a checkpoint, overrides the stored path")
     model.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
@@ -72,6 +77,8 @@ def main() -> None:
         raise InputError(f"--num_beams {args.num_beams}: should be 1 at least")
     if not 0 < args.timeout <= 86_400:
         raise InputError(f"--timeout {args.timeout:g}: should be more than 0 seconds, and a day at most")
+    if bool(args.server) == bool(args.ckpt_path):
+        raise InputError("--ckpt_path, --server: give one of them")
     if len(set(args.ckpt_path)) < len(args.ckpt_path):
         raise InputError("--ckpt_path: a folder is given twice; name each once")
     if args.auth is not None:
@@ -92,6 +99,7 @@ def serve_page(args: argparse.Namespace, methods: dict[Path, str]) -> None:
     # ---- Models, each with its data ----
     from reclingua.demo.app import THEME, build_page  # Gradio takes seconds to import
     from reclingua.demo.next_item import NextItem
+    from reclingua.demo.remote import RemoteRecommender
     from reclingua.demo.yes_no import YesOrNo
 
     models: dict[str, NextItem | YesOrNo] = {}
@@ -106,6 +114,11 @@ def serve_page(args: argparse.Namespace, methods: dict[Path, str]) -> None:
             model = YesOrNo(scorer, load_rating_fusion(folder, scorer))
         models[name] = model
         print(f"{folder}: {model.name} on {model.dataset.name}, {len(model.catalogue.titles):,} items")
+
+    if args.server:
+        key = os.environ.get(API_KEYS, "").partition(",")[0].strip()
+        remote = RemoteRecommender(args.server.rstrip("/"), args.data_path, key, args.timeout)
+        models[remote.metadata.method] = NextItem(remote, min(args.num_beams, remote.info["max_k"]))
 
     # ---- The page, on loopback ----
     page, port = build_page(models, args.timeout), free_port(args.port)

@@ -14,7 +14,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
-    "Train and test": ("finetune", "pretrain", "test", "recommend", "report", "demo"),
+    "Train and test": ("finetune", "pretrain", "test", "recommend", "serve", "report", "demo"),
     "Data": ("data.prepare", "data.check", "data.clean", "data.intentions"),
     "Semantic IDs": ("index.embed", "index.train", "index.generate", "index.repair", "index.report"),
     "Weights": (

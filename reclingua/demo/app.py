@@ -9,10 +9,10 @@ from typing import Any
 import gradio as gr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from reclingua.demo.catalogue import MAX_QUERY_LENGTH, Catalogue
 from reclingua.demo.next_item import NextItem
 from reclingua.demo.worker import Worker
 from reclingua.demo.yes_no import YesOrNo
+from reclingua.inference.catalogue import MAX_QUERY_LENGTH, Catalogue
 from reclingua.utils.errors import InputError
 
 FOLDER = Path(__file__).parent

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from reclingua.baselines import UNTUNED, fit_baselines
-from reclingua.demo.catalogue import Catalogue
+from reclingua.demo.remote import RemoteRecommender
+from reclingua.inference.catalogue import Catalogue
 from reclingua.inference.fusion import FusedRecommender
 from reclingua.inference.recommender import Recommender
 from reclingua.utils.errors import InputError
@@ -43,7 +44,12 @@ class NextItem:
         fused: the model fused with baselines, which is asked like a further recommender.
     """
 
-    def __init__(self, recommender: Recommender, num_beams: int, fused: FusedRecommender | None = None):
+    def __init__(
+        self,
+        recommender: Recommender | RemoteRecommender,
+        num_beams: int,
+        fused: FusedRecommender | None = None,
+    ):
         self.recommender, self.num_beams, self.fused = recommender, num_beams, fused
         self.dataset, self.name = recommender.dataset, recommender.metadata.method
         self.max_his_len = recommender.metadata.max_his_len

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reclingua.datasets.ratings import make_ratings, to_numpy
-from reclingua.demo.catalogue import Catalogue
+from reclingua.inference.catalogue import Catalogue
 from reclingua.inference.rating_fusion import FusedScorer
 from reclingua.inference.scorer import Scorer
 from reclingua.utils.errors import InputError

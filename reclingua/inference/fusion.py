@@ -5,7 +5,7 @@ fused.recommend([["12", "55", "7"]], k=10)
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ class FusedRecommender:
         ranked: Sequence[Sequence[ScoredItem]] | None = None,
         batch_size: int = 32,
         show_progress: bool = False,
+        excluded: Sequence[Collection[str]] | None = None,
     ) -> Candidates:
         """Return the candidates of each history with the scores of the model and of each baseline.
 
@@ -133,22 +134,26 @@ class FusedRecommender:
             samples: of the histories, for the model.
             histories: whole, for the baselines, and left out of the candidates where the settings say so.
             ranked: the model's lists for the samples, if they were searched already.
+            excluded: for each history further items to leave out.
         """
         settings, catalogue = self.settings, self.baselines.catalogue
+        left_out: Sequence[Collection[str]] | None = histories if settings.excludes_seen else None
+        if excluded is not None:
+            seen = left_out or [[]] * len(excluded)
+            left_out = [[*items, *further] for items, further in zip(seen, excluded, strict=True)]
         if ranked is None:
-            seen = histories if settings.excludes_seen else None
             prompts = self.recommender.encode(samples, settings.prompt_id)
             ranked = self.recommender.search(
-                prompts, settings.num_beams, seen, batch_size, settings.score_over, show_progress
+                prompts, settings.num_beams, left_out, batch_size, settings.score_over, show_progress
             )
         found = np.full((len(ranked), max(map(len, ranked), default=0)), -1)
         for row, entries in enumerate(ranked):
             found[row, : len(entries)] = catalogue.encode_items(entry.item for entry in entries)
         encoded = catalogue.encode(histories)
-        excluded = encoded if settings.excludes_seen else None
+        unwanted = catalogue.encode(left_out) if left_out is not None else None
         known = self.recommender.trie.item_to_number  # fewer after `Recommender.restrict`
         allowed = np.array([item in known for item in catalogue.items])
-        best = best_candidates(self.baselines, self.names, encoded, excluded, allowed)
+        best = best_candidates(self.baselines, self.names, encoded, unwanted, allowed)
         numbers = unite([found, *best])
         items = [[catalogue.items[number] for number in row[row >= 0]] for row in numbers]
         scores = np.zeros((1 + len(self.names), *numbers.shape), np.float32)
@@ -172,16 +177,24 @@ class FusedRecommender:
         return np.where(ranks > k, 0, ranks)
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int = 10, exclude_seen: bool = False, batch_size: int = 32
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        exclude_seen: bool = False,
+        batch_size: int = 32,
+        excluded: Sequence[Collection[str]] | None = None,
     ) -> list[list[ScoredItem]]:
         """Return for each history its best `k` items, best first, with their fused scores.
+
+        Args:
+            excluded: for each history further items to leave out.
 
         Raises:
             InputError: as `Recommender.recommend`.
         """
         samples = self.recommender.encode_histories(histories)
         asked = FusedRecommender(self.recommender, self.baselines, replace(self.settings, excludes_seen=exclude_seen))
-        candidates = asked.build_candidates(samples, histories, batch_size=batch_size)
+        candidates = asked.build_candidates(samples, histories, batch_size=batch_size, excluded=excluded)
         scores = fuse(candidates, self.settings.method, self.settings.weights)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         items = self.baselines.catalogue.items

@@ -6,7 +6,7 @@ from pathlib import Path
 def unique_names(paths: list[Path]) -> list[str]:
     """Return file names without .index.json, with as many parent folders as make them distinct."""
     bare = [path.with_name(path.name.removesuffix(".json").removesuffix(".index")) for path in paths]
-    for length in range(1, max(len(path.parts) for path in bare) + 1):
+    for length in range(1, max((len(path.parts) for path in bare), default=0) + 1):
         names = ["/".join(path.parts[-length:]) for path in bare]
         if len(set(names)) == len(names):
             return names

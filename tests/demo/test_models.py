@@ -16,10 +16,10 @@ import finetune
 import test as test_script
 from reclingua import Recommender, Scorer
 from reclingua.demo.app import THEME, Session, build_page, parse_pick, render_part
-from reclingua.demo.catalogue import MAX_TITLE_LENGTH, Catalogue
 from reclingua.demo.next_item import NextItem
 from reclingua.demo.worker import Worker
 from reclingua.demo.yes_no import YesOrNo
+from reclingua.inference.catalogue import MAX_TITLE_LENGTH, Catalogue
 from reclingua.inference.rating_fusion import FusedScorer, RatingFusion
 from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import METADATA_FILE

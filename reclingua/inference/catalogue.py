@@ -1,4 +1,4 @@
-"""Catalogue of the demo: full-text search in the titles of a dataset's items."""
+"""Catalogue of items: full-text search in their titles, for the demo and the server."""
 
 import unicodedata
 from collections.abc import Mapping

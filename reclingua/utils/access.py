@@ -1,4 +1,4 @@
-"""Which requests the demo page answers: those addressed to it by its own name, from its own pages.
+"""Which requests a server on this machine answers: those addressed to it by its own name, from its own pages.
 
 A browser lets any web page send requests to 127.0.0.1, and read the answers of a server that takes the name of that
 page for its own (DNS rebinding). The Host header states the name in the address bar, Origin the page that asks.
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from reclingua.utils.errors import InputError
 
 LOOPBACK = ("127.0.0.1", "localhost")
+API_KEYS, ADMIN_KEY = "RECLINGUA_API_KEYS", "RECLINGUA_ADMIN_KEY"  # of serve.py, in the environment
 
 
 class HostCheck:

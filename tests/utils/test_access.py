@@ -5,7 +5,7 @@ import http.client
 import pytest
 from starlette.datastructures import Headers
 
-from reclingua.demo.access import LOOPBACK, HostCheck, check_hosts, parse_auth
+from reclingua.utils.access import LOOPBACK, HostCheck, check_hosts, parse_auth
 from reclingua.utils.errors import InputError
 
 

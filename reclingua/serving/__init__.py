@@ -1,0 +1,1 @@
+"""HTTP service of serve.py: models, batches of requests, routes, metrics."""
