@@ -28,7 +28,7 @@ from reclingua import Recommender, Scorer
 from reclingua.baselines import Baselines, fit_baselines
 from reclingua.baselines.fusion import fused_alone, rank_by_all
 from reclingua.baselines.rates import LikeRates
-from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions
+from reclingua.datasets.interactions import InteractionDataset, open_interactions
 from reclingua.datasets.ratings import open_ratings, sample_ratings
 from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples
 from reclingua.datasets.user_texts import read_user_texts
@@ -155,7 +155,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     print_examples(dataset, users, targets, histories, lists[prompt_ids[0]])
     print(f"\nresults in {results_file}")
     details = next_item_details(dataset, method, users, histories, targets, lists, baselines.popularity, rows)
-    folder = dataset_file(dataset.folder, dataset.name, args.index_file or "").parent
+    folder = dataset.file_path(args.index_file or "").parent
     embeddings, token_ids = recommender.model.get_input_embeddings(), recommender.token_ids
     details |= {
         "index": codebook_details(dataset, folder, embeddings, token_ids, baselines.popularity),
