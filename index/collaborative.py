@@ -15,6 +15,8 @@ from sklearn.decomposition import TruncatedSVD
 from reclingua.datasets.interactions import InteractionDataset
 from reclingua.utils.errors import InputError
 
+NEIGHBOURS = 10  # items whose interaction part an item without interactions gets
+
 
 def interaction_matrix(dataset: InteractionDataset, items: Sequence[str], users: Sequence[str]) -> csr_matrix:
     """Return the training interactions of `items` and `users`, float64 [items, users].
@@ -70,18 +72,23 @@ class JoinedEmbedding:
         joined = cls(users, svd.components_.astype(np.float32), *means, weight)
         return joined, joined._join(text, vectors)
 
-    def embed(self, dataset: InteractionDataset, items: Sequence[str], text: np.ndarray) -> np.ndarray:
-        """Embed items by the frozen SVD and centres, float32 [items, dim + width].
+    def embed(
+        self, dataset: InteractionDataset, items: Sequence[str], text: np.ndarray, known: np.ndarray
+    ) -> np.ndarray:
+        """Embed new items by the frozen SVD and centres, float32 [items, dim + width].
 
-        New items are folded in by their training interactions with the known users. The interaction part of an item
-        without any is 0.
+        Items are folded in by their training interactions with the known users. An item without any gets the
+        interaction part of its NEIGHBOURS in text: their mean direction.
 
         Args:
             text: float32 [items, dim].
+            known: float32 [known items, dim + width], the embeddings that the fit returned.
         """
-        matrix = interaction_matrix(dataset, items, self.users)
+        matrix, dim = interaction_matrix(dataset, items, self.users), text.shape[1]
         embeddings = self._join(text, (matrix @ self.components.T).astype(np.float32))
-        embeddings[matrix.getnnz(axis=1) == 0, text.shape[1] :] = 0
+        is_isolated = matrix.getnnz(axis=1) == 0
+        nearest = np.argsort(-embeddings[is_isolated, :dim] @ known[:, :dim].T, axis=1, kind="stable")[:, :NEIGHBOURS]
+        embeddings[is_isolated, dim:] = self.weight * _normalized(known[nearest, dim:].mean(axis=1))
         return embeddings
 
     def _join(self, text: np.ndarray, interactions: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from index.collaborative import JoinedEmbedding
-from reclingua.datasets.interactions import InteractionDataset, open_interactions
+from reclingua.datasets.interactions import InteractionDataset, open_interactions, read_embeddings
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import atomic_write, check_outputs, read_json
 from reclingua.utils.hub import hub_options
@@ -90,7 +90,7 @@ def embed_new_items(path: Path, dataset: InteractionDataset, items: Sequence[str
         if file_sha256(svd_path(path)) != read_json(record_path(path), "the record of embeddings").get("svd_sha256"):
             raise InputError(f"{svd_path(path)}: is not the SVD of {path.name}; {advice}")
     text = embed_text([dataset.text(item) for item in items], packaged_encoder() if plm == "minilm" else plm)
-    return text if joined is None else joined.embed(dataset, items, text)
+    return text if joined is None else joined.embed(dataset, items, text, known=read_embeddings(path))
 
 
 @cli_main

@@ -120,10 +120,14 @@ def test_a_new_item_is_recommended_without_training(asked, rewrite, data, tuned,
     assert "item '9' of toy.item.json has no index" in asked("--index_file", ".index.json")[3]
 
     rewrite("index", lambda index: index | {"9": ["<a_0>", "<a_1>"]})
-    rewrite("inter", lambda inter: {user: [*items, 9] for user, items in inter.items()})
+    rewrite("inter", lambda inter: {user: [*items, *[9] * (int(user) % 3 > 0)] for user, items in inter.items()})
     code, results, out, error = asked("--index_file", ".index.json", "--num_beams", 10, "--metrics", "hit@10")
     assert code == 0 and "1 items are new since" in out, error
     assert results["mean_results"]["hit@10"] == 1 and results["histories"].startswith("not those of training: 0 of")
+    cold, warm = (results["cold_items"][part] for part in ("cold", "warm"))  # the new item is in no training history
+    assert (cold["targets"], warm["targets"]) == (40, 20) and "cold targets: 40" in out
+    assert {"random", "text-neighbours", "popularity", "lcrec"} <= cold["rows"].keys() == warm["rows"].keys()
+    assert cold["rows"]["lcrec"]["hit@10"] == cold["rows"]["random"]["hit@10"] == 1  # of ten candidates
     recommender = Recommender.from_pretrained(tuned, data, index_file=".index.json")
     known = Recommender.from_pretrained(tuned, None)
     (ranked,), (before,) = (model.recommend([["1", "2", "3"]], k=10) for model in (recommender, known))
