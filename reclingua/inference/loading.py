@@ -156,7 +156,7 @@ def describe_difference(known: Mapping[str, list[str]], index: Mapping[str, list
     for item, tokens in index.items() if known else ():
         if new := next((code for code in tokens if code not in codes), None):
             return (
-                f": the code {new!r} of item {item!r} is new, and a tuned model learns no new codes in a test; make "
+                f": the code {new!r} of item {item!r} is new, and a tuned model learns no new codes; make "
                 "the file by python -m index.generate --extend, which uses known codes, or tune the model again"
             )
         if item in known and known[item] != tokens:
