@@ -169,7 +169,11 @@ def open_interactions(
 
 def read_raw_ids(dataset: InteractionDataset) -> dict[str, str]:
     """Return item -> its id in the raw data, from D.item2id of data.prepare or LC-Rec; empty without that file."""
-    path = dataset.folder / f"{dataset.name}.item2id"
+    return read_id_map(dataset.file_path(".item2id"))
+
+
+def read_id_map(path: Path) -> dict[str, str]:
+    """Return number -> raw id from an id map of data.prepare or LC-Rec; empty if the file does not exist."""
     if not path.exists():
         return {}
     try:
