@@ -116,11 +116,11 @@ def tune(args: Arguments, started: float) -> None:
 
 def check_required(args: Arguments) -> None:
     """Raise InputError for flags that every method needs."""
-    required = {"base_model": args.model.base_model or args.yes_no.init_from, "output_dir": args.training.output_dir}
+    required = {"base_model": args.model.base_model or args.model.init_from, "output_dir": args.training.output_dir}
     for flag, value in required.items():
         if not value:
             raise InputError(f"--{flag} is required; see --help")
-    sources = {"--base_model": args.model.base_model, "--init_from": args.yes_no.init_from}
+    sources = {"--base_model": args.model.base_model, "--init_from": args.model.init_from}
     sources |= {"--cf_model": args.yes_no.cf_model}
     paths = {flag: Path(path) for flag, path in sources.items() if path}
     check_outputs({"--output_dir": Path(args.training.output_dir)}, paths)

@@ -3,6 +3,7 @@
 python pretrain.py --model mf --dataset ml-1m --data_path ~/datasets
 python pretrain.py --model sasrec --dataset ml-1m --data_path ~/datasets --sweep
 python test.py --ckpt_path ckpt/ml-1m/mf --dataset ml-1m --data_path ~/datasets
+python pretrain.py --model mf --dataset ml-1m-new --init_from ckpt/ml-1m/mf
 python pretrain.py --model sasrec --task next_item --dataset ml-100k --exclude_seen
 python test.py --dataset ml-100k --baselines_only --exclude_seen --cf_model ckpt/ml-100k/sasrec
 """
@@ -38,7 +39,12 @@ from reclingua.inference.collaborative import (
     valid_metrics,
 )
 from reclingua.inference.next_item_sasrec import train_sasrec
-from reclingua.models.collaborative import COLLABORATIVE_MODELS
+from reclingua.models.collaborative import (
+    COLLABORATIVE_MODELS,
+    copy_known_rows,
+    load_collaborative,
+    weights_sha256,
+)
 from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.sasrec import SASRecConfig
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
@@ -187,8 +193,8 @@ def train(model: CollaborativeModel, dataset: RatingsDataset, settings: Settings
 
 def pretrain_next_item(args: argparse.Namespace) -> None:
     """Train SASRec by a softmax over all items, and save the state with the best NDCG@10 on valid."""
-    if args.model != "sasrec" or args.sweep:
-        raise InputError("--task next_item: is for --model sasrec, without --sweep")
+    if args.model != "sasrec" or args.sweep or args.init_from:
+        raise InputError("--task next_item: is for --model sasrec, without --sweep and --init_from")
     started, dataset = time.monotonic(), open_interactions(args.data_path, args.dataset)
     (settings,) = combinations(args)
     output_dir = output_folder(args.output_dir or Path("ckpt") / dataset.name / args.model)
@@ -225,6 +231,11 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--dataset", default="ml-1m", help="name of the dataset (default: %(default)s)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
     training = parser.add_argument_group("training")
+    training.add_argument(
+        "--init_from", type=Path,
+        help="folder of an earlier model of the same kind and width, whose training is continued; ids of users and "
+        "items have to be the same, new ones follow",
+    )  # fmt: skip
     for name, kind, help in (
         ("learning_rate", float, "learning rate of Adam"),
         ("weight_decay", float, "weight decay of Adam, added to the gradient"),
@@ -303,6 +314,9 @@ def main() -> None:
     output_dir = args.output_dir = args.output_dir or Path("ckpt") / dataset.name / args.model
     made_with = {"model": args.model, "ratings_sha256": dataset.sha256()}
     made_with |= {"settings": [asdict(settings) for settings in settings_to_train]}
+    initial = load_collaborative(args.init_from) if args.init_from else None
+    if initial:
+        made_with["init_from_sha256"] = weights_sha256(initial)
     check_replaceable(output_folder(output_dir), made_with, args.force)
     results_file = args.results_file or default_results_file(output_dir, dataset.name)
     model_files = ("model.safetensors", "config.json", "run.json", METADATA_FILE)
@@ -324,6 +338,8 @@ def main() -> None:
         varied = {name: getattr(settings, name) for name in GRID}
         label = ", ".join(f"{name} {value:g}" for name, value in varied.items())
         model = build(args.model, dataset, settings)
+        if initial:
+            copy_known_rows(model, initial.state_dict(), args.init_from)
         try:
             curve = train(model, dataset, settings)
         except Diverged as error:

@@ -92,9 +92,8 @@ def open_lists(args: argparse.Namespace, device: str) -> Requests:
     """Return the histories of users or of items, to be answered by a next-item model."""
     if args.pairs:
         raise InputError(f"--pairs: {args.ckpt_path} ranks next items, it scores no pairs; leave --pairs out")
-    recommender = Recommender.from_pretrained(
-        args.ckpt_path, args.data_path, dataset=args.dataset, base_model=args.base_model, device=device
-    )
+    where = {"dataset": args.dataset, "index_file": args.index_file, "base_model": args.base_model}
+    recommender = Recommender.from_pretrained(args.ckpt_path, args.data_path, device=device, **where)
     dataset, fused = recommender.dataset, None
     notes = restrict_items(args, recommender)
     options = {"exclude_seen": args.exclude_seen or args.item_to_item, "batch_size": args.batch_size}
@@ -119,6 +118,7 @@ def open_lists(args: argparse.Namespace, device: str) -> Requests:
         notes.append(f"{counts.without_items:,} {unit}s without a known item got the most popular ones")
     lists = UserLists(recommender, args.k, fused, args.item_to_item, args.bf16, **options)
     files = [path for path in dataset.files.values() if path.exists()]
+    files += [dataset.file_path(args.index_file)] if args.index_file else []
     return Requests(unit, counts.users, read, lists, files, notes)
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from reclingua import Recommender, Scorer
 from reclingua.baselines import Baselines, fit_baselines
 from reclingua.baselines.fusion import fused_alone, rank_by_all
 from reclingua.baselines.rates import LikeRates
-from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions
+from reclingua.baselines.text_neighbours import TextNeighbours
+from reclingua.datasets.interactions import InteractionDataset, open_interactions
 from reclingua.datasets.ratings import open_ratings, sample_ratings
 from reclingua.datasets.tasks import TEST_TASKS, USER_TASKS, held_out_samples
 from reclingua.datasets.user_texts import read_user_texts
@@ -41,6 +43,7 @@ from reclingua.inference.predictions import write_rankings, write_scores
 from reclingua.inference.rating_fusion import rating_rows, save_rating_fusion
 from reclingua.metrics import metrics_of_ranks, parse_metrics, ranking_metrics
 from reclingua.reporting.codebook import codebook_details
+from reclingua.reporting.cold_items import cold_item_metrics, count_candidates, print_cold_items
 from reclingua.reporting.console import print_examples, print_metrics, print_rows, print_users, summarize
 from reclingua.reporting.details import check_result_files, next_item_details, training_curves, yes_no_details
 from reclingua.reporting.single_run import write_report
@@ -146,16 +149,19 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     row_metrics = measure_rows(rows, lambda ranks: metrics_of_ranks(ranks, metrics))
 
     # ---- Results and report ----
-    about = {"users": len(users), "histories": relation}
+    about: dict[str, Any] = {"users": len(users), "histories": relation}
+    details = next_item_details(dataset, method, users, histories, targets, lists, baselines.popularity, rows)
+    num_candidates = count_candidates(dataset, histories, targets, args.exclude_seen)
+    about |= {"cold_items": cold_item_metrics(details, num_candidates, metrics)}
     more = {**row_metrics, "baseline_settings": baselines.describe(), "fusions": fusions, **about}
     write_next_item_results(args, results_file, by_prompt, more, started)
     if args.predictions_file:
         write_rankings(args.predictions_file, dataset, users, targets, rankings)
     print_metrics(method, by_prompt, row_metrics["baselines"], row_metrics["fused"])
+    print_cold_items(about["cold_items"])
     print_examples(dataset, users, targets, histories, lists[prompt_ids[0]])
     print(f"\nresults in {results_file}")
-    details = next_item_details(dataset, method, users, histories, targets, lists, baselines.popularity, rows)
-    folder = dataset_file(dataset.folder, dataset.name, args.index_file or "").parent
+    folder = dataset.file_path(args.index_file or "").parent
     embeddings, token_ids = recommender.model.get_input_embeddings(), recommender.token_ids
     details |= {
         "index": codebook_details(dataset, folder, embeddings, token_ids, baselines.popularity),
@@ -181,11 +187,17 @@ def test_samples(args: argparse.Namespace, recommender: Recommender, task: str) 
 
 
 def fit_all_baselines(args: argparse.Namespace, dataset: InteractionDataset) -> Baselines:
-    """Fit the baselines of next items, and load the SASRec of --cf_model as a further one."""
+    """Fit the baselines of next items, and load the SASRec of --cf_model as a further one.
+
+    Where test targets have no training interactions, text neighbours are one, too.
+    """
     baselines = fit_baselines(dataset, args.exclude_seen)
     if args.cf_model:
         sasrec = NextItemSASRec.from_pretrained(Path(args.cf_model), dataset, baselines.catalogue)
         baselines.models["sasrec"] = sasrec
+    if dataset.items and any(baselines.popularity[dataset.split(user, "test")[1]] == 0 for user in dataset.test_users):
+        neighbours = TextNeighbours([dataset.text(item) for item in baselines.catalogue.items])
+        baselines.models[neighbours.name] = neighbours
     if is_main_process():
         for name, reason in baselines.left_out.items():
             print(f"{name} is left out, and so is its fusion: {reason}")

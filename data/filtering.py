@@ -5,6 +5,9 @@ All filters run in DuckDB, which spills to disk. The table `ratings` of `data.in
         within one second the order of the file).
 """
 
+from collections.abc import Mapping
+
+import pandas as pd
 from duckdb import DuckDBPyConnection
 
 
@@ -83,18 +86,30 @@ def filter_core(con: DuckDBPyConnection, k: int) -> int:
     return total
 
 
-def assign_ids(con: DuckDBPyConnection, first: int = 0) -> None:
+def assign_ids(con: DuckDBPyConnection, first: int, known: Mapping[str, Mapping[str, int]]) -> None:
     """Create `users` and `items_kept` with columns id, name, number.
 
     Ids count from `first` in the order of the names, by value if all of them are integers, else alphabetically: the
     same data always gets the same ids, independent of the order of lines.
+
+    Args:
+        known: table -> id by name, of an earlier preparation. These names keep their ids, the others count after them.
     """
     for table, names, column in (("users", "user_names", "u"), ("items_kept", "item_names", "i")):
+        ids = known[table]
+        earlier = pd.DataFrame(
+            {"name": pd.Series(ids.keys(), dtype=str), "id": pd.Series(ids.values(), dtype="int64")}
+        )
+        con.register("earlier", earlier)
         con.execute(f"""
             CREATE TABLE {table} AS
-            WITH kept AS (SELECT * FROM {names} WHERE number IN (SELECT {column} FROM rated)),
+            WITH kept AS (
+                SELECT names.*, earlier.id FROM {names} AS names LEFT JOIN earlier USING (name)
+                WHERE number IN (SELECT {column} FROM rated)),
             kind AS (SELECT bool_and(regexp_full_match(name, '[0-9]+')) AS whole FROM kept)
-            SELECT row_number() OVER (
+            SELECT coalesce(id, row_number() OVER (
+                PARTITION BY id IS NULL
                 ORDER BY CASE WHEN whole THEN length(ltrim(name, '0')) END,
                     CASE WHEN whole THEN ltrim(name, '0') END, name
-            ) - 1 + {first} AS id, name, number FROM kept, kind""")
+            ) - 1 + {max(ids.values(), default=first - 1) + 1}) AS id, name, number FROM kept, kind""")
+        con.unregister("earlier")

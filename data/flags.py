@@ -48,6 +48,10 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         "--start", metavar="DAY",
         help="first day of the window, like 2001-06-01, UTC (default: all; with --task preference the last months)",
     )  # fmt: skip
+    parser.add_argument(
+        "--keep_ids", action="store_true",
+        help="users and items in the id maps of an earlier preparation there keep their ids, new ones follow",
+    )  # fmt: skip
     parser.add_argument("--memory_gb", type=float, default=4, help="memory limit of DuckDB, GB (default: %(default)s)")
     sequential = parser.add_argument_group("--task sequential")
     sequential.add_argument("--end", metavar="DAY", help="last day of the window (default: all)")
@@ -126,6 +130,7 @@ def parse_args(description: str | None) -> argparse.Namespace:
         raise InputError("--task preference needs item texts: give --items_path")
     if args.source in PUBLISHED:
         selection = {"--start": args.start, "--end": args.end, "--min_interactions": args.min_interactions}
+        selection["--keep_ids"] = args.keep_ids or None
         if flag := next((flag for flag, value in selection.items() if value is not None), None):
             raise InputError(f"{flag} has no effect with --source {args.source}, a dataset that is taken as published")
     return args

@@ -47,6 +47,7 @@ from data.published import PUBLISHED
 from data.raw_files import DISK_ERRORS
 from data.readers import SOURCES
 from reclingua.datasets.derived_files import print_stale_files
+from reclingua.datasets.interactions import read_id_map
 from reclingua.datasets.item_texts import complete_titles, describe_untitled
 from reclingua.datasets.ratings import COLUMNS, PARTS
 from reclingua.utils.errors import InputError, cli_main
@@ -84,17 +85,27 @@ def workspace(data_path: Path, memory_gb: float) -> Iterator[tuple[DuckDBPyConne
 # ---- Shared by both tasks ----
 
 
-def reduce_to_core(ingestion: Ingestion, k: int, first_id: int) -> int:
+def reduce_to_core(ingestion: Ingestion, k: int, first_id: int, prefix: str) -> int:
     """Reduce the ratings to the k-core and assign ids; return the number of dropped ratings.
 
+    Args:
+        prefix: of the names of the id maps, whose ids are kept with --keep_ids.
+
     Raises:
-        InputError: the core is empty.
+        InputError: the core is empty, or a line of an id map is broken.
     """
     con = ingestion.con
     num_dropped = filter_core(con, k)
     if not num_ratings(con):
         raise InputError(f"{ingestion.args.dataset}: the {k}-core is empty; lower --min_interactions")
-    assign_ids(con, first_id)
+    known: dict[str, dict[str, int]] = {"users": {}, "items_kept": {}}
+    for table, name in (("users", "user2id"), ("items_kept", "item2id")) if ingestion.args.keep_ids else ():
+        path = ingestion.args.data_path / ingestion.args.dataset / f"{prefix}{name}"
+        for number, raw_id in read_id_map(path).items():
+            if not number.isdecimal():
+                raise InputError(f"{path}: {raw_id[:50]!r} has {number[:50]!r}, no number; leave --keep_ids out")
+            known[table][raw_id] = int(number)
+    assign_ids(con, first_id, known)
     return num_dropped
 
 
@@ -182,7 +193,7 @@ def prepare_sequential(ingestion: Ingestion) -> None:
         if not num_ratings(con):
             raise InputError(f"{name}: no ratings from --start to --end; {span}")
     dropped["with user, item and time of another"] = filter_duplicates(con, "u, i, timestamp")
-    dropped[f"of users or items with fewer than {k}"] = reduce_to_core(ingestion, k, first_id=0)
+    dropped[f"of users or items with fewer than {k}"] = reduce_to_core(ingestion, k, 0, f"{name}.")
 
     folder = args.data_path / name
     content: dict[str, Iterable[str] | pa.RecordBatchReader] = {f"{name}.inter.json": history_texts(con)}
@@ -252,7 +263,7 @@ def prepare_preference(ingestion: Ingestion) -> None:
         raise InputError(f"{name}: no ratings {window}; {span}; see --start, --months")
     # Only the first rating of an item by a user counts: the history of a later one would contain the answer.
     dropped["of items that the user had rated before"] = filter_duplicates(con, "u, i")
-    dropped[f"of users or items with fewer than {k}"] = reduce_to_core(ingestion, k, first_id=1)
+    dropped[f"of users or items with fewer than {k}"] = reduce_to_core(ingestion, k, 1, "")
     create_parts(con, boundaries, liked_above)
     lines = []
     for part, (begin, end) in zip(PARTS, pairwise(boundaries), strict=True):

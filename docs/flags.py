@@ -15,7 +15,7 @@ from unittest import mock
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "Train and test": ("finetune", "pretrain", "test", "recommend", "serve", "report", "demo"),
-    "Data": ("data.prepare", "data.check", "data.clean", "data.intentions"),
+    "Data": ("data.prepare", "data.check", "data.clean", "data.split_cold", "data.intentions"),
     "Semantic IDs": ("index.embed", "index.train", "index.generate", "index.repair", "index.report"),
     "Weights": (
         "convert.smollm2", "convert.scratch", "convert.merge_lora", "convert.make_delta", "convert.merge_delta",

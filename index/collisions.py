@@ -8,6 +8,7 @@ import torch
 
 from index.codes import check_sizes
 from index.rqvae import RQVAE, sinkhorn, squared_distances
+from reclingua.utils.errors import InputError
 
 
 def collision_groups(codes: np.ndarray) -> list[np.ndarray]:
@@ -82,6 +83,36 @@ def resolve_collisions(model: RQVAE, latents: torch.Tensor, codes: np.ndarray) -
         for row in displaced:
             codes[row] = occupied.take_nearest(points[row])
     return codes
+
+
+@torch.no_grad()
+def assign_free_codes(model: RQVAE, latents: torch.Tensor, codes: np.ndarray) -> np.ndarray:
+    """Assign a free semantic ID to each new item, one after another: its nearest codes, or what is free beside them.
+
+    The search is that of `resolve_collisions`. It uses no code that `codes` does not have: a model that was tuned on
+    these has no token for it.
+
+    Args:
+        latents: float32 [new items, code_dim].
+        codes: int64 [items, levels], the semantic IDs in use.
+
+    Returns:
+        int64 [new items, levels], distinct and not among `codes`.
+
+    Raises:
+        InputError: there are more new items than free semantic IDs.
+    """
+    used = [np.unique(column) for column in codes.T]
+    places = np.stack([np.searchsorted(*pair) for pair in zip(used, codes.T, strict=True)], axis=1)
+    codebooks = [book.numpy()[known] for book, known in zip(model.codebooks, used, strict=True)]
+    occupied = _OccupiedCodes(codebooks, places)
+    if len(latents) > (num_free := occupied.capacity[0] - len(codes)):
+        raise InputError(
+            f"{len(latents):,} new items, but {num_free:,} semantic IDs of the codes in use are free; train a new "
+            "RQ-VAE with larger --codebook_sizes, and tune the model on its semantic IDs"
+        )
+    new = np.array([occupied.take_nearest(point) for point in latents.numpy()], dtype=np.int64)
+    return np.stack([known[column] for known, column in zip(used, new.T, strict=True)], axis=1)
 
 
 class _OccupiedCodes:

@@ -9,19 +9,19 @@ import reclingua.utils.logging  # noqa: F401
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from sklearn.decomposition import TruncatedSVD
 
-from reclingua.datasets.interactions import InteractionDataset, open_interactions
+from index.collaborative import JoinedEmbedding
+from reclingua.datasets.interactions import InteractionDataset, open_interactions, read_embeddings
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
-from reclingua.utils.files import atomic_write, check_outputs
+from reclingua.utils.files import atomic_write, check_outputs, read_json
 from reclingua.utils.hub import hub_options
 from reclingua.utils.metadata import run_metadata
-from reclingua.utils.provenance import check_replaceable, write_record
+from reclingua.utils.provenance import check_replaceable, file_sha256, read_record, record_path, write_record
 
 
 def packaged_encoder() -> str:
@@ -52,23 +52,6 @@ def embed_text(texts: list[str], plm: str, batch_size: int = 64) -> np.ndarray:
     ).astype(np.float32)
 
 
-def embed_interactions(dataset: InteractionDataset, width: int, seed: int = 0) -> np.ndarray:
-    """Embed items by truncated SVD of the item-user matrix of training interactions; float32 [items, width].
-
-    The users' columns have unit length. Items with the same users come out close. LETTER (arXiv 2405.07314) aligns
-    semantic IDs with collaborative embeddings by a contrastive loss; this is the idea in its simplest form.
-    """
-    row_of = {item: row for row, item in enumerate(dataset.item_ids)}
-    entries = [
-        (row_of[item], column, len(history) ** -0.5)
-        for column, history in enumerate(map(dataset.train_history, dataset.histories))
-        for item in set(history)
-    ]
-    rows, columns, values = zip(*entries, strict=True)
-    matrix = csr_matrix((values, (rows, columns)), shape=(len(row_of), len(dataset.histories)))
-    return TruncatedSVD(width, n_iter=10, random_state=seed).fit_transform(matrix).astype(np.float32)
-
-
 def record_settings(args: argparse.Namespace, dataset: InteractionDataset) -> dict:
     """Return what the embeddings are made with; the collaborative part depends on training histories, too."""
     settings = {"texts": dataset.sha256("texts"), "plm": args.plm, "collab_weight": args.collab_weight}
@@ -79,16 +62,35 @@ def record_settings(args: argparse.Namespace, dataset: InteractionDataset) -> di
     return settings
 
 
-def combine(text: np.ndarray, interactions: np.ndarray, weight: float) -> np.ndarray:
-    """Concatenate text and interaction vectors [items, dim], centred, of length 1 - weight and weight."""
-    return np.concatenate([(1 - weight) * _normalized(text), weight * _normalized(interactions)], axis=1).astype(
-        np.float32
-    )
+def svd_path(path: Path) -> Path:
+    """Return the path of the SVD that the embeddings at `path` were made with: D.emb-minilm-td.svd.safetensors."""
+    return path.with_suffix(".svd.safetensors")
 
 
-def _normalized(vectors: np.ndarray) -> np.ndarray:
-    vectors = vectors - vectors.mean(axis=0)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+def embed_new_items(path: Path, dataset: InteractionDataset, items: Sequence[str]) -> np.ndarray:
+    """Embed items as those at `path` were: by the same encoder, and the same SVD of interactions.
+
+    Args:
+        path: embeddings of index.embed, with their record.
+        items: ids, of `dataset`.
+
+    Returns:
+        float32 [items, dim].
+
+    Raises:
+        InputError: a file is missing, or was not written by index.embed.
+    """
+    advice = "embed all items as then, by any means, and give them as --embeddings"
+    made_with = read_record(path) or {}
+    if not isinstance(plm := made_with.get("plm"), str):
+        raise InputError(f"{path}: no record states how it was made; {advice}")
+    joined = None
+    if made_with.get("collab_weight"):
+        joined = JoinedEmbedding.load(svd_path(path))
+        if file_sha256(svd_path(path)) != read_json(record_path(path), "the record of embeddings").get("svd_sha256"):
+            raise InputError(f"{svd_path(path)}: is not the SVD of {path.name}; {advice}")
+    text = embed_text([dataset.text(item) for item in items], packaged_encoder() if plm == "minilm" else plm)
+    return text if joined is None else joined.embed(dataset, items, text, known=read_embeddings(path))
 
 
 @cli_main
@@ -124,17 +126,20 @@ def main() -> None:
     check_replaceable(output, made_with, args.force)
     with atomic_write(output) as temporary:
         texts = [dataset.text(item) for item in dataset.item_ids]
-        embeddings = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm)
+        embeddings, fitted = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm), {}
         if args.collab_weight:
             if min(len(dataset.histories), len(texts)) < 2:
                 raise InputError(f"{dataset.folder}: --collab_weight needs at least two users and two items")
             width = min(args.collab_dim, len(dataset.histories) - 1, len(texts) - 1)
             if width < args.collab_dim:
                 print(f"width of the collaborative part: {width}, since there are only {width + 1} users or items")
-            embeddings = combine(embeddings, embed_interactions(dataset, width), args.collab_weight)
+            joined, embeddings = JoinedEmbedding.fit(dataset, embeddings, width, args.collab_weight)
+            with atomic_write(svd_path(output)) as svd:
+                joined.save(svd)
+            fitted = {"svd_sha256": file_sha256(svd_path(output))}
         with temporary.open("wb") as file:
             np.save(file, embeddings, allow_pickle=False)
-        write_record(output, made_with, run_metadata(vars(args), started), written=temporary)
+        write_record(output, made_with, run_metadata(vars(args), started) | fitted, written=temporary)
     print(f"{len(embeddings):,} items, embedding width {embeddings.shape[1]} -> {output}")
 
 

@@ -64,6 +64,10 @@ class InteractionDataset:
         names = (f"{self.name}.inter.json", f"{self.name}.item.json")
         return {f"{name} of the dataset": self.folder / name for name in names}
 
+    def file_path(self, file: str | Path) -> Path:
+        """Return the path of a file of the dataset; `file` is a suffix, or a path if it contains a slash."""
+        return dataset_file(self.folder, self.name, file)
+
     @property
     def too_short(self) -> list[str]:
         """Users with fewer than three interactions."""
@@ -141,10 +145,10 @@ def open_interactions(
     if "items" in needs and sum(key == "id" for key in untitled.values()) == len(items):
         raise InputError(f"{item_path}: no item has a title, description, brand or categories; give them one")
     index_path = dataset_file(folder, name, index_file)
-    index = _read_index(index_path) if "index" in needs else {}
+    index = read_index(index_path) if "index" in needs else {}
     dataset = InteractionDataset(name, folder, histories, items, index, untitled, num_empty)
     if index:
-        check_made_from(index_path, dataset, "python -m index.generate --force")
+        check_made_from(index_path, dataset, "python -m index.generate --force, or --extend for new items alone")
 
     for known, path in ((items, item_path), (index, index_path)):
         if not known:
@@ -155,7 +159,8 @@ def open_interactions(
                 raise InputError(f"{inter_path}: user {user!r} has item {unknown!r}, which is not in {path.name}")
     if items and index and (missing := next((item for item in items if item not in index), None)) is not None:
         raise InputError(
-            f"{index_path}: item {missing!r} of {item_path.name} has no index; run python -m index.generate"
+            f"{index_path}: item {missing!r} of {item_path.name} has no index; run python -m index.generate, with "
+            "--extend for new items alone"
         )
     if items and index and (extra := next((item for item in index if item not in items), None)) is not None:
         raise InputError(f"{index_path}: item {extra!r} is not in {item_path.name}; the files are of different data")
@@ -164,7 +169,11 @@ def open_interactions(
 
 def read_raw_ids(dataset: InteractionDataset) -> dict[str, str]:
     """Return item -> its id in the raw data, from D.item2id of data.prepare or LC-Rec; empty without that file."""
-    path = dataset.folder / f"{dataset.name}.item2id"
+    return read_id_map(dataset.file_path(".item2id"))
+
+
+def read_id_map(path: Path) -> dict[str, str]:
+    """Return number -> raw id from an id map of data.prepare or LC-Rec; empty if the file does not exist."""
     if not path.exists():
         return {}
     try:
@@ -242,7 +251,8 @@ def read_items(path: Path) -> dict[str, dict]:
     return items
 
 
-def _read_index(path: Path) -> dict[str, list[str]]:
+def read_index(path: Path) -> dict[str, list[str]]:
+    """Read item -> code tokens from an index file; InputError if it is no index, or two items share a semantic ID."""
     index = read_codes(path)
     owner: dict[str, str] = {}  # joined, as in a prompt: [<a>, <b>] and [<a><b>] are the same there
     for item, codes in index.items():

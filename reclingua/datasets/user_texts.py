@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from reclingua.datasets.interactions import InteractionDataset, check_made_from, dataset_file
+from reclingua.datasets.interactions import InteractionDataset, check_made_from
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json, write_json
 
@@ -61,7 +61,7 @@ def read_user_texts(dataset: InteractionDataset, user_file: str | Path = ".user.
         InputError: names the file and the user; also if a "train" text describes a held-out item, or if the texts
             were made from other items or histories.
     """
-    path = dataset_file(dataset.folder, dataset.name, user_file)
+    path = dataset.file_path(user_file)
     check_made_from(path, dataset, f"python -m data.intentions; move {path.name} away first")
     content = read_json(path, f"{PREFERENCES} and {INTENTIONS}; python -m data.intentions makes it")
     texts = UserTexts()

@@ -11,6 +11,11 @@ from reclingua.inference.shards import ENDINGS
 from reclingua.utils.errors import InputError, one_line_errors
 from reclingua.utils.hub import TRUST_HELP
 
+INDEX_HELP = (
+    "semantic IDs, those of the checkpoint and of new items: file suffix, or a path if it has a slash (default: those "
+    "in the checkpoint)"
+)
+
 
 def test_task(name: str) -> str:
     """Return the test of that name, in whatever case."""
@@ -46,10 +51,7 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="name of the dataset (default: the one the model was tuned on)")
     data.add_argument("--data_path", default="data", help="folder that holds <dataset>/ (default: %(default)s)")
-    data.add_argument(
-        "--index_file",
-        help="semantic IDs: file suffix, or a path if it has a slash (default: those in the checkpoint)",
-    )  # fmt: skip
+    data.add_argument("--index_file", help=INDEX_HELP)
     data.add_argument(
         "--user_file", default=".user.json",
         help="user texts (preferences, intentions): file suffix or path (default: %(default)s)",
@@ -136,7 +138,7 @@ def parse_fuse(args: argparse.Namespace) -> list[str]:
 # ---- recommend.py ----
 
 RECOMMEND_INPUTS = ("histories", "candidates", "exclude_items", "pairs")  # flags of files
-LIST_FLAGS = ("histories", "candidates", "exclude_items", "exclude_seen", "num_beams", "item_to_item")
+LIST_FLAGS = ("histories", "index_file", "candidates", "exclude_items", "exclude_seen", "num_beams", "item_to_item")
 
 
 def build_recommend_parser(description: str | None) -> argparse.ArgumentParser:
@@ -163,6 +165,7 @@ def build_recommend_parser(description: str | None) -> argparse.ArgumentParser:
         "--histories", type=Path,
         help="other users: .parquet, .jsonl or .csv with the columns user and items (default: all of the dataset)",
     )  # fmt: skip
+    lists.add_argument("--index_file", help=INDEX_HELP)
     lists.add_argument("--candidates", type=Path, help="recommend these items only: a file with one id a line")
     lists.add_argument("--exclude_items", type=Path, help="never recommend these items: a file with one id a line")
     lists.add_argument("--exclude_seen", action="store_true", help="leave the user's own items out")

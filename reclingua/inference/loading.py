@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reclingua.datasets.instructions import InstructionDataset
-from reclingua.datasets.interactions import InteractionDataset, dataset_file, open_interactions, read_raw_ids
+from reclingua.datasets.interactions import InteractionDataset, open_interactions, read_raw_ids
 from reclingua.datasets.prompts import PromptTemplate, check_prompts
 from reclingua.datasets.rates import rate_texts
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
@@ -74,8 +74,9 @@ def load_next_item_dataset(
         folder: of the checkpoint, for messages.
         data_path: folder that holds <dataset>/; None: items and semantic IDs of the checkpoint alone, no histories.
         name: name of the dataset (default: that of training).
-        index_file: suffix or path of a file of semantic IDs (default: those in the checkpoint, or D.index.json for a
-            checkpoint of an earlier version, which has none).
+        index_file: suffix or path of a file of semantic IDs: those of training, or these and further items with codes
+            that the model knows (default: those in the checkpoint, or D.index.json for a checkpoint of an earlier
+            version, which has none).
         task: what the model will be asked; titles need item texts.
 
     Raises:
@@ -102,12 +103,13 @@ def load_next_item_dataset(
     index_file = index_file or ".index.json"
     dataset = open_interactions(data_path, name, [*needs, "index"], index_file)
     if dataset.sha256("index") != metadata.index_sha256:
-        path = dataset_file(dataset.folder, name, index_file)
-        advice = "leave --index_file out to use its own" if metadata.index else "see --index_file"
-        raise InputError(
-            f"{folder}: was tuned with other semantic IDs than {path} has"
-            f"{describe_difference(metadata.index, dataset.index)}; {advice}"
-        )
+        path = dataset.file_path(index_file)
+        difference = describe_difference(metadata.index, dataset.index)
+        if difference or not metadata.index:
+            advice = "leave --index_file out to use its own" if metadata.index else "see --index_file"
+            raise InputError(f"{folder}: was tuned with other semantic IDs than {path} has{difference}; {advice}")
+        num_new = len(dataset.index) - len(metadata.index)
+        print_note(f"{path}: {num_new:,} items are new since {folder} was tuned, with codes that the model knows")
     check_same_items(folder, metadata, dataset)
     return dataset
 
@@ -122,8 +124,12 @@ def check_same_items(folder: Path, metadata: CheckpointMetadata, dataset: Intera
         return
     known = f"the items that {folder} was tuned on"
     advice = "the dataset has changed, or is another one; see --dataset and --data_path, or tune the model again"
-    if unknown := next((item for item in dataset.item_ids if item not in metadata.index), None):
-        raise InputError(f"{dataset.folder}: item {unknown!r} is not among {known}; {advice}")
+    index = dataset.index or metadata.index  # the former can have further items
+    if unknown := next((item for item in dataset.item_ids if item not in index), None):
+        raise InputError(
+            f"{dataset.folder}: item {unknown!r} is not among {known}; {advice}, or give new items semantic IDs by "
+            "python -m index.generate --extend, and that file as --index_file"
+        )
     if missing := next((item for item in metadata.index if dataset.items and item not in dataset.items), None):
         raise InputError(f"{dataset.folder}: has no item {missing!r}, one of {known}; {advice}")
     raw_ids, num_edited = read_raw_ids(dataset), 0
@@ -142,18 +148,21 @@ def check_same_items(folder: Path, metadata: CheckpointMetadata, dataset: Intera
 
 
 def describe_difference(known: Mapping[str, list[str]], index: Mapping[str, list[str]]) -> str:
-    """Return how `index` differs from the semantic IDs that a model knows, as the end of a clause; "" if unknown."""
-    if not known:
-        return ""
+    """Return how `index` contradicts the semantic IDs that a model knows, as the end of a clause.
+
+    "" if it has all of these, and further items with known codes alone; or if nothing is known.
+    """
     codes = {code for tokens in known.values() for code in tokens}
-    for item, tokens in index.items():
+    for item, tokens in index.items() if known else ():
         if new := next((code for code in tokens if code not in codes), None):
-            return f": the code {new!r} of item {item!r} is new, and a tuned model learns no new codes in a test"
-        if item not in known:
-            return f": item {item!r} is new"
-        if known[item] != tokens:
+            return (
+                f": the code {new!r} of item {item!r} is new, and a tuned model learns no new codes; make "
+                "the file by python -m index.generate --extend, which uses known codes, or tune the model again"
+            )
+        if item in known and known[item] != tokens:
             return f": item {item!r} has {''.join(tokens)} instead of {''.join(known[item])}"
-    return f": item {next(iter(known.keys() - index.keys()))!r} is missing"
+    missing = next((item for item in known if item not in index), None)
+    return "" if missing is None else f": item {missing!r} is missing"
 
 
 def check_histories(

@@ -17,13 +17,20 @@ from reclingua.datasets.prompts import FIELDS, LCREC_PROMPT_FILE, PromptTemplate
 from reclingua.datasets.tasks import TASKS, TEXT_TASKS, USER_TASKS, held_out_samples, seqrec_task, train_samples
 from reclingua.datasets.training_histories import training_fingerprints
 from reclingua.datasets.user_texts import UserTexts, read_user_texts
-from reclingua.inference.loading import build_instructions, check_context_length, load_base_model
+from reclingua.inference.loading import (
+    build_instructions,
+    check_context_length,
+    check_same_items,
+    describe_difference,
+    load_base_model,
+    load_metadata,
+)
 from reclingua.inference.recommender import Recommender
 from reclingua.methods.setup import Log, TrainingSetup
 from reclingua.metrics import parse_metrics, ranking_metrics
 from reclingua.models.architecture import supports_packing
-from reclingua.models.language import absolute_name, base_fingerprint, load_tokenizer
-from reclingua.models.lora import add_lora_adapter
+from reclingua.models.language import absolute_name, base_fingerprint, check_base_model, load_tokenizer
+from reclingua.models.lora import add_lora_adapter, load_lora
 from reclingua.models.vocabulary import extend_vocabulary, index_token_ids
 from reclingua.training.arguments import Arguments, MethodArguments, YesNoArguments, refuse_flags
 from reclingua.training.checkpoints import checkpoint_to_resume
@@ -40,7 +47,10 @@ LORA_DEFAULTS = (32, "all-linear")  # alpha and target layers without flags
 
 @dataclass(frozen=True)
 class NextItemData:
-    """Samples of the training tasks, and of seqrec on valid; `prompts` are the templates of all these tasks."""
+    """Samples of the training tasks, and of seqrec on valid; `prompts` are the templates of all these tasks.
+
+    `adapter` is the metadata of --init_from, if that holds LoRA weights.
+    """
 
     dataset: InteractionDataset
     prompts: dict[str, list[PromptTemplate]]
@@ -49,6 +59,7 @@ class NextItemData:
     valid: datasets.Dataset
     metadata: CheckpointMetadata
     checkpoint: Path | None
+    adapter: CheckpointMetadata | None
 
 
 def check_flags(args: Arguments) -> None:
@@ -60,7 +71,13 @@ def check_flags(args: Arguments) -> None:
         raise InputError(f"--embedding_dropout {args.method.embedding_dropout}: should be from 0 to below 1")
     if args.data.max_text_len < 1:
         raise InputError(f"--max_text_len {args.data.max_text_len}: should be 1 at least")
-    if not args.lora.lora:
+    initial = load_initial(args)
+    if initial and initial.lora:
+        flags = [field.name for field in fields(args.lora) if field.name != "lora"]
+        refuse_flags("lcrec and the adapter of --init_from, whose LoRA weights are trained further", args.lora, flags)
+    elif initial and args.model.base_model:
+        raise InputError("--base_model: the checkpoint of --init_from has all weights; leave it out")
+    elif not args.lora.lora:
         if args.model.load_in_4bit or args.model.load_in_8bit or args.model.base_dtype:
             raise InputError(
                 "--load_in_4bit, --load_in_8bit and --base_dtype are for base models that stay frozen: give --lora"
@@ -81,6 +98,8 @@ def build_data(args: Arguments, log: Log) -> NextItemData:
     tasks = list(templates_per_sample)
     needs = ["index", "items"] if set(TEXT_TASKS) & set(tasks) else ["index"]
     dataset = open_interactions(args.data.data_path, args.data.dataset, needs, args.data.index_file)
+    if initial := load_initial(args):
+        check_continuation(args, initial, dataset, log)
     texts = read_user_texts(dataset, args.data.user_file) if set(USER_TASKS) & set(tasks) else None
     prompts = read_prompts(
         args.data.prompt_file or LCREC_PROMPT_FILE, {task: FIELDS[task] for task in dict.fromkeys([seqrec, *tasks])}
@@ -104,15 +123,41 @@ def build_data(args: Arguments, log: Log) -> NextItemData:
     seen = [dataset.split(user, "valid")[0] for user in dataset.test_users] if args.method.exclude_seen else []
     if seen and all(len(dataset.item_ids) - len({*items}) <= 10 for items in seen):
         log("  no valid user has more than 10 items left with --exclude_seen: hit@10 is the same for every checkpoint")
-    metadata = checkpoint_metadata(args, dataset, texts, prompts, max_his_len)
+    adapter = initial if initial and initial.lora else None
+    metadata = checkpoint_metadata(args, dataset, texts, prompts, max_his_len, adapter)
     checkpoint = checkpoint_to_resume(args.training, metadata)
-    return NextItemData(dataset, prompts, templates_per_sample, train, valid, metadata, checkpoint)
+    return NextItemData(dataset, prompts, templates_per_sample, train, valid, metadata, checkpoint, adapter)
+
+
+def load_initial(args: Arguments) -> CheckpointMetadata | None:
+    """Return the metadata of --init_from, or None without it; InputError unless it is a checkpoint of lcrec."""
+    folder = args.model.init_from
+    if not folder:
+        return None
+    metadata = load_metadata(folder)
+    if metadata.method != "lcrec":
+        raise InputError(f"--init_from {folder}: was made by {metadata.method!r}; give one of lcrec")
+    return metadata
+
+
+def check_continuation(args: Arguments, initial: CheckpointMetadata, dataset: InteractionDataset, log: Log) -> None:
+    """Raise InputError if the dataset contradicts the items or semantic IDs of --init_from; it can have new items."""
+    folder = Path(args.model.init_from or "")
+    if difference := describe_difference(initial.index, dataset.index):
+        path = dataset.file_path(args.data.index_file)
+        raise InputError(f"{folder}: was tuned with other semantic IDs than {path} has{difference}")
+    check_same_items(folder, initial, dataset)
+    log(f"training of {folder} continues; {len(dataset.index.keys() - initial.index.keys()):,} items are new")
+    for flag in ("max_his_len", "his_sep", "add_prefix", "max_text_len", "targets"):
+        value, before = getattr(args.data, flag, args.method.targets), getattr(initial, flag)
+        if value != before and value != -1:
+            log(f"  --{flag} was {before!r}, and is {value!r} now")
 
 
 def build_model(args: Arguments, data: NextItemData, log: Log) -> TrainingSetup:
     """Load the base model, add the tokens of semantic IDs, tokenize the samples; InputError where they don't fit."""
-    base_model = str(args.model.base_model)
-    tokenizer = load_tokenizer(base_model)
+    base_model, adapter = str(data.metadata.base_model), args.model.init_from if data.adapter else None
+    tokenizer = load_tokenizer(adapter or base_model)
     model: PreTrainedModel = load_base_model(data.metadata, args.training.device)
     metadata = replace(data.metadata, base_sha256=base_fingerprint(base_model))
     check_same_base(base_model, metadata, data.checkpoint)
@@ -124,11 +169,17 @@ def build_model(args: Arguments, data: NextItemData, log: Log) -> TrainingSetup:
     model.config.use_cache = False  # training needs none; the beam search asks for it
     log(f"{base_model}: {model.num_parameters():,} parameters, {new_tokens:,} new tokens")
     if not new_tokens and (Path(base_model) / METADATA_FILE).exists():
-        which = "these" if CheckpointMetadata.load(base_model).index_sha256 == metadata.index_sha256 else "OTHER"
+        known = CheckpointMetadata.load(base_model)
+        is_known = known.index and not describe_difference(known.index, index)
+        which = "these" if is_known or known.index_sha256 == metadata.index_sha256 else "OTHER"
         log(f"  it was tuned before, on {which} semantic IDs; the embeddings of their codes are trained further")
-    if metadata.lora:
+    if data.adapter:
+        check_base_model(base_model, data.adapter.checked_base_sha256, str(adapter))
+        model = load_lora(model, tokenizer, str(adapter), is_trainable=True)
+    elif metadata.lora:
         token_ids = index_token_ids(tokenizer, index).values()
         model = add_lora_adapter(model, sorted({token for ids in token_ids for token in ids}), **metadata.lora)
+    if metadata.lora:
         trained = model.num_parameters(only_trainable=True)
         log(f"  trained are {trained:,}: LoRA weights and the embeddings of semantic-ID tokens")
     if args.method.embedding_dropout:
@@ -259,16 +310,28 @@ def checkpoint_metadata(
     texts: UserTexts | None,
     prompts: dict[str, list[PromptTemplate]],
     max_his_len: int,
+    adapter: CheckpointMetadata | None,
 ) -> CheckpointMetadata:
-    """Return what a test must know to ask the model as it was trained, and to refuse other semantic IDs."""
+    """Return what a test must know to ask the model as it was trained, and to refuse other semantic IDs.
+
+    Args:
+        adapter: metadata of --init_from, if that holds LoRA weights: what these were trained over.
+    """
+    model = args.model
+    training: dict[str, object] = {"seed": args.training.seed}
+    if model.init_from:
+        training["init_from"] = absolute_name(model.init_from)
+    lora = args.lora.low_rank(*LORA_DEFAULTS) if args.lora.lora else None
+    base = adapter or CheckpointMetadata("", "", base_model=model.init_from, lora=lora)
+    in_4bit = base.load_in_4bit if model.load_in_4bit is None else model.load_in_4bit
     return CheckpointMetadata(
         method=args.method.method,
         dataset=dataset.name,
-        base_model=absolute_name(str(args.model.base_model)),
-        base_dtype=args.model.base_dtype or "float32",
-        load_in_4bit=bool(args.model.load_in_4bit),
-        load_in_8bit=args.model.load_in_8bit,
-        lora=args.lora.low_rank(*LORA_DEFAULTS) if args.lora.lora else None,
+        base_model=absolute_name(str(model.base_model or base.base_model)),
+        base_dtype=model.base_dtype or base.base_dtype,
+        load_in_4bit=in_4bit,
+        load_in_8bit=model.load_in_8bit or base.load_in_8bit,
+        lora=base.lora,
         prompts={task: [asdict(template) for template in templates] for task, templates in prompts.items()},
         max_his_len=max_his_len,
         his_sep=args.data.his_sep,
@@ -280,7 +343,7 @@ def checkpoint_metadata(
         histories_sha256=dataset.sha256("histories"),
         items_sha256=dataset.sha256("items"),
         users_sha256=texts.sha256() if texts else None,
-        training={"seed": args.training.seed} | {flag: getattr(args.method, flag) for flag in TRAINING_KEYS},
+        training=training | {flag: getattr(args.method, flag) for flag in TRAINING_KEYS},
         index=dataset.index,
         items=describe_items(dataset),
         training_histories=training_fingerprints(dataset),

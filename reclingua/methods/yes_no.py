@@ -22,6 +22,7 @@ from reclingua.models.collaborative.base import CollaborativeModel
 from reclingua.models.collaborative.hash import HashedMF
 from reclingua.models.collaborative.mf import MF, MFConfig
 from reclingua.models.collm import CoLLM
+from reclingua.models.continuation import copy_own_weights
 from reclingua.models.cora import CoRA
 from reclingua.models.language import absolute_name, base_fingerprint, load_tokenizer
 from reclingua.models.lora import add_lora
@@ -68,7 +69,7 @@ def check_flags(args: Arguments) -> None:
         raise InputError(f"--train_data_sample_num {args.method.train_data_sample_num}: should be one whole number")
     if method in CF_METHODS and not yes_no.cf_model:
         raise InputError(f"--cf_model is required with --method {method}: a folder made by python pretrain.py")
-    if yes_no.init_from and yes_no.one_stage:
+    if args.model.init_from and yes_no.one_stage:
         raise InputError("--one_stage trains both stages at once: leave --init_from out")
     if yes_no.one_stage and (method in LORA_METHODS or args.lora.lora is False):
         raise InputError("--one_stage trains LoRA weights beside the method's own parts: not with tallrec or binllm")
@@ -115,7 +116,7 @@ def build_data(args: Arguments, log: Log) -> YesNoData:
 def build_model(args: Arguments, data: YesNoData, log: Log) -> TrainingSetup:
     """Assemble the model, write the rows as prompts, fit normalization and offset; InputError where they don't fit."""
     model = assemble_model(args, data.dataset)
-    tokenizer = load_tokenizer(args.yes_no.init_from or str(args.model.base_model))
+    tokenizer = load_tokenizer(args.model.init_from or str(args.model.base_model))
     metadata = checkpoint_metadata(args, data, model)
     checkpoint = checkpoint_to_resume(args.training, metadata)
 
@@ -129,7 +130,8 @@ def build_model(args: Arguments, data: YesNoData, log: Log) -> TrainingSetup:
     answers = tokenizer.convert_ids_to_tokens(list(train.answer))
     log(f"the score is the logit of {answers[0]!r} (token {model.config.answer}); no is {answers[1]!r}")
     model.to(args.training.device)  # type: ignore[arg-type]
-    fit_scales(args.method.method, data, model, tokenizer, metadata)
+    if not is_continued(args):
+        fit_scales(args.method.method, data, model, tokenizer, metadata)
     sizes = {
         part: sum(w.numel() for name, w in model.named_parameters() if model.component_of(name) == part)
         for part in model.config.trained
@@ -218,6 +220,7 @@ def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> 
     """Return what a test must know to ask the model as it was trained, and to refuse other ratings."""
     config, yes_no = model.config, asdict(args.yes_no)
     flags = {flag: value for flag, value in yes_no.items() if flag not in OTHER_FLAGS}
+    flags |= {"init_from": args.model.init_from}
     flags |= {flag: absolute_name(flags[flag]) for flag in ("cf_model", "init_from") if flags[flag]}
     flags |= {"metric_for_best_model": args.training.metric_for_best_model}
     flags |= {"max_eval_samples": args.data.max_eval_samples, "seed": args.training.seed, "trained": config.trained}
@@ -259,7 +262,7 @@ def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
     elif lora and kind is not CoRA and low_rank not in (config.lora, LoraArguments().low_rank(*LORA_DEFAULTS)):
         raise InputError(
             "--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of "
-            f"{yes_no.init_from} are trained further as they are; leave these flags out"
+            f"{args.model.init_from} are trained further as they are; leave these flags out"
         )
     trained = {"lora"} if lora else {"language"} if method in LORA_METHODS else set()
     if method not in LORA_METHODS:
@@ -274,7 +277,8 @@ def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
         sizes = dict.fromkeys(sizes, 2) if method == "softprompt" else sizes
         cf_model = MF(MFConfig(**sizes, embedding_size=PROMPT_WIDTH, initializer_range=0.1))
         trained |= {"cf_model"}
-    saved = trained | {"language"} & set(config.saved or ()) | ({"lora"} if config.lora else set())
+    kept = {"language", "cf_model"} if is_continued(args) else {"language"}
+    saved = trained | kept & set(config.saved or ()) | ({"lora"} if config.lora else set())
     own: dict[str, object] = {"cf_config": cf_model and cf_model.config.to_dict()}
     if kind is CoLLM:
         own |= {"soft_tokens": yes_no.soft_tokens, "one_for_all": method == "softprompt"}
@@ -282,24 +286,38 @@ def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
         own |= {"r" if key == "rank" else key: value for key, value in low_rank.items()}
     values = config.to_dict() | own | {"trained": sorted(trained), "saved": sorted(saved)}
     del values["model_type"]
-    return kind(kind.config_class(**values), language, cf_model)
+    model = kind(kind.config_class(**values), language, cf_model)
+    if is_continued(args):
+        copy_own_weights(model, args.model.init_from or "")
+    return model
+
+
+def is_continued(args: Arguments) -> bool:
+    """Return whether --init_from is a checkpoint of the method itself, not of its first stage."""
+    folder = args.model.init_from
+    return bool(folder) and CheckpointMetadata.load(str(folder)).method == args.method.method
 
 
 def load_first_stage(args: Arguments) -> tuple[YesNoConfig, PreTrainedModel]:
-    """Return config and language model of --init_from, or those of the base model."""
+    """Return config and language model of --init_from, or those of the base model.
+
+    Raises:
+        InputError: the checkpoint is neither of tallrec nor of the method itself.
+    """
     overrides: dict[str, Any] = {"load_in_4bit": args.model.load_in_4bit, "base_dtype": args.model.base_dtype}
     base_model = args.model.base_model and absolute_name(args.model.base_model)
-    folder = args.yes_no.init_from
+    folder = args.model.init_from
     if not folder:
         given = {key: value for key, value in overrides.items() if value is not None}
         config = YesNoConfig(base_model=base_model or "", **given)
         language = open_language(config)
         config.base_sha256 = base_fingerprint(config.base_model)
         return config, language
-    method = CheckpointMetadata.load(folder).method
-    if method != "tallrec":
-        raise InputError(f"--init_from {folder}: was made by {method!r}; give one of tallrec")
-    first = YesNoModel.from_pretrained(folder, base_model=base_model, **overrides)
+    method, own = CheckpointMetadata.load(folder).method, args.method.method
+    if method not in ("tallrec", own):
+        further = "" if own == "tallrec" else f" or {own}"
+        raise InputError(f"--init_from {folder}: was made by {method!r}; give one of tallrec{further}")
+    first = YesNoModel.from_pretrained(folder, ("language", "lora"), base_model=base_model, **overrides)
     if "language" in first.config.saved:  # with the weights of the folder, not of the base model
         for name, weight in first.language.named_parameters():
             weight.data = weight.data if "lora_" in name else weight.data.to(getattr(torch, first.config.base_dtype))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import (
@@ -89,23 +89,33 @@ def add_lora_adapter(
         trainable_token_indices=rows,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in names),
     )
-    adapted = get_peft_model(model, config)
+    return _prepare_training(get_peft_model(model, config))
+
+
+def _prepare_training(adapted: Any) -> PreTrainedModel:
+    """Make the trained weights of a PEFT model float32, and have it save these alone."""
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
     # By default PEFT writes all embeddings, too, because their number is not the base model's.
-    save = partial(adapted.save_pretrained, save_embedding_layers=False)
-    adapted.save_pretrained = save  # type: ignore[method-assign]
-    return cast(PreTrainedModel, adapted)  # it forwards what it does not define itself
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted  # it forwards what it does not define itself
 
 
-def load_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PreTrainedModel:
-    """Load the adapter in `folder`, saved from `add_lora_adapter`, into the base `model`; InputError if it fails."""
+def load_lora(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, is_trainable: bool = False
+) -> PreTrainedModel:
+    """Load the adapter in `folder`, saved from `add_lora_adapter`, into the base `model`; InputError if it fails.
+
+    Args:
+        is_trainable: the adapter is trained further, as after `add_lora_adapter`.
+    """
     from peft import PeftModel
 
     resize_embeddings(model, tokenizer)
     try:
-        return cast(PreTrainedModel, PeftModel.from_pretrained(model, folder))
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        return _prepare_training(adapted) if is_trainable else cast(PreTrainedModel, adapted)
     except Exception as error:
         raise InputError(
             f"{folder}: no adapter for {model.name_or_path} could be loaded ({summarize_error(error)})"

@@ -4,6 +4,7 @@ A saved folder contains the trained weights, a few MB, and points to the base mo
 collaborative codes as text in the prompt.
 """
 
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -309,10 +310,13 @@ class YesNoModel(PreTrainedModel):
         self.freeze_parameters()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **changes) -> Self:  # type: ignore[override]  # fewer arguments
+    def from_pretrained(  # type: ignore[override]  # fewer arguments
+        cls, folder: str | Path, components: Collection[str] = COMPONENTS, **changes
+    ) -> Self:
         """Load the model in `folder`, and the models that it points to, for evaluation.
 
         Args:
+            components: which of COMPONENTS are loaded; without "cf_model" no collaborative model is needed.
             changes: values for the config, used unless None: base_model or cf_model if these have moved, load_in_4bit
                 or base_dtype.
 
@@ -329,24 +333,35 @@ class YesNoModel(PreTrainedModel):
             raise InputError(
                 f"{folder}: contains a whole language model, which cannot be quantised; leave out --load_in_4bit"
             )
-        model = cls(config, open_language(config), open_cf_model(config, folder))
+        cf_model = open_cf_model(config, folder) if "cf_model" in components else None
+        model = cls(config, open_language(config), cf_model)
         if "language" not in config.saved:
             check_base_model(config.base_model, config.base_sha256, folder)
-        state: dict[str, torch.Tensor] = {}
+        state = {name: w for name, w in read_weights(folder).items() if cls.component_of(name) in components}
+        saved = {*components} & {*config.saved}
         try:
-            for file in sorted(Path(folder).glob("model*.safetensors")):
-                state |= load_file(file)
             keys = model.load_state_dict(state, strict=False)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except RuntimeError as error:
             raise InputError(
                 f"{folder}: its weights do not fit ({' '.join(str(error).split())[:200]}); is {config.base_model} "
                 "the model it was tuned from?"
             ) from None
         tied = model.all_tied_weights_keys
-        missing = [name for name in keys.missing_keys if cls.component_of(name) in config.saved and name not in tied]
+        missing = [name for name in keys.missing_keys if cls.component_of(name) in saved and name not in tied]
         if mismatches := [*missing, *keys.unexpected_keys]:
             raise InputError(f"{folder}: its weights do not match its config ({mismatches[0]}); train it again")
         return model.eval()
+
+
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Return name -> weight of the safetensors in `folder`; InputError if a file is broken."""
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: its weights cannot be read ({' '.join(str(error).split())[:200]})") from None
+    return state
 
 
 def open_language(config: YesNoConfig) -> PreTrainedModel:

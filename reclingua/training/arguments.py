@@ -88,6 +88,11 @@ class ModelArguments:
     load_in_8bit: bool = argument(
         default=False, help="frozen weights of linear layers as int8; with --method lcrec --lora only"
     )
+    init_from: str | None = argument(
+        default=None,
+        help="folder of a checkpoint of the same method, whose training is continued; of a Yes/No method also the "
+        "first stage, from --method tallrec",
+    )
     trust_remote_code: bool = argument(default=False, help=TRUST_HELP)
 
 
@@ -183,7 +188,6 @@ class YesNoArguments:
     _argument_group_name = "method: tallrec, collm, binllm, cora, softprompt, personprompt"
 
     cf_model: str | None = argument(default=None, help="folder of a collaborative model, from pretrain.py")
-    init_from: str | None = argument(default=None, help="folder of the first stage, from --method tallrec")
     train_cf_model: bool = argument(default=False, help="train the collaborative model further (T1)")
     cf_model_from_scratch: bool = argument(default=False, help="train the collaborative model from new weights (T2)")
     one_stage: bool = argument(default=False, help="train new LoRA weights together with the method's own parts (T3)")

@@ -4,9 +4,11 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import finetune
+import recommend
 import test as test_script
 from convert import scratch
 from index import generate
@@ -99,12 +101,45 @@ def test_other_semantic_ids_in_the_dataset_do_not_matter(asked, data, script, re
     [
         (lambda index: index | {"4": ["<a_1>", "<b_9>"]}, "the code '<b_9>' of item '4' is new"),
         (lambda index: index | {"0": index["1"], "1": index["0"]}, "item '0' has <a_0><b_1> instead of <a_0><b_0>"),
+        (lambda index: {item: tokens for item, tokens in index.items() if item != "8"}, "item '8' is missing"),
     ],
 )
-def test_an_index_file_is_compared_with_that_of_the_checkpoint(asked, rewrite, change, message):
+def test_an_index_file_is_compared_with_that_of_the_checkpoint(asked, data, rewrite, change, message):
     rewrite("index", change)
+    rewrite("inter", lambda inter: {user: [i for i in items if i != 8] for user, items in inter.items()})
+    (data / "toy/toy.item.json").unlink()
     code, _, _, error = asked("--index_file", ".index.json")
-    assert code == 2 and message in error
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_new_item_is_recommended_without_training(asked, rewrite, data, tuned, tmp_path, script):
+    """The index file has a further item, whose codes the model knows."""
+    rewrite("item", lambda items: items | {"9": {"title": "Toy number 9"}})
+    code, _, _, error = asked()
+    assert code == 2 and "item '9' is not among the items" in error and "index.generate --extend" in error
+    assert "item '9' of toy.item.json has no index" in asked("--index_file", ".index.json")[3]
+
+    rewrite("index", lambda index: index | {"9": ["<a_0>", "<a_1>"]})
+    rewrite("inter", lambda inter: {user: [*items, *[9] * (int(user) % 3 > 0)] for user, items in inter.items()})
+    code, results, out, error = asked("--index_file", ".index.json", "--num_beams", 10, "--metrics", "hit@10")
+    assert code == 0 and "1 items are new since" in out, error
+    assert results["mean_results"]["hit@10"] == 1 and results["histories"].startswith("not those of training: 0 of")
+    cold, warm = (results["cold_items"][part] for part in ("cold", "warm"))  # the new item is in no training history
+    assert (cold["targets"], warm["targets"]) == (40, 20) and "cold targets: 40" in out
+    assert {"random", "text-neighbours", "popularity", "lcrec"} <= cold["rows"].keys() == warm["rows"].keys()
+    assert cold["rows"]["lcrec"]["hit@10"] == cold["rows"]["random"]["hit@10"] == 1  # of ten candidates
+    recommender = Recommender.from_pretrained(tuned, data, index_file=".index.json")
+    known = Recommender.from_pretrained(tuned, None)
+    (ranked,), (before,) = (model.recommend([["1", "2", "3"]], k=10) for model in (recommender, known))
+    assert {entry.item for entry in ranked} == {*"0123456789"} and recommender.dataset.title("9") == "Toy number 9"
+    assert [entry for entry in ranked if entry.item != "9"] == pytest.approx(before)
+    (scores,) = recommender.score([["9"]], [["9", "4"]])
+    assert np.isfinite(scores).all()
+
+    where = ("--ckpt_path", tuned, "--data_path", data, "--output", tmp_path / "lists.csv", "--k", 10)
+    code, out, error = script(recommend.main, *where, "--index_file", ".index.json")
+    assert code == 0 and "1 items are new since" in out, error
+    assert (tmp_path / "lists.csv").read_text().count("Toy number 9") == 60
 
 
 def test_a_tuned_model_gets_no_new_code(workshop, tuned, tmp_path, refused, data, rewrite):

@@ -42,6 +42,36 @@ def test_prepare_orders_by_time_and_keeps_ties_in_file_order(tmp_path, script):
     assert (tmp_path / "mini/mini.item2id").read_text().splitlines()[-1] == "10\t3"
 
 
+@pytest.mark.parametrize("task, prefix, first", [("sequential", "mini.", 0), ("preference", "", 1)])
+def test_known_users_and_items_keep_their_ids(tmp_path, script, refused, task, prefix, first):
+    """Raw items 5 and 7 come first; later 3 and 10, users before and after, and the earlier ids stay."""
+    months = (1_579_046_400, 1_581_724_800, 1_584_230_400)  # the middle of January, February and March 2020
+    flags = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path, "--min_interactions", 1)
+    flags = (*flags, "--task", task, "--keep_ids", *(("--months", 1, 1, 1) if task == "preference" else ()))
+
+    def prepare_ratings(users, items):
+        pairs = [(user, place, item) for user in users for place, item in enumerate(items)]
+        write_atomic(tmp_path / "raw", [(u, i, months[(u + place) % 3]) for u, place, i in pairs], MOVIES)
+        path = tmp_path / "raw/mini.inter"  # likes and dislikes
+        head, *rows = path.read_text().splitlines()
+        rows = [row.replace("\t4\t", "\t1\t") if number % 4 < 2 else row for number, row in enumerate(rows)]
+        path.write_text("\n".join([head, *rows]) + "\n")
+        code, _, error = script(prepare.main, *flags)
+        assert code == 0, error
+        maps = [(tmp_path / f"mini/{prefix}{name}").read_text().split() for name in ("user2id", "item2id")]
+        return [dict(zip(words[::2], map(int, words[1::2]), strict=True)) for words in maps]
+
+    users, items = prepare_ratings([4, 6, 7], [5, 7, 8])
+    assert users == {"4": first, "6": first + 1, "7": first + 2} and items["5"] == first
+    more_users, more_items = prepare_ratings([2, 4, 6, 7, 11], [3, 5, 7, 8, 10])
+    assert more_users == users | {"2": first + 3, "11": first + 4}
+    assert more_items == items | {"3": first + 3, "10": first + 4}
+    content = json.loads((tmp_path / f"mini/{prefix}item.json").read_text())
+    assert list(content) == sorted(content, key=int) and content[str(first)]["title"] == "The Film 5"
+    (tmp_path / f"mini/{prefix}item2id").write_text("5\tfive\n")
+    assert "'5' has 'five', no number; leave --keep_ids out" in refused(prepare.main, *flags)
+
+
 def test_prepare_replaces_all_files_or_none(tmp_path, script, refused):
     write_atomic(tmp_path / "raw", [(u, i, i) for u in (1, 2) for i in (1, 2, 3)], MOVIES)
     flags = ("--dataset", "mini", "--raw_path", tmp_path / "raw", "--data_path", tmp_path, "--min_interactions", 1)

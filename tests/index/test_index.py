@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from index import embed, generate, repair, train
 from index.codes import random_codes
+from index.collaborative import JoinedEmbedding
 from index.collisions import collision_groups, count_collisions, reassign_by_sinkhorn, resolve_collisions
 from index.kmeans import balance, balanced_assignment, balanced_codes, fill_codebooks
 from index.repair import deduplicate
@@ -329,9 +330,10 @@ def test_embed_text_and_interactions(toy, script):
 
 
 def test_interaction_vectors_use_training_interactions_only(toy, edit):
-    before = embed.embed_interactions(open_interactions(toy, "toy"), 3)
+    text = np.eye(9, dtype=np.float32)
+    _, before = JoinedEmbedding.fit(open_interactions(toy, "toy"), text, width=3, weight=0.5)
     edit("inter", lambda inter: {user: [*history[:-2], 0, 0] for user, history in inter.items()})
-    assert np.allclose(before, embed.embed_interactions(open_interactions(toy, "toy"), 3))
+    assert np.allclose(before, JoinedEmbedding.fit(open_interactions(toy, "toy"), text, width=3, weight=0.5)[1])
 
 
 def test_bad_input_of_embed(toy, edit, refused):

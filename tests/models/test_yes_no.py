@@ -362,7 +362,7 @@ def test_what_does_not_fit_is_refused(liked, tmp_path):
     with pytest.raises(InputError, match="no layer 'q_proj'"):
         CoLLM.from_pretrained(tmp_path / "tuned", base_model=str(tmp_path / "gpt2"))
     (tmp_path / "tuned/model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(InputError, match="its weights do not fit"):
+    with pytest.raises(InputError, match="model.safetensors: its weights cannot be read"):
         CoLLM.from_pretrained(tmp_path / "tuned")
     (tmp_path / "tuned/model.safetensors").unlink()
     with pytest.raises(InputError, match="its weights do not match its config"):

@@ -1,6 +1,7 @@
 """Collaborative models, each saved as a folder with config.json and safetensors; `load_collaborative` loads any."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,28 @@ def load_collaborative(folder: str | Path) -> CollaborativeModel:
     if mismatches:
         raise InputError(f"{folder}: its weights do not match its config ({mismatches[0]}); train it again")
     return model.eval()
+
+
+@torch.no_grad()
+def copy_known_rows(model: CollaborativeModel, weights: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Copy the weights of an earlier model into `model`, whose tables can have further users and items at the end.
+
+    Args:
+        weights: state of a model of the same kind; buffers, such as a graph, are ignored.
+        folder: of the earlier model, for messages.
+
+    Raises:
+        InputError: a weight has another shape, or more rows than that of `model`.
+    """
+    for name, weight in model.named_parameters():
+        known = weights.get(name)
+        if known is None or known.shape[1:] != weight.shape[1:] or len(known) > len(weight):
+            shape = "missing" if known is None else f"of shape {list(known.shape)}"
+            raise InputError(
+                f"{folder}: its weight {name} is {shape}, but should be {list(weight.shape)}, or with fewer rows; "
+                "give a model of the same kind and width, of the same users and items or the first of them"
+            )
+        weight[: len(known)] = known
 
 
 def weights_sha256(model: CollaborativeModel) -> str:
