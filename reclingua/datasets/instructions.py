@@ -96,18 +96,21 @@ class InstructionDataset(torch.utils.data.Dataset):
             sample["task"], template, self._field_texts(sample, template.fields), len(sample["history"])
         )
 
+    def encode_prompt(self, sample: dict, template: PromptTemplate) -> list[int]:
+        """Return the token ids of `render_prompt`, and errors as there."""
+        history = sample["history"]
+        if template.around_history is None or not history:
+            return encode_prompt(self.tokenizer, self.render_prompt(sample, template))
+        ending = self._separator(len(history)) if sample["task"] == "seqrec_history" else ""
+        return self._encode_items(history, template, ending)
+
     def encode(self, sample: dict, template: PromptTemplate) -> dict[str, list[int]]:
         """Return input_ids and labels of prompt and response."""
-        task, history = sample["task"], sample["history"]
-        if template.around_history is None:
-            texts = self._field_texts(sample, template.fields)
-            return self._encode_texts(task, template, texts, len(history))
-        ending = self._separator(len(history)) if task == "seqrec_history" else ""
-        prompt = self._encode_items(history, template, ending)
+        prompt = self.encode_prompt(sample, template)
         if template.has_target_response:
-            return self._with_response(prompt, self._codes[sample["item"]], task)
-        texts = self._field_texts(sample, template.fields - {"history"})
-        return self._with_response(prompt, self._encode_response(template, texts), task)
+            return self._with_response(prompt, self._codes[sample["item"]], sample["task"])
+        texts = self._field_texts(sample, template.fields)
+        return self._with_response(prompt, self._encode_response(template, texts), sample["task"])
 
     # ---- Fields of a prompt template ----
 

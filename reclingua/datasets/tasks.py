@@ -8,6 +8,7 @@ A sample names items by their ids and contains no prompt yet: its prompt templat
 """
 
 from collections.abc import Iterator, Sequence
+from secrets import token_hex
 
 import datasets
 import pyarrow as pa
@@ -136,7 +137,8 @@ def _of_rows(rows: Iterator[tuple]) -> datasets.Dataset:
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     schema = COLUMNS.arrow_schema
     arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
-    return datasets.Dataset(pa.Table.from_arrays(arrays, schema=schema))  # from_dict would take three times as long
+    table = pa.Table.from_arrays(arrays, schema=schema)  # from_dict would take three times as long
+    return datasets.Dataset(table, fingerprint=token_hex(8))  # nothing is cached by it, so it need not be computed
 
 
 def _pairs(dataset: InteractionDataset, task: str, max_his_len: int) -> Iterator[tuple]:

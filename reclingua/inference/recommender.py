@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reclingua.datasets.collators import encode_prompt, prompt_batch
+from reclingua.datasets.collators import prompt_batch
 from reclingua.datasets.interactions import InteractionDataset
 from reclingua.datasets.tasks import empty_samples, history_samples, seqrec_task
 from reclingua.decoding.beam_search import ScoredItem, beam_search
@@ -187,9 +187,7 @@ class Recommender:
         if prompt_id not in self.prompt_ids:
             raise InputError(f"prompt_id {prompt_id}: should be one of {', '.join(map(str, self.prompt_ids))}")
         template = self.templates[prompt_id]
-        prompts = [
-            encode_prompt(self.tokenizer, self._instructions.render_prompt(sample, template)) for sample in samples
-        ]
+        prompts = [self._instructions.encode_prompt(sample, template) for sample in samples]
         check_context_length(self.model, max(map(len, prompts), default=0) + self.trie.depth)
         return prompts
 
