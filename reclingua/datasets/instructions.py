@@ -226,17 +226,18 @@ class InstructionDataset(torch.utils.data.Dataset):
 
     def _encode_next_to_codes(self, text: str, place: str) -> list[int]:
         """Return the tokens of a text between two codes, or at the "start" or the "end" of a prompt."""
-        code = next(iter(self.dataset.index.values()))[0]
+        item, (code, *_) = next(iter(self.dataset.index.items()))
         if place == "start":
             return encode_prompt(self.tokenizer, text + code)[:-1]
         ids = encode_prompt(self.tokenizer, code + text + (code if place == "middle" else ""))
-        first = ids.index(self.tokenizer.convert_tokens_to_ids(code))  # after a BOS
+        first = ids.index(self._codes[item][0])  # after a BOS
         return ids[first + 1 : -1 if place == "middle" else None]
 
     @cached_property
     def _codes(self) -> dict[str, list[int]]:
         """Token ids of each item's semantic ID."""
-        return {item: self.tokenizer.convert_tokens_to_ids(codes) for item, codes in self.dataset.index.items()}
+        vocabulary = self.tokenizer.get_vocab()
+        return {item: [vocabulary[code] for code in codes] for item, codes in self.dataset.index.items()}
 
     # ---- Lengths ----
 

@@ -154,4 +154,4 @@ def test_bad_input(workshop, tuned, few_steps, liked, refused, tmp_path):
     assert "by another version of finetune.py" in refuse(broken)
     broken = shutil.copytree(liked / "tallrec", tmp_path / "cut")
     (broken / "model.safetensors").write_bytes(b"no weights")
-    assert "its weights do not fit" in refuse(broken)
+    assert "its weights cannot be read" in refuse(broken)
