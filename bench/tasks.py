@@ -80,9 +80,8 @@ def build_samples(args: argparse.Namespace, folder: Path) -> dict:
             samples = train_samples(dataset, "seqrec", max_his_len=20)
             samples_end = time.monotonic()
             token_ids = index_token_ids(tokenizer, dataset.index)
-            index_tokens = {token for ids in token_ids.values() for token in ids}
             prompts = read_prompts(LCREC_PROMPT_FILE, {"seqrec": FIELDS["seqrec"]})
-            InstructionDataset(samples, dataset, tokenizer, prompts, index_tokens, 20, ", ").lengths(longest=True)
+            InstructionDataset(samples, dataset, tokenizer, prompts, token_ids, 20, ", ").lengths(longest=True)
             runs.append({"samples": samples_end - began, "lengths": time.monotonic() - samples_end})
     for run_seconds in runs:
         print(

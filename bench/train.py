@@ -149,9 +149,8 @@ def train_side(args: argparse.Namespace, name: str, data_path: str, side: str) -
     codes = index_token_ids(tokenizer, dataset.index)
     count = args.updates * args.batch_size
     samples = train_samples(dataset, seqrec_task(settings["targets"]), MAX_HIS_LEN, count=count, seed=1)
-    index_tokens = {token for ids in codes.values() for token in ids}
     instructions = InstructionDataset(
-        samples, dataset, tokenizer, read_prompts(LCREC_PROMPT_FILE), index_tokens, MAX_HIS_LEN, ", "
+        samples, dataset, tokenizer, read_prompts(LCREC_PROMPT_FILE), codes, MAX_HIS_LEN, ", "
     )
     lengths = instructions.lengths(longest=True)
     tokens = fewest_tokens(lengths, settings, args.updates) if settings["by_tokens"] else 0

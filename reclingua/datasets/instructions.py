@@ -28,7 +28,7 @@ class InstructionDataset(torch.utils.data.Dataset):
     Args:
         dataset: semantic IDs and texts of the items in `samples`.
         prompts: task -> its prompt templates. A sample gets one of those whose fields it can fill.
-        index_tokens: ids of the code tokens, the labels of a history sample.
+        token_ids: item -> semantic ID as token ids; these are the labels of a history sample.
         max_his_len: largest number of targets of a history sample.
         his_sep: separator between history items.
         max_text_len: largest number of words of a title, a description or a user text.
@@ -44,7 +44,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         dataset: InteractionDataset,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Mapping[str, list[PromptTemplate]],
-        index_tokens: Collection[int],
+        token_ids: Mapping[str, list[int]],
         max_his_len: int,
         his_sep: str,
         max_text_len: int = 64,
@@ -54,7 +54,8 @@ class InstructionDataset(torch.utils.data.Dataset):
         seed: int = 0,
     ):
         self.samples, self.dataset, self.tokenizer, self.prompts = samples, dataset, tokenizer, prompts
-        self.index_tokens = frozenset(index_tokens)
+        self.token_ids = token_ids
+        self.index_tokens = frozenset(token for ids in token_ids.values() for token in ids)
         self.max_his_len, self.his_sep, self.add_prefix = max_his_len, his_sep, add_prefix
         self.only_response, self.seed, self.epoch = only_response, seed, 0
         self._sanitize = lru_cache(2**18)(sanitizer(tokenizer, max_text_len))
@@ -108,7 +109,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         """Return input_ids and labels of prompt and response."""
         prompt = self.encode_prompt(sample, template)
         if template.has_target_response:
-            return self._with_response(prompt, self._codes[sample["item"]], sample["task"])
+            return self._with_response(prompt, self.token_ids[sample["item"]], sample["task"])
         texts = self._field_texts(sample, template.fields)
         return self._with_response(prompt, self._encode_response(template, texts), sample["task"])
 
@@ -221,7 +222,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         ids = list(self._encode_part(before + self._number(1), "start"))
         for position, item in enumerate(items):
             ids += self._encode_part(self._separator(position), "middle") if position else ()
-            ids += self._codes[item]
+            ids += self.token_ids[item]
         return ids + self._encode_part(after + ending, "end")
 
     def _encode_next_to_codes(self, text: str, place: str) -> list[int]:
@@ -230,14 +231,8 @@ class InstructionDataset(torch.utils.data.Dataset):
         if place == "start":
             return encode_prompt(self.tokenizer, text + code)[:-1]
         ids = encode_prompt(self.tokenizer, code + text + (code if place == "middle" else ""))
-        first = ids.index(self._codes[item][0])  # after a BOS
+        first = ids.index(self.token_ids[item][0])  # after a BOS
         return ids[first + 1 : -1 if place == "middle" else None]
-
-    @cached_property
-    def _codes(self) -> dict[str, list[int]]:
-        """Token ids of each item's semantic ID."""
-        vocabulary = self.tokenizer.get_vocab()
-        return {item: [vocabulary[code] for code in codes] for item, codes in self.dataset.index.items()}
 
     # ---- Lengths ----
 

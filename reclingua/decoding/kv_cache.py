@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from reclingua.decoding.trie import Trie
-from reclingua.models.architecture import accepts_argument, answer_of, architecture_copy, is_equal
+from reclingua.models.architecture import accepts_argument, is_equal, probe_architecture
 from reclingua.models.language import MIN_SHARED_PREFIX, attention_window
 from reclingua.models.tree_attention import attention_argument
 from reclingua.utils.errors import InputError
@@ -207,10 +207,8 @@ class DecoderSelector:
         """Return whether tree attention is exact for this architecture, by one trial for each power of two."""
         capacity = max(64, 1 << (capacity - 1).bit_length())
         if capacity not in self._tree_is_exact:
-            exact = accepts_argument(self.model, "position_ids")
-            if exact:
-                with architecture_copy(self.model) as small:
-                    exact = answer_of(_is_tree_exact, small, capacity)
+            has_positions = accepts_argument(self.model, "position_ids")
+            exact = has_positions and probe_architecture(self.model, _is_tree_exact, capacity)
             self._tree_is_exact[capacity] = exact
         return self._tree_is_exact[capacity]
 

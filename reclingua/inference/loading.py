@@ -209,7 +209,7 @@ def build_instructions(
         dataset,
         tokenizer,
         prompts,
-        index_tokens={token for ids in token_ids.values() for token in ids},
+        token_ids,
         max_his_len=metadata.max_his_len,
         his_sep=metadata.his_sep,
         max_text_len=metadata.max_text_len,

@@ -6,7 +6,7 @@ autocast neither hide a difference nor look like one.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,14 +63,18 @@ def is_equal(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((logits - expected).abs().max() < TOLERANCE * expected.abs().max())
 
 
-def answer_of(probe, *args) -> bool:
-    """Return `probe(*args)`; False where the architecture needs other arguments, another kind of mask or cache."""
-    try:
-        return probe(*args)
-    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
-        if out_of_memory(error):
-            raise  # this is no answer about the model
-        return False
+def probe_architecture(model: PreTrainedModel, is_exact: Callable[..., bool], *args) -> bool:
+    """Return `is_exact(small, *args)` of the copy of the architecture.
+
+    False where the architecture needs other arguments, another kind of mask or cache.
+    """
+    with architecture_copy(model) as small:
+        try:
+            return is_exact(small, *args)
+        except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
+            if out_of_memory(error):
+                raise  # this is no answer about the model
+            return False
 
 
 def _without_adapter(model: PreTrainedModel) -> Any:
@@ -80,8 +84,7 @@ def _without_adapter(model: PreTrainedModel) -> Any:
 
 def supports_packing(model: PreTrainedModel) -> bool:
     """Return whether samples packed into a row, separated by `position_ids` only, do not attend to each other."""
-    with architecture_copy(model) as small:
-        return answer_of(_is_packing_exact, small)
+    return probe_architecture(model, _is_packing_exact)
 
 
 def _is_packing_exact(model: PreTrainedModel) -> bool:

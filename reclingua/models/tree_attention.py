@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from reclingua.models.architecture import accepts_argument, answer_of, architecture_copy, is_equal
+from reclingua.models.architecture import accepts_argument, is_equal, probe_architecture
 from reclingua.models.language import attention_window, context_length
 
 PROBE_TOKENS = 300  # between trunk and branch: some local layers count places in the sequence
@@ -56,8 +56,7 @@ def supports_trees(model: PreTrainedModel) -> bool:
     """
     if attention_window(model) < float("inf") or not accepts_argument(model, "position_ids"):
         return False
-    with architecture_copy(model) as small:
-        return answer_of(_is_tree_exact, small)
+    return probe_architecture(model, _is_tree_exact)
 
 
 def _is_tree_exact(model: PreTrainedModel) -> bool:

@@ -30,8 +30,7 @@ def build(toy, targets, bos=False, part="train", his_sep=", ", **kwargs):
     else:
         samples = held_out_samples(dataset, part, task, max_his_len=3)
     token_ids = index_token_ids(tokenizer, dataset.index)
-    tokens = {token for ids in token_ids.values() for token in ids}
-    return dataset, InstructionDataset(samples, dataset, tokenizer, read_prompts(), tokens, 3, his_sep, **kwargs)
+    return dataset, InstructionDataset(samples, dataset, tokenizer, read_prompts(), token_ids, 3, his_sep, **kwargs)
 
 
 def learned(sample):

@@ -51,7 +51,7 @@ def instructions_of(dataset, task, prompts=None, part="train", **how):
     texts = read_user_texts(dataset)
     tokenizer = make_tokenizer(bos=False)
     tokenizer.add_tokens(code_tokens(dataset.index))
-    tokens = {token for ids in index_token_ids(tokenizer, dataset.index).values() for token in ids}
+    tokens = index_token_ids(tokenizer, dataset.index)
     if part == "train":
         samples = train_samples(dataset, task, 3, texts)
     else:

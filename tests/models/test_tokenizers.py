@@ -60,7 +60,7 @@ def test_an_index_is_the_same_tokens_everywhere(tmp_path, kind):
         samples = held_out_samples(dataset, "test", "seqrec", max_his_len=3)
         templates = [PromptTemplate("{history}", "{target}"), PromptTemplate("After {history}: what? ", "{target}")]
         for his_sep in (", ", "", " then "):
-            told = InstructionDataset(samples, dataset, each, {"seqrec": templates}, codes, 3, his_sep)
+            told = InstructionDataset(samples, dataset, each, {"seqrec": templates}, ids, 3, his_sep)
             for row in samples:
                 history = [token for item in row["history"] for token in ids[item]]
                 for template in templates:
