@@ -30,6 +30,7 @@ from reclingua.training.zero import check_zero3_support, saves_sharded_state, wi
 from reclingua.utils.errors import InputError, cli_main, mask_flags
 from reclingua.utils.files import check_outputs, locked_folder, write_json
 from reclingua.utils.hub import trust_remote_code
+from reclingua.utils.memory import keep_freed_memory
 from reclingua.utils.metadata import run_metadata
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     METHODS[args.method.method].check_flags(args)
     silence_third_party()
     trust_remote_code(args.model.trust_remote_code)
+    keep_freed_memory()
     set_seed(args.training.seed)
     output_dir = Path(args.training.output_dir)
     with locked_folder(output_dir) if args.training.process_index == 0 else nullcontext():

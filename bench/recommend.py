@@ -22,6 +22,7 @@ import torch
 from bench.common import write_results
 from reclingua import Recommender
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
+from reclingua.utils.processes import claim_device
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = (1, 60)  # items of a generated history
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--users", default="10000,100000", help="numbers of users (default: %(default)s)")
     parser.add_argument("--processes", default="1,2", help="numbers of processes (default: %(default)s)")
     parser.add_argument(
-        "--search_users", type=int, default=1000, help="users of the search alone (default: %(default)s)"
+        "--search_users", type=int, default=5000, help="users of the search alone (default: %(default)s)"
     )
     parser.add_argument("--k", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="(default: %(default)s)")
@@ -46,14 +47,17 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     silence_third_party()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = {"search": measure_search(args)}
-    print(f"search alone: {figures['search']['users_per_second']} users/s", flush=True)
+    device = torch.device(claim_device())
+    figures, search = {}, measure_search(args)
     with tempfile.TemporaryDirectory() as folder:
         for users in map(int, args.users.split(",")):
             histories = write_histories(args, Path(folder) / f"{users}.parquet", users)
             for processes in map(int, args.processes.split(",")):
-                figures[f"{users}_users_{processes}_processes"] = run = measure_command(args, histories, processes)
+                before, run = search, measure_command(args, histories, processes)
+                search = measure_search(args)  # before and after the command, since the speed of a machine changes
+                run["search_users_per_second"] = round((before + search) / 2, 1)
+                run["relative_to_search"] = round(run["users_per_second"] / run["search_users_per_second"], 3)
+                figures[f"{users}_users_{processes}_processes"] = run
                 shown = ", ".join(f"{value} {name}" for name, value in run.items())
                 print(f"{users:,} users, {processes} processes: {shown}", flush=True)
     print(f"results in {write_results('recommend', device, figures)}")
@@ -80,14 +84,14 @@ def write_histories(args: argparse.Namespace, path: Path, users: int) -> Path:
     return path
 
 
-def measure_search(args: argparse.Namespace) -> dict[str, float]:
-    """Return the speed of `Recommender.recommend` alone."""
+def measure_search(args: argparse.Namespace) -> float:
+    """Return the users a second of `Recommender.recommend` alone."""
     recommender = Recommender.from_pretrained(args.ckpt_path, args.data_path)
     histories = generate_histories(list(recommender.dataset.index), args.search_users, 0)
     recommender.recommend(histories[: args.batch_size], args.k, batch_size=args.batch_size)  # warm-up
     began = time.perf_counter()
     recommender.recommend(histories, args.k, batch_size=args.batch_size)
-    return {"users_per_second": round(len(histories) / (time.perf_counter() - began), 2)}
+    return len(histories) / (time.perf_counter() - began)
 
 
 def measure_command(args: argparse.Namespace, histories: Path, processes: int) -> dict[str, float]:

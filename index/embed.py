@@ -2,6 +2,7 @@
 
 python -m index.embed --dataset ml-100k
 python -m index.embed --dataset ml-100k --plm BAAI/bge-small-en-v1.5 --collab_weight 0.5
+python -m index.embed --dataset Industrial --text_fields title,brand,categories,description
 """
 
 import reclingua.utils.logging  # noqa: F401
@@ -17,11 +18,13 @@ import numpy as np
 
 from index.collaborative import JoinedEmbedding
 from reclingua.datasets.interactions import InteractionDataset, open_interactions, read_embeddings
+from reclingua.datasets.item_texts import TEXT_KEYS
 from reclingua.utils.errors import InputError, cli_main, one_line_errors
 from reclingua.utils.files import atomic_write, check_outputs, read_json
 from reclingua.utils.hub import hub_options
 from reclingua.utils.metadata import run_metadata
 from reclingua.utils.provenance import check_replaceable, file_sha256, read_record, record_path, write_record
+from reclingua.utils.text import shorten
 
 
 def packaged_encoder() -> str:
@@ -52,9 +55,25 @@ def embed_text(texts: list[str], plm: str, batch_size: int = 64) -> np.ndarray:
     ).astype(np.float32)
 
 
-def record_settings(args: argparse.Namespace, dataset: InteractionDataset) -> dict:
+def parse_text_fields(text: str, dataset: InteractionDataset) -> tuple[str, ...]:
+    """Return the fields of --text_fields; InputError for one that no item has, or that is named twice."""
+    fields = tuple(field.strip() for field in text.split(","))
+    known = dict.fromkeys(key for record in dataset.items.values() for key in record)
+    path = dataset.file_path(".item.json")
+    for field in fields:
+        if field not in known:
+            shown = shorten(", ".join(known), 200)
+            raise InputError(f"--text_fields: no item of {path} has the field {field!r}; it has {shown}")
+        if fields.count(field) > 1:
+            raise InputError(f"--text_fields {text}: has {field} twice")
+    return fields
+
+
+def record_settings(args: argparse.Namespace, dataset: InteractionDataset, fields: Sequence[str]) -> dict:
     """Return what the embeddings are made with; the collaborative part depends on training histories, too."""
-    settings = {"texts": dataset.sha256("texts"), "plm": args.plm, "collab_weight": args.collab_weight}
+    settings: dict = {"texts": dataset.sha256("texts"), "plm": args.plm, "collab_weight": args.collab_weight}
+    if fields != TEXT_KEYS:  # `texts` does not cover the others
+        settings |= {"items": dataset.sha256("items"), "text_fields": list(fields)}
     if Path(args.plm).is_dir():
         settings["plm"] = str(Path(args.plm).absolute())
     if args.collab_weight:
@@ -89,7 +108,8 @@ def embed_new_items(path: Path, dataset: InteractionDataset, items: Sequence[str
         joined = JoinedEmbedding.load(svd_path(path))
         if file_sha256(svd_path(path)) != read_json(record_path(path), "the record of embeddings").get("svd_sha256"):
             raise InputError(f"{svd_path(path)}: is not the SVD of {path.name}; {advice}")
-    text = embed_text([dataset.text(item) for item in items], packaged_encoder() if plm == "minilm" else plm)
+    fields = parse_text_fields(",".join(made_with.get("text_fields") or TEXT_KEYS), dataset)
+    text = embed_text([dataset.text(item, fields) for item in items], packaged_encoder() if plm == "minilm" else plm)
     return text if joined is None else joined.embed(dataset, items, text, known=read_embeddings(path))
 
 
@@ -103,6 +123,10 @@ def main() -> None:
     parser.add_argument(
         "--plm", default="minilm", help="sentence encoder: a folder, a hub name, or the packaged %(default)s (default)"
     )
+    parser.add_argument(
+        "--text_fields", default=",".join(TEXT_KEYS),
+        help="fields of D.item.json that are embedded, in this order (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--collab_weight", type=float, default=0.0,
         help="weight of the collaborative part, an SVD of training interactions, 0 to 1 (default: 0, text only)",
@@ -120,12 +144,13 @@ def main() -> None:
     dataset = open_interactions(args.data_path, args.dataset, needs=["items"])
     for remark in dataset.remarks:
         print(remark)
+    fields = parse_text_fields(args.text_fields, dataset)
     output = args.output or dataset.folder / f"{dataset.name}.emb-{Path(args.plm).name}-td.npy"
     check_outputs({"--output": output}, dataset.files)
-    made_with = record_settings(args, dataset)
+    made_with = record_settings(args, dataset, fields)
     check_replaceable(output, made_with, args.force)
     with atomic_write(output) as temporary:
-        texts = [dataset.text(item) for item in dataset.item_ids]
+        texts = [dataset.text(item, fields) for item in dataset.item_ids]
         embeddings, fitted = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm), {}
         if args.collab_weight:
             if min(len(dataset.histories), len(texts)) < 2:

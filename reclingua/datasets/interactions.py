@@ -6,7 +6,7 @@ A dataset D is the folder <data_path>/D/ with D.inter.json, and D.item.json and 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from reclingua.datasets.formats import conversion_hint
-from reclingua.datasets.item_texts import TEXT_KEYS, complete_titles, describe_untitled
+from reclingua.datasets.item_texts import TEXT_KEYS, complete_titles, describe_untitled, to_text
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import check_complete, read_json
 from reclingua.utils.provenance import fingerprint, read_record
@@ -106,10 +106,10 @@ class InteractionDataset:
         """Return the item's title, or its id where the dataset has no item texts."""
         return str(self.items.get(item, {}).get("title") or f"item {item}").strip()
 
-    def text(self, item: str) -> str:
-        """Return title and description, the input of the text embedding; else the text that names the item."""
-        keys = TEXT_KEYS[1:] if self.untitled.get(item) == "description" else TEXT_KEYS
-        return ". ".join(text for key in keys if (text := str(self.items[item].get(key) or "").strip()))
+    def text(self, item: str, fields: Sequence[str] = TEXT_KEYS) -> str:
+        """Return the item's texts of `fields`, joined: the input of the text embedding; its title if it has none."""
+        keys = [key for key in fields if key != "title" or self.untitled.get(item) not in fields]
+        return ". ".join(text for key in keys if (text := to_text(self.items[item].get(key)))) or self.title(item)
 
     @property
     def remarks(self) -> list[str]:

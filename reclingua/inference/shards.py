@@ -23,7 +23,7 @@ from reclingua.utils.provenance import first_difference
 
 ENDINGS = (".parquet", ".jsonl", ".csv")
 RECORD = "shards.json"
-MAX_ROWS = 1024  # requests of a shard
+MAX_ROWS = 4096  # requests of a shard
 MIN_BATCHES = 4  # of a shard: requests of similar length share a batch, which takes some to choose from
 SHARDS = 16  # at least that many, where that leaves MIN_BATCHES to each: for all processes to have work
 

@@ -1,5 +1,7 @@
-"""Retry a batch with half its size when memory runs out."""
+"""Memory: keep what is freed for the next tensor, and retry a batch with half its size when it runs out."""
 
+import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -11,6 +13,20 @@ from tqdm import tqdm
 from reclingua.utils.errors import InputError
 
 Result = TypeVar("Result")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensor on the CPU; another C library, and MALLOC_*, stay as they are.
+
+    By default it returns every large block to the system, and a new one then costs a page fault every 4 KB: a fourth
+    of the time of a small model's search. The peak of the memory hardly changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        return
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def run_with_oom_retry(

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 
 from reclingua.utils.errors import InputError
+from reclingua.utils.memory import keep_freed_memory
 
 PATIENCE = timedelta(hours=12)  # a process that has no more work waits for the others: that is no failure
 
@@ -15,7 +16,7 @@ PATIENCE = timedelta(hours=12)  # a process that has no more work waits for the 
 def claim_device(gpu_id: int = 0) -> str:
     """Return the device of this process: the GPU of its local rank under torchrun, else GPU `gpu_id`, or the CPU.
 
-    On a CPU the processes share out the cores.
+    On a CPU the processes share out the cores, and keep freed memory for the next tensor.
 
     Raises:
         InputError: this machine has no such GPU.
@@ -34,6 +35,7 @@ def claim_device(gpu_id: int = 0) -> str:
     if local_rank is not None and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets it, whatever the cores
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    keep_freed_memory()
     return "cpu"
 
 

@@ -92,6 +92,8 @@ def test_items_without_a_title_are_named_by_their_other_texts(toy, edit):
     assert dataset.title("1") == " ".join(["Long"] * 16) + " …" and dataset.text("1") == "Long " * 29 + "Long"
     assert [dataset.title(item) for item in "2345"] == ["Acme", "Office, Pens, Ink", "item 4", "Two parts"]
     assert dataset.text("3") == "Office, Pens, Ink" and dataset.text("5") == "Two parts. Good pen"
+    fields = ("title", "brand", "categories")
+    assert [dataset.text(item, fields) for item in "234"] == ["Acme. Pens", "Office, Pens, Ink", "item 4"]
     assert dataset.remarks[0].startswith("4 items without a title are named by their description (1), brand (1)")
 
 

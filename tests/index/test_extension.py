@@ -59,6 +59,22 @@ def rewrite(folder, name, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
+def test_new_items_are_embedded_by_the_same_text_fields(extend, folder, script, refused):
+    path, source = folder / "brands.npy", ("--dataset", "toy", "--data_path", folder.parent)
+    flags = (*source, "--output", path, "--text_fields", "brand,title")
+    rewrite(folder, "item", lambda items: {item: {"brand": "Acme", **texts} for item, texts in items.items()})
+    assert script(embed.main, *flags)[0] == 0
+    dataset, stored = open_interactions(folder.parent, "toy"), np.load(path)
+    texts = [f"Acme. {dataset.title(item)}" for item in dataset.item_ids]
+    assert np.allclose(stored, embed.embed_text(texts, "minilm"))
+    assert np.allclose(embed.embed_new_items(path, dataset, dataset.item_ids[:3]), stored[:3])
+    rewrite(folder, "item", lambda items: items | {"0": items["0"] | {"brand": "Other"}})  # title and description stay
+    assert "it was made with another items" in refused(embed.main, *flags)
+    line = refused(embed.main, *source, "--text_fields", "title,colour")
+    assert "no item of" in line and "has the field 'colour'; it has brand, title" in line
+    assert "has title twice" in refused(embed.main, *source, "--text_fields", "title,title")
+
+
 @pytest.mark.parametrize("number", [1, 10, 100, 1000])
 def test_old_items_keep_their_semantic_ids_and_new_ones_get_free_ones(extend, folder, number):
     path = folder / "toy.index.json"
