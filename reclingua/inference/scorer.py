@@ -82,8 +82,10 @@ class Scorer:
         folder, metadata = Path(folder), load_metadata(folder)
         model: YesNoModel | CollaborativeModel
         tokenizer = None
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if metadata.method in YES_NO_METHODS:
-            model, data = load_yes_no(folder, metadata, data_path, dataset, base_model, cf_model)
+            moved = {"base_model": base_model, "cf_model": cf_model}
+            model, data = load_yes_no(folder, metadata, data_path, dataset, device, **moved)
             tokenizer = load_tokenizer(folder)
         elif metadata.tasks == ["next_item"]:
             raise InputError(
@@ -95,7 +97,7 @@ class Scorer:
             collaborative.check_same_dataset(model, data)
         else:
             raise InputError(f"{folder}: was trained by {metadata.method}, which scores no ratings; use Recommender")
-        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
+        model.to(device)  # type: ignore[arg-type]
         return cls(model, data, metadata, tokenizer)
 
     def untuned(self) -> "Scorer":
@@ -109,7 +111,7 @@ class Scorer:
         tuned = self.model.config
         names = ("base_model", "base_dtype", "load_in_4bit", "answer")
         config = YesNoConfig(**{name: getattr(tuned, name) for name in names}, trained=[], saved=[])
-        model = YesNoModel(config, open_language(config)).eval()
+        model = YesNoModel(config, open_language(config, self.model.device)).eval()
         if not config.load_in_4bit:
             model.to(self.model.device)  # type: ignore[arg-type]
         metadata = replace(self.metadata, method="tallrec", prompts={"text": self.metadata.prompts["text"]})

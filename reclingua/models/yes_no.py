@@ -311,12 +311,17 @@ class YesNoModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # fewer arguments
-        cls, folder: str | Path, components: Collection[str] = COMPONENTS, **changes
+        cls,
+        folder: str | Path,
+        components: Collection[str] = COMPONENTS,
+        device: torch.device | None = None,
+        **changes,
     ) -> Self:
         """Load the model in `folder`, and the models that it points to, for evaluation.
 
         Args:
             components: which of COMPONENTS are loaded; without "cf_model" no collaborative model is needed.
+            device: of weights in 4 bits, see `load_model`; the others stay on the CPU.
             changes: values for the config, used unless None: base_model or cf_model if these have moved, load_in_4bit
                 or base_dtype.
 
@@ -334,7 +339,7 @@ class YesNoModel(PreTrainedModel):
                 f"{folder}: contains a whole language model, which cannot be quantised; leave out --load_in_4bit"
             )
         cf_model = open_cf_model(config, folder) if "cf_model" in components else None
-        model = cls(config, open_language(config), cf_model)
+        model = cls(config, open_language(config, device), cf_model)
         if "language" not in config.saved:
             check_base_model(config.base_model, config.base_sha256, folder)
         state = {name: w for name, w in read_weights(folder).items() if cls.component_of(name) in components}
@@ -364,14 +369,17 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def open_language(config: YesNoConfig) -> PreTrainedModel:
-    """Load the language model that `config` points to, or build the one it describes, with its LoRA weights."""
+def open_language(config: YesNoConfig, device: torch.device | None = None) -> PreTrainedModel:
+    """Load the language model that `config` points to, or build the one it describes, with its LoRA weights.
+
+    Weights in 4 bits go to `device`, see `load_model`.
+    """
     dtype = getattr(torch, config.base_dtype)
     if config.base_config:
         base = AutoConfig.for_model(**config.base_config)
         language = AutoModelForCausalLM.from_config(base, dtype=dtype, trust_remote_code=False)
     else:
-        language = load_model(config.base_model, dtype, config.load_in_4bit)
+        language = load_model(config.base_model, dtype, config.load_in_4bit, device=device)
     language.requires_grad_(False)
     if config.lora:
         add_lora(language, **config.lora)

@@ -73,7 +73,8 @@ class ModelArguments:
     base_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "dtype of frozen weights; trained ones are float32; if omitted, that of --init_from, else float32",
+            "help": "dtype of frozen weights; trained ones are float32; if omitted, that of --init_from, else bfloat16 on "
+            "a GPU with --bf16 or --load_in_4bit, else float32",
             "choices": DTYPES,
         },
     )
