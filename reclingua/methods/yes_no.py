@@ -88,6 +88,17 @@ def check_flags(args: Arguments) -> None:
         raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
     if args.lora.lora is False and method in LORA_METHODS and args.model.load_in_4bit:
         raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
+    if args.training.use_liger_kernel:
+        raise InputError(
+            f"--use_liger_kernel: Liger knows language models by their type and would leave that of --method {method} "
+            "as it is; leave the flag out"
+        )
+    reads_cache = method not in (*LORA_METHODS, "cora") and not (yes_no.one_stage or args.lora.lora)
+    if args.training.torch_compile and reads_cache:  # it would be compiled once for each layer
+        raise InputError(
+            f"--torch_compile: {method} reads histories into a cache of its frozen language model, which is not "
+            "compiled; leave the flag out, or train LoRA weights as well (--one_stage)"
+        )
     if yes_no.save_base_weights and args.model.load_in_4bit:
         raise InputError("--save_base_weights is for weights in full precision, not with --load_in_4bit")
 

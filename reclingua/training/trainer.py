@@ -3,6 +3,7 @@
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from reclingua.training.callbacks import (
     ThroughputCallback,
 )
 from reclingua.training.checkpoints import STAGING_DIR, commit_checkpoint, report_disk_full, rotate_checkpoints
+from reclingua.training.compilation import compile_layers, without_compilation
 from reclingua.training.throughput import Throughput
 from reclingua.training.zero import gather_state_dict, gathered_parameters, saves_sharded_state
 from reclingua.utils.metadata import CheckpointMetadata
@@ -95,6 +97,8 @@ class RecTrainer(transformers.Trainer):
             except ValueError as error:  # the model's own loss is used instead
                 if self.is_world_process_zero():
                     print(f"{error}: its output head is applied at every position, label or not")
+        if self.args.torch_compile:
+            compile_layers(self.model)
         self.throughput = Throughput(self.model, self.args.device)
         self.preemption, self.relocation = SaveOnSigtermCallback(), RelocateBestCallback()
         self._set_callbacks()
@@ -184,7 +188,8 @@ class RecTrainer(transformers.Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Return the loss on valid and the metrics of `compute_valid_metrics`; throughput excludes their time."""
-        with self.throughput.paused():
+        compilation = without_compilation() if self.args.torch_compile else nullcontext()
+        with self.throughput.paused(), compilation:
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
