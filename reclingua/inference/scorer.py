@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
+from reclingua.datasets.collators import move_batch
 from reclingua.datasets.ratings import RatingsDataset, make_ratings, open_ratings
 from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
 from reclingua.inference import collaborative
@@ -184,7 +185,7 @@ class Scorer:
         def score_batch(trees: list[int]) -> torch.Tensor:
             batch = collate([samples[tree] for tree in trees])
             del batch["labels"], batch["lengths"]
-            return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+            return model(**move_batch(batch, model.device)).logits
 
         self.num_truncated = samples.num_truncated
         advice = "take a smaller model, shorter histories, or fewer --rows_per_tree"

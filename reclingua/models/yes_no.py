@@ -25,6 +25,7 @@ from reclingua.models.tree_attention import attention_argument, supports_trees, 
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
+Device = torch.device | None
 COMPONENTS = ("language", "lora", "projector", "cf_model")
 
 
@@ -179,6 +180,7 @@ class YesNoModel(PreTrainedModel):
         trunk: torch.Tensor,
         tree: torch.Tensor,
         last: torch.Tensor,
+        sizes: tuple[int, int],
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **inputs,
@@ -189,6 +191,7 @@ class YesNoModel(PreTrainedModel):
             input_ids, position_ids: int64 [trees, length], padded on the right.
             branch, visible: int64 [trees, length], see `reclingua.models.tree_attention.tree_mask`.
             trunk: int64 [trees], number of tokens of each trunk.
+            sizes: tokens of the longest trunk, and most tokens of all branches of a tree.
             tree, last: int64 [rows], the tree of each row and the place of the last token of its prompt in it.
             labels: float [rows], 1 liked, 0 not.
             num_items_in_batch: divisor of the summed loss (default: the rows).
@@ -200,8 +203,10 @@ class YesNoModel(PreTrainedModel):
         words = self.embed_inputs(input_ids, **inputs)
         if len(tree) == len(input_ids):  # one row a tree: causal attention is all it takes, for any model
             logits = self._yes(words, tree, last)
-        elif self._can_freeze_trunk() and int(trunk.max()) > 0:
-            logits = self._logits_behind_trunk(input_ids, words, position_ids, branch, visible, trunk, tree, last)
+        elif self._can_freeze_trunk() and sizes[0]:
+            logits = self._logits_behind_trunk(
+                input_ids, words, position_ids, tree, last, trunk, branch, visible, sizes
+            )
         else:
             mask = attention_argument(self.language, tree_mask(branch, visible))
             logits = self._yes(words, tree, last, position_ids=position_ids, attention_mask=mask)
@@ -242,11 +247,12 @@ class YesNoModel(PreTrainedModel):
         input_ids: torch.Tensor,
         words: torch.Tensor,
         position_ids: torch.Tensor,
-        branch: torch.Tensor,
-        visible: torch.Tensor,
-        trunk: torch.Tensor,
         tree: torch.Tensor,
         last: torch.Tensor,
+        trunk: torch.Tensor,
+        branch: torch.Tensor,
+        visible: torch.Tensor,
+        sizes: tuple[int, int],
     ) -> torch.Tensor:
         """Return what `_yes` does; the trunks become a cache without gradients, the branches are one query block.
 
@@ -254,12 +260,11 @@ class YesNoModel(PreTrainedModel):
             t t t|a a|b         t t t        a a b
             u u|a|b b           u u .        a b b       . is a token that no query sees
         """
-        longest = int(trunk.max())
+        longest, width = sizes
         cache = DynamicCache(config=self.language.config)
         with torch.no_grad():
             first = torch.arange(len(input_ids), device=last.device)
             self._yes(input_ids[:, :longest], first, torch.zeros_like(first), cache)
-        width = int((branch > 0).sum(1).max())
         places = trunk[:, None] + torch.arange(width, device=last.device)
         exists = places < input_ids.shape[1]
         places = places.clamp(max=input_ids.shape[1] - 1)
@@ -311,11 +316,7 @@ class YesNoModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # fewer arguments
-        cls,
-        folder: str | Path,
-        components: Collection[str] = COMPONENTS,
-        device: torch.device | None = None,
-        **changes,
+        cls, folder: str | Path, components: Collection[str] = COMPONENTS, device: Device = None, **changes
     ) -> Self:
         """Load the model in `folder`, and the models that it points to, for evaluation.
 
@@ -369,7 +370,7 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def open_language(config: YesNoConfig, device: torch.device | None = None) -> PreTrainedModel:
+def open_language(config: YesNoConfig, device: Device = None) -> PreTrainedModel:
     """Load the language model that `config` points to, or build the one it describes, with its LoRA weights.
 
     Weights in 4 bits go to `device`, see `load_model`.

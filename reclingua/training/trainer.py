@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from reclingua.datasets.collators import move_batch
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.models.chunked_loss import ChunkedCrossEntropy
 from reclingua.training.arguments import TuningArguments
@@ -155,8 +156,7 @@ class RecTrainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Start the copies of a batch to the device, which come from pinned memory, without waiting for them."""
-        moved = {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
-        return super()._prepare_inputs(moved)
+        return super()._prepare_inputs(move_batch(inputs, self.args.device))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a batch; the base class would walk over all weights in each step."""
