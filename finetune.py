@@ -32,6 +32,7 @@ from reclingua.utils.files import check_outputs, locked_folder, write_json
 from reclingua.utils.hub import trust_remote_code
 from reclingua.utils.memory import keep_freed_memory
 from reclingua.utils.metadata import run_metadata
+from reclingua.utils.precision import allow_tf32
 
 
 @cli_main
@@ -44,6 +45,8 @@ def main() -> None:
     trust_remote_code(args.model.trust_remote_code)
     keep_freed_memory()
     set_seed(args.training.seed)
+    if args.training.tf32 is None:
+        allow_tf32(args.training.device.type)
     output_dir = Path(args.training.output_dir)
     with locked_folder(output_dir) if args.training.process_index == 0 else nullcontext():
         tune(args, started)

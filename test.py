@@ -13,7 +13,6 @@ python test.py --ckpt_path ckpt/ml-1m/collm-mf --dataset ml-1m --data_path ~/dat
 from reclingua.utils.logging import silence_third_party
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -58,6 +57,8 @@ from reclingua.utils.metadata import (
     measured_checkpoint,
     run_metadata,
 )
+from reclingua.utils.precision import choose_bf16, has_bf16_instructions
+from reclingua.utils.processes import claim_device
 
 Rows = dict[str, dict[str, np.ndarray]]  # "baselines" and "fused" -> name -> rank of each target, score of each rating
 
@@ -72,26 +73,24 @@ def main() -> None:
         raise InputError(f"--sample_num {args.sample_num}: should be 1 at least, or -1 for all")
     if args.test_batch_size < 1:
         raise InputError(f"--test_batch_size {args.test_batch_size}: should be 1 at least")
-    if distributed.is_initialized():
-        args.gpu_id = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and not 0 <= args.gpu_id < torch.cuda.device_count():
-        raise InputError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} GPUs")
+    device = claim_device(args.gpu_id)
     if args.baselines_only:
         test_baselines(args)
         return
     if args.ckpt_path is None:
         raise InputError("--ckpt_path: name a folder written by finetune.py or pretrain.py, or use --baselines_only")
     metadata = load_metadata(args.ckpt_path)
+    args.bf16 = choose_bf16(args.bf16, metadata.bf16, has_bf16_instructions(torch.device(device).type))
     if metadata.method == "lcrec":
-        test_next_item(args, metadata)
+        test_next_item(args, metadata, device)
     else:
-        test_ratings(args, metadata)
+        test_ratings(args, metadata, device)
 
 
 # ---- Next item ----
 
 
-def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> None:
+def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata, device: str) -> None:
     """Measure a model that generates the next item's semantic ID, beside baselines on the same users."""
     started = time.monotonic()
     task, metrics = TEST_TASKS[args.test_task], parse_metrics(args.metrics)
@@ -100,9 +99,7 @@ def test_next_item(args: argparse.Namespace, metadata: CheckpointMetadata) -> No
     fused_names = parse_fuse(args)
     method = metadata.method if args.test_task == "SeqRec" else f"{metadata.method}-{task}"
     where = {"dataset": args.dataset, "index_file": args.index_file, "base_model": args.base_model}
-    recommender = Recommender.from_pretrained(
-        args.ckpt_path, args.data_path, task=task, device=device_of(args), **where
-    )
+    recommender = Recommender.from_pretrained(args.ckpt_path, args.data_path, task=task, device=device, **where)
     prompt_ids = parse_prompt_ids(args.test_prompt_ids, recommender.prompt_ids)
 
     # ---- Users ----
@@ -227,7 +224,7 @@ def write_next_item_results(
 # ---- Ratings ----
 
 
-def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None:
+def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata, device: str) -> None:
     """Measure a model that scores ratings: AUC and UAUC of all, warm and cold test ratings."""
     is_yes_no = bool(metadata.prompts)
     if not (is_yes_no or is_main_process()):
@@ -239,7 +236,7 @@ def test_ratings(args: argparse.Namespace, metadata: CheckpointMetadata) -> None
         dataset=args.dataset,
         base_model=args.base_model,
         cf_model=args.cf_model,
-        device=device_of(args),
+        device=device,
     )
     dataset, name = scorer.dataset, scorer.name
     if args.fuse not in (None, "like-rates"):
@@ -343,11 +340,6 @@ def measure_rows(rows: Rows, measure: Callable[[np.ndarray], dict]) -> dict[str,
 def is_main_process() -> bool:
     """Return whether this process prints and writes."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def device_of(args: argparse.Namespace) -> str:
-    """Return the device of --gpu_id, or the CPU."""
-    return f"cuda:{args.gpu_id}" if torch.cuda.is_available() else "cpu"
 
 
 def largest_k(args: argparse.Namespace) -> int:

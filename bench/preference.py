@@ -24,7 +24,7 @@ from datasets import Dataset
 
 from bench.common import earlier_figures, synchronise, write_results
 from reclingua import Scorer
-from reclingua.datasets.collators import pad
+from reclingua.datasets.collators import move_batch, pad
 from reclingua.datasets.prompts import YES_NO_FIELDS, YES_NO_PROMPT_FILE, read_prompts
 from reclingua.datasets.ratings import RatingsDataset, open_ratings, to_numpy
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
@@ -214,7 +214,7 @@ def build_batches(samples: YesNoDataset, tokens: int, device: torch.device) -> l
     for numbers in sampler:
         batch = collate([samples[number] for number in numbers])
         del batch["lengths"]
-        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+        batches.append(move_batch(batch, device))
     return batches
 
 
@@ -236,7 +236,7 @@ def time_steps(args: argparse.Namespace, dataset: RatingsDataset, device: torch.
     samples = build_samples(rows, dataset, tokenizer)
     collate = YesNoCollator(tokenizer)
     batches = [collate([samples[i + j] for j in range(args.batch_size)]) for i in range(0, len(rows), args.batch_size)]
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    batches = [move_batch(batch, device) for batch in batches]
     for batch in batches:
         del batch["lengths"]
     shared = {"answer": samples.answer.yes, "saved": [], "load_in_4bit": False}

@@ -1,7 +1,7 @@
 """Encoding and padding shared by all methods, and the collator of causal language modelling."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -120,3 +120,11 @@ def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -
             "attention_mask": pad([[1] * len(row) for row in prompts], 0, left=True),
         }
     )
+
+
+def move_batch(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors on `device`, without waiting for copies from pinned memory."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

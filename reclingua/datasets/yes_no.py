@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from string import Formatter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -340,28 +340,37 @@ class YesNoDataset(torch.utils.data.Dataset):
         return self._sanitize(self.titles[int(item)])
 
 
+def tree_sizes(sample: dict) -> tuple[int, int]:
+    """Return how many tokens of a tree are in its trunk, and in all its branches."""
+    return sample["trunk"], len(sample["input_ids"]) - sample["trunk"]
+
+
 class YesNoCollator:
     """Collator of trees: a batch padded on the right, the arguments of `YesNoModel.forward`.
 
     int64 input_ids, position_ids, branch (-1 on padding), visible, soft, row (number in the batch of the row that a
     token of a branch belongs to) [trees, length]; trunk [trees]; tree (number of a row's tree), last, users, items
     [rows]; liked [rows, most shown items]; histories [rows, read_length]; bool with_ids [rows]; float32 labels [rows];
-    int64 lengths [trees], tokens of each tree.
+    int64 lengths [trees], tokens of each tree. Numbers that shapes depend on are Python's, so that no step waits for a
+    GPU to state them: sizes (tokens of the longest trunk, most tokens of all branches of a tree), num_soft (largest of
+    soft).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[dict]) -> dict[str, Any]:
         sizes = torch.tensor([len(sample["last"]) for sample in samples])
         padding = {"input_ids": self.tokenizer.pad_token_id, "branch": -1, "position_ids": 0, "visible": 0, "soft": 0}
-        batch = {name: pad([sample[name] for sample in samples], value) for name, value in padding.items()}
+        batch: dict[str, Any] = {key: pad([sample[key] for sample in samples], padding[key]) for key in padding}
         batch |= {
             "row": ((sizes.cumsum(0) - sizes)[:, None] + batch["branch"] - 1).clamp(min=0),
             "trunk": torch.tensor([sample["trunk"] for sample in samples]),
             "tree": torch.arange(len(samples)).repeat_interleave(sizes),
             "last": torch.tensor([place for sample in samples for place in sample["last"]]),
             "lengths": torch.tensor([len(sample["input_ids"]) for sample in samples]),
+            "sizes": tuple(max(sizes) for sizes in zip(*map(tree_sizes, samples), strict=True)),
+            "num_soft": max(max(sample["soft"]) for sample in samples),
         }
         for name, key in (("histories", "read"), *((key, key) for key in ("users", "items", "liked", "with_ids"))):
             if key in samples[0]:

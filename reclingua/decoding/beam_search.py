@@ -14,6 +14,7 @@ from reclingua.decoding.trie import Trie
 from reclingua.utils.errors import InputError
 
 SCORE_OVER = ("vocabulary", "trie")
+NORMALISER_BYTES = 64 * 2**20  # of float32 logits whose log-sum-exp is computed at a time
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def beam_search(
 
 
 def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum-exp, float32 [batch, beams, 1], 32 rows at a time: all at once would double the memory."""
-    rows = logits.flatten(0, 1).split(32)
+    """Return the log-sum-exp, float32 [batch, beams, 1], in chunks: all rows at once would double the memory."""
+    rows = logits.flatten(0, 1).split(max(1, NORMALISER_BYTES // (4 * logits.shape[2])))
     return torch.cat([part.float().logsumexp(1) for part in rows]).view(*logits.shape[:2], 1)
 
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from transformers.hf_argparser import string_to_bool
+
 from reclingua.baselines import NEXT_ITEM_BASELINES
 from reclingua.datasets.tasks import TEST_TASKS
 from reclingua.decoding.beam_search import SCORE_OVER
@@ -38,7 +40,11 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--gpu_id", type=int, default=0, help="GPU to use, where there is one (default: %(default)s)")
     model.add_argument("--base_model", help="base model of an adapter checkpoint, overrides the stored path")
-    model.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights keep their dtype")
+    model.add_argument(
+        "--bf16", type=string_to_bool, nargs="?", const=True,
+        help="compute in bfloat16, weights keep their dtype (default: as the model was trained, but float32 on a "
+        "device without instructions for bfloat16)",
+    )  # fmt: skip
     model.add_argument(
         "--lora", action="store_true", help="ignored; detected from the checkpoint (LC-Rec compatibility)"
     )

@@ -267,13 +267,14 @@ def load_yes_no(
     metadata: CheckpointMetadata,
     data_path: str | Path,
     name: str | None = None,
-    base_model: str | None = None,
-    cf_model: str | None = None,
+    device: torch.device | None = None,
+    **moved: str | None,
 ) -> tuple[YesNoModel, RatingsDataset]:
     """Load a tuned Yes/No model and its ratings.
 
     Args:
-        base_model, cf_model: override the stored paths.
+        device: of weights in 4 bits, see `load_model`.
+        moved: base_model and cf_model override the stored paths.
 
     Raises:
         InputError: something is missing, or the model knows the users and items of other ratings. TALLRec, which
@@ -285,7 +286,7 @@ def load_yes_no(
             raise InputError(f"{folder}: knows the users and items of other ratings than those of {dataset.folder}")
         if metadata.items_sha256 not in (None, dataset.items_sha256()):
             check_same_titles(folder, metadata, dataset)
-    return load_yes_no_model(folder, metadata.method, base_model=base_model, cf_model=cf_model), dataset
+    return load_yes_no_model(folder, metadata.method, device=device, **moved), dataset
 
 
 def check_same_titles(folder: Path, metadata: CheckpointMetadata, dataset: RatingsDataset) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
+from reclingua.datasets.collators import move_batch
 from reclingua.datasets.ratings import RatingsDataset, make_ratings, open_ratings
 from reclingua.datasets.yes_no import YesNoCollator, YesNoDataset
 from reclingua.inference import collaborative
@@ -82,8 +83,10 @@ class Scorer:
         folder, metadata = Path(folder), load_metadata(folder)
         model: YesNoModel | CollaborativeModel
         tokenizer = None
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if metadata.method in YES_NO_METHODS:
-            model, data = load_yes_no(folder, metadata, data_path, dataset, base_model, cf_model)
+            moved = {"base_model": base_model, "cf_model": cf_model}
+            model, data = load_yes_no(folder, metadata, data_path, dataset, device, **moved)
             tokenizer = load_tokenizer(folder)
         elif metadata.tasks == ["next_item"]:
             raise InputError(
@@ -95,7 +98,7 @@ class Scorer:
             collaborative.check_same_dataset(model, data)
         else:
             raise InputError(f"{folder}: was trained by {metadata.method}, which scores no ratings; use Recommender")
-        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
+        model.to(device)  # type: ignore[arg-type]
         return cls(model, data, metadata, tokenizer)
 
     def untuned(self) -> "Scorer":
@@ -109,7 +112,7 @@ class Scorer:
         tuned = self.model.config
         names = ("base_model", "base_dtype", "load_in_4bit", "answer")
         config = YesNoConfig(**{name: getattr(tuned, name) for name in names}, trained=[], saved=[])
-        model = YesNoModel(config, open_language(config)).eval()
+        model = YesNoModel(config, open_language(config, self.model.device)).eval()
         if not config.load_in_4bit:
             model.to(self.model.device)  # type: ignore[arg-type]
         metadata = replace(self.metadata, method="tallrec", prompts={"text": self.metadata.prompts["text"]})
@@ -182,7 +185,7 @@ class Scorer:
         def score_batch(trees: list[int]) -> torch.Tensor:
             batch = collate([samples[tree] for tree in trees])
             del batch["labels"], batch["lengths"]
-            return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+            return model(**move_batch(batch, model.device)).logits
 
         self.num_truncated = samples.num_truncated
         advice = "take a smaller model, shorter histories, or fewer --rows_per_tree"

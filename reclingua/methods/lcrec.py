@@ -37,6 +37,7 @@ from reclingua.training.arguments import Arguments, MethodArguments, YesNoArgume
 from reclingua.training.checkpoints import checkpoint_to_resume
 from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import METADATA_FILE, CheckpointMetadata
+from reclingua.utils.precision import frozen_dtype
 
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
 # Flags that a resumed training has to share, beside those that a test needs.
@@ -332,7 +333,9 @@ def checkpoint_metadata(
     if model.init_from:
         training["init_from"] = absolute_name(model.init_from)
     lora = args.lora.low_rank(*LORA_DEFAULTS) if args.lora.lora else None
-    base = adapter or CheckpointMetadata("", "", base_model=model.init_from, lora=lora)
+    is_half = args.training.bf16
+    dtype = frozen_dtype(args.training.device.type, is_half, bool(model.load_in_4bit)) if lora else "float32"
+    base = adapter or CheckpointMetadata("", "", base_model=model.init_from, base_dtype=dtype, lora=lora)
     in_4bit = base.load_in_4bit if model.load_in_4bit is None else model.load_in_4bit
     return CheckpointMetadata(
         method=args.method.method,
@@ -341,6 +344,7 @@ def checkpoint_metadata(
         base_dtype=model.base_dtype or base.base_dtype,
         load_in_4bit=in_4bit,
         load_in_8bit=model.load_in_8bit or base.load_in_8bit,
+        bf16=is_half,
         lora=base.lora,
         prompts={task: [asdict(template) for template in templates] for task, templates in prompts.items()},
         max_his_len=max_his_len,

@@ -32,6 +32,7 @@ from reclingua.training.arguments import Arguments, LoraArguments, MethodArgumen
 from reclingua.training.checkpoints import checkpoint_to_resume
 from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import CheckpointMetadata
+from reclingua.utils.precision import frozen_dtype
 
 LORA_METHODS = ("tallrec", "binllm")  # train LoRA weights and nothing else
 CF_METHODS = ("collm", "binllm", "cora")  # read a collaborative model of pretrain.py
@@ -87,6 +88,17 @@ def check_flags(args: Arguments) -> None:
         raise InputError("--patience needs --load_best_model_at_end and evaluations (--save_and_eval_strategy)")
     if args.lora.lora is False and method in LORA_METHODS and args.model.load_in_4bit:
         raise InputError("--load_in_4bit: weights in 4 bits cannot be tuned themselves; leave --lora False out")
+    if args.training.use_liger_kernel:
+        raise InputError(
+            f"--use_liger_kernel: Liger knows language models by their type and would leave that of --method {method} "
+            "as it is; leave the flag out"
+        )
+    reads_cache = method not in (*LORA_METHODS, "cora") and not (yes_no.one_stage or args.lora.lora)
+    if args.training.torch_compile and reads_cache:  # it would be compiled once for each layer
+        raise InputError(
+            f"--torch_compile: {method} reads histories into a cache of its frozen language model, which is not "
+            "compiled; leave the flag out, or train LoRA weights as well (--one_stage)"
+        )
     if yes_no.save_base_weights and args.model.load_in_4bit:
         raise InputError("--save_base_weights is for weights in full precision, not with --load_in_4bit")
 
@@ -129,7 +141,8 @@ def build_model(args: Arguments, data: YesNoData, log: Log) -> TrainingSetup:
     model.config.answer = train.answer.yes
     answers = tokenizer.convert_ids_to_tokens(list(train.answer))
     log(f"the score is the logit of {answers[0]!r} (token {model.config.answer}); no is {answers[1]!r}")
-    model.to(args.training.device)  # type: ignore[arg-type]
+    if not args.training.deepspeed or metadata.load_in_4bit:  # DeepSpeed takes the model to the GPU in half precision
+        model.to(args.training.device)  # type: ignore[arg-type]
     if not is_continued(args):
         fit_scales(args.method.method, data, model, tokenizer, metadata)
     sizes = {
@@ -232,6 +245,7 @@ def checkpoint_metadata(args: Arguments, data: YesNoData, model: YesNoModel) -> 
         base_dtype=config.base_dtype,
         base_sha256=config.base_sha256,
         load_in_4bit=bool(config.load_in_4bit),
+        bf16=args.training.bf16,
         prompts={task: [asdict(template) for template in templates] for task, templates in data.prompts.items()},
         max_his_len=args.data.max_his_len,
         his_sep=args.data.his_sep,
@@ -264,7 +278,7 @@ def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
             "--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules: the LoRA weights of "
             f"{args.model.init_from} are trained further as they are; leave these flags out"
         )
-    trained = {"lora"} if lora else {"language"} if method in LORA_METHODS else set()
+    trained = {"lora"} if lora else {"language"} if trains_base(args) else set()
     if method not in LORA_METHODS:
         trained |= {"projector"} | ({"cf_model"} if yes_no.train_cf_model or yes_no.cf_model_from_scratch else set())
     cf_model: CollaborativeModel | None = None
@@ -292,6 +306,11 @@ def assemble_model(args: Arguments, dataset: RatingsDataset) -> YesNoModel:
     return model
 
 
+def trains_base(args: Arguments) -> bool:
+    """Return whether the weights of the base model themselves are trained."""
+    return args.method.method in LORA_METHODS and args.lora.lora is False
+
+
 def is_continued(args: Arguments) -> bool:
     """Return whether --init_from is a checkpoint of the method itself, not of its first stage."""
     folder = args.model.init_from
@@ -309,15 +328,19 @@ def load_first_stage(args: Arguments) -> tuple[YesNoConfig, PreTrainedModel]:
     folder = args.model.init_from
     if not folder:
         given = {key: value for key, value in overrides.items() if value is not None}
+        if not trains_base(args):
+            training, in_4bit = args.training, bool(args.model.load_in_4bit)
+            given = {"base_dtype": frozen_dtype(training.device.type, training.bf16, in_4bit)} | given
         config = YesNoConfig(base_model=base_model or "", **given)
-        language = open_language(config)
+        language = open_language(config, args.training.device)
         config.base_sha256 = base_fingerprint(config.base_model)
         return config, language
     method, own = CheckpointMetadata.load(folder).method, args.method.method
     if method not in ("tallrec", own):
         further = "" if own == "tallrec" else f" or {own}"
         raise InputError(f"--init_from {folder}: was made by {method!r}; give one of tallrec{further}")
-    first = YesNoModel.from_pretrained(folder, ("language", "lora"), base_model=base_model, **overrides)
+    parts, device = ("language", "lora"), args.training.device
+    first = YesNoModel.from_pretrained(folder, parts, device, base_model=base_model, **overrides)
     if "language" in first.config.saved:  # with the weights of the folder, not of the base model
         for name, weight in first.language.named_parameters():
             weight.data = weight.data if "lora_" in name else weight.data.to(getattr(torch, first.config.base_dtype))

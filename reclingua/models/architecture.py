@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from reclingua.utils.memory import out_of_memory
+from reclingua.utils.precision import without_tf32
 
 SMALL_VOCABULARY, SMALL_MLP = 256, 128
 SPREAD = 3.0  # of the outputs of linear layers: attention prefers some tokens clearly, and not one alone
@@ -30,7 +31,7 @@ def architecture_copy(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Give a float32 model of the same class and config with random weights, two layers, few words and a narrow MLP.
 
     Heads, positions and the implementation of attention are those of `model`, layers one of each type. The random
-    state outside is not changed, autocast is off inside.
+    state outside is not changed; autocast and TF32 are off inside.
     """
     base = _without_adapter(model)
     config = copy.deepcopy(base.config)
@@ -49,6 +50,7 @@ def architecture_copy(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
+        without_tf32(),
     ):
         torch.manual_seed(0)
         small = type(base)(config).float().to(device).eval()

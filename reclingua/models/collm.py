@@ -55,12 +55,14 @@ class CoLLM(YesNoModel):
         users: torch.Tensor,
         items: torch.Tensor,
         liked: torch.Tensor,
+        num_soft: int,
         histories: torch.Tensor | None = None,
         **inputs,
     ) -> torch.Tensor:
         """Return the embeddings of trees, with soft tokens where `soft` [trees, length] has their numbers.
 
-        The numbers are those of `reclingua.datasets.yes_no.YesNoDataset`; `row` [trees, length] tells whose they are.
+        The numbers are those of `reclingua.datasets.yes_no.YesNoDataset`; `row` [trees, length] tells whose they are,
+        `num_soft` which is the largest.
         """
         if self.config.one_for_all:
             users, items, liked = users.clamp(max=1), items.clamp(max=1), liked.clamp(max=1)
@@ -69,7 +71,7 @@ class CoLLM(YesNoModel):
             self._map("user", self.cf_model.user_vectors(users, histories, items)),
             self._map("item", self.cf_model.item_vectors(items)),
         ]
-        if self.is_zero3 or int(soft.max()) > 2 * self.config.soft_tokens:
+        if self.is_zero3 or num_soft > 2 * self.config.soft_tokens:
             liked = liked if liked.shape[1] else torch.zeros_like(items)[:, None]
             tokens.append(self._map("item", self.cf_model.item_vectors(liked)))
         places = soft.nonzero(as_tuple=True)

@@ -1,6 +1,5 @@
 """Language models and tokenizers: loading, limits of their context, and fingerprints of their weights."""
 
-import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def load_model(
     Args:
         load_in_4bit: linear layers have nf4 weights (QLoRA, arXiv 2305.14314) and compute in `dtype`.
         load_in_8bit: linear layers have int8 weights (arXiv 2208.07339).
-        device: of weights in 4 or 8 bits (default: this process's GPU, if any); others stay on the CPU.
+        device: of weights in 4 or 8 bits (default: the current GPU, if any); others stay on the CPU.
     """
     if (Path(path) / "adapter_config.json").exists():
         raise InputError(
@@ -87,7 +86,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        default = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
+        default = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         options["device_map"] = {"": default if device is None else device}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)

@@ -24,6 +24,6 @@ def run_name(model: YesNoModel, method: str) -> str:
     return method
 
 
-def load_yes_no_model(folder: Path, method: str, **changes) -> YesNoModel:
-    """Load a tuned model for evaluation, see `YesNoModel.from_pretrained`."""
-    return YES_NO_METHODS[method][0].from_pretrained(folder, **changes)
+def load_yes_no_model(folder: Path, method: str, **options) -> YesNoModel:
+    """Load a tuned model for evaluation; `options` are those of `YesNoModel.from_pretrained`."""
+    return YES_NO_METHODS[method][0].from_pretrained(folder, **options)

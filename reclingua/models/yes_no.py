@@ -25,6 +25,7 @@ from reclingua.models.tree_attention import attention_argument, supports_trees, 
 from reclingua.utils.errors import InputError
 from reclingua.utils.files import read_json
 
+Device = torch.device | None
 COMPONENTS = ("language", "lora", "projector", "cf_model")
 
 
@@ -179,6 +180,7 @@ class YesNoModel(PreTrainedModel):
         trunk: torch.Tensor,
         tree: torch.Tensor,
         last: torch.Tensor,
+        sizes: tuple[int, int],
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **inputs,
@@ -189,6 +191,7 @@ class YesNoModel(PreTrainedModel):
             input_ids, position_ids: int64 [trees, length], padded on the right.
             branch, visible: int64 [trees, length], see `reclingua.models.tree_attention.tree_mask`.
             trunk: int64 [trees], number of tokens of each trunk.
+            sizes: tokens of the longest trunk, and most tokens of all branches of a tree.
             tree, last: int64 [rows], the tree of each row and the place of the last token of its prompt in it.
             labels: float [rows], 1 liked, 0 not.
             num_items_in_batch: divisor of the summed loss (default: the rows).
@@ -200,8 +203,10 @@ class YesNoModel(PreTrainedModel):
         words = self.embed_inputs(input_ids, **inputs)
         if len(tree) == len(input_ids):  # one row a tree: causal attention is all it takes, for any model
             logits = self._yes(words, tree, last)
-        elif self._can_freeze_trunk() and int(trunk.max()) > 0:
-            logits = self._logits_behind_trunk(input_ids, words, position_ids, branch, visible, trunk, tree, last)
+        elif self._can_freeze_trunk() and sizes[0]:
+            logits = self._logits_behind_trunk(
+                input_ids, words, position_ids, tree, last, trunk, branch, visible, sizes
+            )
         else:
             mask = attention_argument(self.language, tree_mask(branch, visible))
             logits = self._yes(words, tree, last, position_ids=position_ids, attention_mask=mask)
@@ -242,11 +247,12 @@ class YesNoModel(PreTrainedModel):
         input_ids: torch.Tensor,
         words: torch.Tensor,
         position_ids: torch.Tensor,
-        branch: torch.Tensor,
-        visible: torch.Tensor,
-        trunk: torch.Tensor,
         tree: torch.Tensor,
         last: torch.Tensor,
+        trunk: torch.Tensor,
+        branch: torch.Tensor,
+        visible: torch.Tensor,
+        sizes: tuple[int, int],
     ) -> torch.Tensor:
         """Return what `_yes` does; the trunks become a cache without gradients, the branches are one query block.
 
@@ -254,12 +260,11 @@ class YesNoModel(PreTrainedModel):
             t t t|a a|b         t t t        a a b
             u u|a|b b           u u .        a b b       . is a token that no query sees
         """
-        longest = int(trunk.max())
+        longest, width = sizes
         cache = DynamicCache(config=self.language.config)
         with torch.no_grad():
             first = torch.arange(len(input_ids), device=last.device)
             self._yes(input_ids[:, :longest], first, torch.zeros_like(first), cache)
-        width = int((branch > 0).sum(1).max())
         places = trunk[:, None] + torch.arange(width, device=last.device)
         exists = places < input_ids.shape[1]
         places = places.clamp(max=input_ids.shape[1] - 1)
@@ -311,12 +316,13 @@ class YesNoModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # fewer arguments
-        cls, folder: str | Path, components: Collection[str] = COMPONENTS, **changes
+        cls, folder: str | Path, components: Collection[str] = COMPONENTS, device: Device = None, **changes
     ) -> Self:
         """Load the model in `folder`, and the models that it points to, for evaluation.
 
         Args:
             components: which of COMPONENTS are loaded; without "cf_model" no collaborative model is needed.
+            device: of weights in 4 bits, see `load_model`; the others stay on the CPU.
             changes: values for the config, used unless None: base_model or cf_model if these have moved, load_in_4bit
                 or base_dtype.
 
@@ -334,7 +340,7 @@ class YesNoModel(PreTrainedModel):
                 f"{folder}: contains a whole language model, which cannot be quantised; leave out --load_in_4bit"
             )
         cf_model = open_cf_model(config, folder) if "cf_model" in components else None
-        model = cls(config, open_language(config), cf_model)
+        model = cls(config, open_language(config, device), cf_model)
         if "language" not in config.saved:
             check_base_model(config.base_model, config.base_sha256, folder)
         state = {name: w for name, w in read_weights(folder).items() if cls.component_of(name) in components}
@@ -364,14 +370,17 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def open_language(config: YesNoConfig) -> PreTrainedModel:
-    """Load the language model that `config` points to, or build the one it describes, with its LoRA weights."""
+def open_language(config: YesNoConfig, device: Device = None) -> PreTrainedModel:
+    """Load the language model that `config` points to, or build the one it describes, with its LoRA weights.
+
+    Weights in 4 bits go to `device`, see `load_model`.
+    """
     dtype = getattr(torch, config.base_dtype)
     if config.base_config:
         base = AutoConfig.for_model(**config.base_config)
         language = AutoModelForCausalLM.from_config(base, dtype=dtype, trust_remote_code=False)
     else:
-        language = load_model(config.base_model, dtype, config.load_in_4bit)
+        language = load_model(config.base_model, dtype, config.load_in_4bit, device=device)
     language.requires_grad_(False)
     if config.lora:
         add_lora(language, **config.lora)

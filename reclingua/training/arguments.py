@@ -21,6 +21,7 @@ from reclingua.datasets.tasks import TARGETS, TASKS
 from reclingua.datasets.trees import HISTORY_WINDOWS
 from reclingua.datasets.yes_no import CODE_FORMATS
 from reclingua.models.language import DTYPES
+from reclingua.training.compilation import check_compiler
 from reclingua.training.zero import check_deepspeed, check_precision
 from reclingua.utils.errors import InputError, one_line_errors
 from reclingua.utils.files import read_yaml
@@ -37,7 +38,8 @@ UNSUPPORTED = {
     "dataloader_drop_last": "has no meaning here: every sample is trained on",
     "dataloader_persistent_workers": "would keep the prompts of the first epoch",
     "use_cache": "is for generation, and set by the beam search itself",
-    "torch_compile": "does not work with the chunked loss",
+    "torch_compile_backend": "has no meaning here: --torch_compile takes inductor",
+    "torch_compile_mode": "has no meaning here: --torch_compile has one mode",
     "ddp_static_graph": "does not work with the chunked loss",
     "fsdp": "is not supported; use --deepspeed",
     "save_only_model": "would leave nothing to resume from; --lora makes small checkpoints",
@@ -73,7 +75,8 @@ class ModelArguments:
     base_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "dtype of frozen weights; trained ones are float32; if omitted, that of --init_from, else float32",
+            "help": "dtype of frozen weights; trained ones are float32; if omitted, that of --init_from, else "
+            "bfloat16 on a GPU with --bf16 or --load_in_4bit, else float32",
             "choices": DTYPES,
         },
     )
@@ -256,6 +259,9 @@ class TuningArguments(TrainingArguments):
     dataloader_num_workers: int = argument(
         default=4 if torch.cuda.is_available() else 0, help="processes that prepare samples while a GPU computes"
     )
+    torch_compile: bool = argument(
+        default=False, help="compile the decoder layers by torch.compile, which takes a minute; needs a C++ compiler"
+    )
     logging_nan_inf_filter: bool = argument(default=False, help="leave a loss of NaN or infinity out of the log")
     remove_unused_columns: bool = argument(default=False, help="left to the collator")
     resume_from_checkpoint: str | None = argument(
@@ -290,7 +296,13 @@ class TuningArguments(TrainingArguments):
         if self.deepspeed:
             content = check_deepspeed(self.deepspeed, on_cpu=self.use_cpu or not torch.cuda.is_available())
             check_precision(content, "bf16" if self.bf16 else "fp16" if self.fp16 else "")
+        if compiles_layers := self.torch_compile:
+            check_compiler()
+            if self.deepspeed:
+                raise ValueError("--torch_compile is not for --deepspeed, whose hooks run between the layers")
+        self.torch_compile = False  # accelerate would compile the whole model; RecTrainer compiles its layers
         super().__post_init__()
+        self.torch_compile = compiles_layers
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             wrong = "; ".join(each.removeprefix("- ds ") for each in self.hf_deepspeed_config.mismatches)
             raise ValueError(f"the file of --deepspeed says otherwise: {wrong}; give the flag, or auto in the file")

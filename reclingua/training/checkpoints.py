@@ -84,14 +84,14 @@ def _first_difference(ours: CheckpointMetadata, theirs: CheckpointMetadata) -> s
     """Return the first key whose values differ, a flag of `training` by its own name; None if all are equal.
 
     The fingerprint of the base model is skipped where it is not computed yet: this check comes before the model is
-    loaded.
+    loaded. A training may resume in another precision, as on another machine.
     """
     stored = asdict(theirs)
     for key, value in asdict(ours).items():
         if key == "training":
             if differing := [flag for flag in value | stored[key] if value.get(flag) != stored[key].get(flag)]:
                 return differing[0]
-        elif value != stored[key] and not (key == "base_sha256" and value is None):
+        elif value != stored[key] and key != "bf16" and not (key == "base_sha256" and value is None):
             return key
     return None
 

@@ -3,6 +3,7 @@
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from reclingua.datasets.collators import move_batch
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.models.chunked_loss import ChunkedCrossEntropy
 from reclingua.training.arguments import TuningArguments
@@ -28,6 +30,7 @@ from reclingua.training.callbacks import (
     ThroughputCallback,
 )
 from reclingua.training.checkpoints import STAGING_DIR, commit_checkpoint, report_disk_full, rotate_checkpoints
+from reclingua.training.compilation import compile_layers, without_compilation
 from reclingua.training.throughput import Throughput
 from reclingua.training.zero import gather_state_dict, gathered_parameters, saves_sharded_state
 from reclingua.utils.errors import InputError
@@ -96,6 +99,8 @@ class RecTrainer(transformers.Trainer):
             except ValueError as error:  # the model's own loss is used instead
                 if self.is_world_process_zero():
                     print(f"{error}: its output head is applied at every position, label or not")
+        if self.args.torch_compile:
+            compile_layers(self.model)
         self.throughput = Throughput(self.model, self.args.device)
         self.preemption, self.relocation = SaveOnSigtermCallback(), RelocateBestCallback()
         self._set_callbacks()
@@ -152,8 +157,7 @@ class RecTrainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Start the copies of a batch to the device, which come from pinned memory, without waiting for them."""
-        moved = {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
-        return super()._prepare_inputs(moved)
+        return super()._prepare_inputs(move_batch(inputs, self.args.device))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a batch; the base class would walk over all weights in each step."""
@@ -188,7 +192,8 @@ class RecTrainer(transformers.Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Return the loss on valid and the metrics of `compute_valid_metrics`; throughput excludes their time."""
-        with self.throughput.paused():
+        compilation = without_compilation() if self.args.torch_compile else nullcontext()
+        with self.throughput.paused(), compilation:
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(

@@ -29,6 +29,7 @@ class CheckpointMetadata:
         method: of finetune.py, or the kind of a collaborative model.
         dataset: its name.
         base_model, base_dtype, load_in_4bit, load_in_8bit: the language model that was tuned, and how it was loaded.
+        bf16: whether it was trained in bfloat16 (--bf16), the default of a test.
         base_sha256: fingerprint of the base model's weights (reclingua/models/language.py).
         lora: of lcrec: rank, alpha, dropout and targets of the adapter; None: the weights themselves were tuned.
         prompts: task -> its prompt templates, each {"prompt": ..., "response": ...}.
@@ -55,6 +56,7 @@ class CheckpointMetadata:
     base_sha256: str | None = None
     load_in_4bit: bool = False
     load_in_8bit: bool = False
+    bf16: bool = False
     lora: dict | None = None
     prompts: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     max_his_len: int = 0

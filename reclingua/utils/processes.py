@@ -9,6 +9,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from reclingua.utils.errors import InputError
 from reclingua.utils.memory import keep_freed_memory
+from reclingua.utils.precision import allow_tf32
 
 PATIENCE = timedelta(hours=12)  # a process that has no more work waits for the others: that is no failure
 
@@ -16,7 +17,8 @@ PATIENCE = timedelta(hours=12)  # a process that has no more work waits for the 
 def claim_device(gpu_id: int = 0) -> str:
     """Return the device of this process: the GPU of its local rank under torchrun, else GPU `gpu_id`, or the CPU.
 
-    On a CPU the processes share out the cores, and keep freed memory for the next tensor.
+    A GPU computes float32 products in TF32 from now on. On a CPU the processes share out the cores, and keep freed
+    memory for the next tensor.
 
     Raises:
         InputError: this machine has no such GPU.
@@ -31,6 +33,7 @@ def claim_device(gpu_id: int = 0) -> str:
         if not 0 <= gpu < gpus:
             raise InputError(f"--gpu_id {gpu}: this machine has {gpus} GPUs")
         torch.cuda.set_device(gpu)
+        allow_tf32("cuda")
         return f"cuda:{gpu}"
     if local_rank is not None and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets it, whatever the cores
         cores = len(os.sched_getaffinity(0))

@@ -17,8 +17,11 @@ import pretrain
 import test as test_script
 import test_ddp
 from convert.scratch import train_tokenizer
+from reclingua.methods import METHODS
 from reclingua.models.collm import CoLLM
 from reclingua.models.registry import YES_NO_METHODS
+from reclingua.training.arguments import Arguments, parse
+from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import CheckpointMetadata
 from tests.helpers.scripts import measure, predictions, run_main, run_processes, second, tune
 from tests.helpers.toys import write_preferences
@@ -268,6 +271,16 @@ def test_bad_input(workshop, studio, tmp_path, refused):
         finetune.main, *tune(studio, "tallrec", tmp_path / "out", "--base_model", tmp_path / "mute")
     )
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_liger_is_refused_where_it_would_change_nothing(studio, tmp_path):
+    """The Trainer hands Liger the wrapper, whose type it does not know. Without a GPU the flag itself is refused."""
+    words = [*map(str, tune(studio, "tallrec", tmp_path / "out", "--base_model", "x"))]
+    arguments = Arguments(*parse([*Arguments.__annotations__.values()], "", words))
+    METHODS["tallrec"].check_flags(arguments)
+    arguments.training.use_liger_kernel = True
+    with pytest.raises(InputError, match="would leave that of --method tallrec as it is"):
+        METHODS["tallrec"].check_flags(arguments)
 
 
 def flags_of_lcrec(workshop, output):

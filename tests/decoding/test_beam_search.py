@@ -9,6 +9,7 @@ import torch
 from bench.decode import generate_side
 from reclingua.datasets.collators import encode_prompt, prompt_batch
 from reclingua.datasets.prompts import LCREC_PROMPT_FILE, read_prompts
+from reclingua.decoding import beam_search as beam_search_module
 from reclingua.decoding.beam_search import beam_search
 from reclingua.decoding.kv_cache import DecoderSelector, ReplicatedCacheDecoder, TreeAttentionDecoder
 from reclingua.decoding.trie import Trie
@@ -331,3 +332,11 @@ def test_what_a_programmer_gets_wrong():
             arguments = {"model": make_model("llama", VOCABULARY), "score_over": "vocabulary"} | options
             input_ids, mask = prompts()
             beam_search(**arguments, input_ids=input_ids, attention_mask=mask, trie=Trie.build(ITEMS), num_beams=3)
+
+
+@pytest.mark.parametrize("size", [1, 4 * 7 * 3, 2**30])
+def test_the_normaliser_is_that_of_all_rows_at_once(monkeypatch, size):
+    monkeypatch.setattr(beam_search_module, "NORMALISER_BYTES", size)
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = logits.float().logsumexp(2, keepdim=True)
+    assert torch.equal(beam_search_module.log_normaliser(logits), expected)
