@@ -180,11 +180,13 @@ def test_lora(script, workshop, sft, adapter, policy_flags, tmp_path, kind):
     assert code == 0, error
 
 
-def test_bad_input(workshop, sft, adapter, studio, policy_flags, tmp_path, refused):
+def test_bad_input(workshop, sft, adapter, policy_flags, tmp_path, refused):
     def refuse(*more, **options):
         return refused(grpo.main, *policy_flags("out", *more, **options))
 
-    assert "was made by 'tallrec', which recommends no items" in refuse(ckpt=studio / "tallrec")
+    (tmp_path / "tallrec").mkdir()
+    CheckpointMetadata("tallrec", "liked").save(tmp_path / "tallrec")
+    assert "was made by 'tallrec', which recommends no items" in refuse(ckpt=tmp_path / "tallrec")
     assert "should be 2 at least, since candidates are compared" in refuse("--num_generations", 1)
     assert "--rewards 'hit': should be of exact, rank_penalty" in refuse("--rewards", "exact:1,hit:2")
     assert "no such file" in refuse(ckpt=tmp_path / "nothing")
