@@ -10,8 +10,6 @@ python finetune.py --config config/collm.yaml --init_from ckpt/tallrec --cf_mode
 
 from reclingua.utils.logging import silence_third_party
 
-import os
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -22,17 +20,12 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from reclingua.methods import METHODS
 from reclingua.training.arguments import Arguments, parse_arguments
-from reclingua.training.callbacks import Preempted
-from reclingua.training.checkpoints import newest_checkpoint, report_disk_full
-from reclingua.training.throughput import format_throughput
+from reclingua.training.runs import leave_process_group, prepare_device, train_and_save
 from reclingua.training.trainer import RecTrainer, build_batches
 from reclingua.training.zero import check_zero3_support, saves_sharded_state, without_zero3_init
-from reclingua.utils.errors import InputError, cli_main, mask_flags
-from reclingua.utils.files import check_outputs, locked_folder, write_json
+from reclingua.utils.errors import InputError, cli_main
+from reclingua.utils.files import check_outputs, locked_folder
 from reclingua.utils.hub import trust_remote_code
-from reclingua.utils.memory import keep_freed_memory
-from reclingua.utils.metadata import run_metadata
-from reclingua.utils.precision import allow_tf32
 
 
 @cli_main
@@ -43,10 +36,8 @@ def main() -> None:
     METHODS[args.method.method].check_flags(args)
     silence_third_party()
     trust_remote_code(args.model.trust_remote_code)
-    keep_freed_memory()
     set_seed(args.training.seed)
-    if args.training.tf32 is None:
-        allow_tf32(args.training.device.type)
+    prepare_device(args.training)
     output_dir = Path(args.training.output_dir)
     with locked_folder(output_dir) if args.training.process_index == 0 else nullcontext():
         tune(args, started)
@@ -89,33 +80,15 @@ def tune(args: Arguments, started: float) -> None:
         metadata=setup.metadata,
         callbacks=[EarlyStoppingCallback(args.yes_no.patience)] if args.yes_no.patience else None,
     )
-    checkpoint = str(setup.checkpoint) if setup.checkpoint else None
-    if checkpoint:
-        log(f"resuming from {checkpoint}")
     if setup.flash:
         model.set_attn_implementation("flash_attention_2")
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    except Preempted:
-        log(f"ended by SIGTERM; {newest_checkpoint(training_args.output_dir)} is written; resume with")
-        log(f"  {resume_command()}")
-        leave_process_group(trainer)
-        return
-    throughput = trainer.throughput.figures(trainer.accelerator)
-    log(f"training itself took {throughput['seconds']:.0f} s: {format_throughput(throughput)}")
-
-    # ---- Save ----
-    method.finish_model(args, model)
-    with report_disk_full(training_args.output_dir):
-        trainer.save_model(training_args.output_dir)
-    if main_process:
-        write_run(trainer, args, started, {"train_loss": result.training_loss, "throughput": throughput})
-        metric, best = training_args.metric_for_best_model, trainer.state.best_metric
-        valid = f", valid {metric} {best:.4f}" if best else ""
-        log(f"tuned in {time.monotonic() - started:.0f} s{valid} -> {training_args.output_dir}/")
-        if trainer.deepspeed and saves_sharded_state(trainer.deepspeed, model):
-            log(f"  its weights are in the parts of {training_args.world_size} processes; for a model folder:")
-            log(f"  bash convert/convert.sh {training_args.output_dir}")
+    flags = {name: value for group in args[:-1] for name, value in asdict(group).items()}
+    has_ended = train_and_save(
+        trainer, setup.checkpoint, flags, started, lambda: method.finish_model(args, model), log
+    )
+    if has_ended and trainer.deepspeed and saves_sharded_state(trainer.deepspeed, model):
+        log(f"  its weights are in the parts of {training_args.world_size} processes; for a model folder:")
+        log(f"  bash convert/convert.sh {training_args.output_dir}")
     leave_process_group(trainer)
 
 
@@ -133,41 +106,6 @@ def check_required(args: Arguments) -> None:
         raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
     if (args.data.max_eval_samples or 0) < 0:
         raise InputError("--max_eval_samples should be 0 at least")
-
-
-def write_run(trainer: RecTrainer, args: Arguments, started: float, results: dict) -> None:
-    """Write run.json beside the tuned model: flags, versions, seconds, the training log."""
-    flags = {name: value for group in args[:-1] for name, value in asdict(group).items()} | args.training.to_dict()
-    state = trainer.state
-    content = {
-        **run_metadata(flags, started),
-        "seed": args.training.seed,
-        "best_metric": state.best_metric,
-        "best_step": state.best_global_step,
-        **results,
-        "log": state.log_history,
-    }
-    write_json(Path(args.training.output_dir) / "run.json", content, indent=1)
-
-
-def resume_command() -> str:
-    """Return the command that resumes this run from its newest checkpoint, with *** for tokens and keys."""
-    words = [word for word in mask_flags(sys.argv) if not word.startswith("--resume_from_checkpoint=")]
-    if "--resume_from_checkpoint" in words:
-        position = words.index("--resume_from_checkpoint")
-        del words[position : position + 2]
-    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")  # set by torchrun
-    start = f"torchrun --nproc_per_node {local}" if local else "python"
-    if local != world:
-        start = f"torchrun <as before, on every machine> --nproc_per_node {local}"
-    return f"{start} {shlex.join(words)} --resume_from_checkpoint auto"
-
-
-def leave_process_group(trainer: RecTrainer) -> None:
-    """Release the process group: an object that holds it until the interpreter exits can abort the process."""
-    trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
-    "Train and test": ("finetune", "pretrain", "test", "recommend", "serve", "report", "demo"),
+    "Train and test": ("finetune", "grpo", "pretrain", "test", "recommend", "serve", "report", "demo"),
     "Data": ("data.prepare", "data.check", "data.clean", "data.split_cold", "data.intentions"),
     "Semantic IDs": ("index.embed", "index.train", "index.generate", "index.repair", "index.report"),
     "Weights": (
@@ -29,8 +29,8 @@ the top of the repository are called as `python finetune.py`, those of a folder 
 `test_ddp.py` takes the flags of `test.py`. `run.sh` has its own: `bash run.sh --help`.
 """
 TRAINER = """
-`finetune.py` also takes every flag of `transformers.TrainingArguments`, such as `--bf16` or `--report_to`;
-`python finetune.py --help` prints them. `--config preset.yaml` supplies defaults; the command line wins.
+`{command}.py` also takes every flag of `transformers.TrainingArguments`, such as `--bf16` or `--report_to`;
+`python {command}.py --help` prints them. `--config preset.yaml` supplies defaults; the command line wins.
 """
 
 
@@ -114,9 +114,9 @@ def build_page() -> str:
         for command in commands:
             parser = build_parser(command)
             lines.append(f"\n### {command}\n\n{(parser.description or '').strip().splitlines()[0]}")
-            if command == "finetune":
-                lines.append(TRAINER.rstrip())
-            lines += flag_rows(parser, trainer_flags() if command == "finetune" else set())
+            if command in ("finetune", "grpo"):
+                lines.append(TRAINER.rstrip().format(command=command))
+            lines += flag_rows(parser, trainer_flags() if command in ("finetune", "grpo") else set())
     return "\n".join(lines) + "\n"
 
 

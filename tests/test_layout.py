@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"finetune.py", "pretrain.py", "test.py", "test_ddp.py", "recommend.py", "serve.py", "report.py", "demo.py"}
+COMMANDS = {
+    "finetune.py",
+    "grpo.py",
+    "pretrain.py",
+    "test.py",
+    "test_ddp.py",
+    "recommend.py",
+    "serve.py",
+    "report.py",
+    "demo.py",
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,7 @@ def test_imports_run_down_only(modules):
         return height
 
     assert max(map(floor, sorted(imports))) <= 8
-    assert sum(map(len, imports.values())) <= 87
+    assert sum(map(len, imports.values())) <= 90
     library = {room: below for room, below in imports.items() if room.startswith("reclingua")}
     outside = {room: below for room, below in library.items() if not all(r.startswith("reclingua") for r in below)}
     assert not outside, "the library imports from outside"

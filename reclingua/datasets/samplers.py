@@ -134,6 +134,39 @@ class LengthGroupedBatchSampler(torch.utils.data.Sampler[list[int]]):
         return [*boundaries[:-1], len(lengths)]
 
 
+class RepeatedBatchSampler(torch.utils.data.Sampler[list[int]]):
+    """Batch sampler that yields the batches of an update several times in a row: updates on the same candidates.
+
+    With two batches an update and two updates, the batches a b c become  a b  a b  c a  c a.  The last update of an
+    epoch is completed by the epoch's first batches.
+
+    Args:
+        batches: the batches of this process.
+        accumulation: number of batches of an update.
+        repeats: number of updates with the same batches.
+    """
+
+    def __init__(self, batches: LengthGroupedBatchSampler, accumulation: int, repeats: int):
+        self.batches, self.accumulation, self.repeats = batches, accumulation, repeats
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+
+    def stop(self) -> None:
+        """Yield no more batches, see `LengthGroupedBatchSampler.stop`."""
+        self.batches.stop()
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.accumulation) * self.accumulation * self.repeats
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = list(self.batches)
+        for start in range(0, len(batches), self.accumulation):
+            update = [batches[index % len(batches)] for index in range(start, start + self.accumulation)]
+            for _ in range(self.repeats):
+                yield from update
+
+
 def split_widest(boundaries: list[int], count: int) -> list[int]:
     """Return the boundaries of `count` batches: the batch of most samples is halved until there are enough."""
     while len(boundaries) - 1 < count:

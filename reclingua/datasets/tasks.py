@@ -86,6 +86,17 @@ def train_samples(
     return samples
 
 
+def next_item_samples(dataset: InteractionDataset, task: str, max_his_len: int) -> datasets.Dataset:
+    """Return the samples of seqrec, one for each training item but a user's first, under the name of `task`.
+
+    A sample's history is cut to its last `max_his_len` items; InputError if no sample exists.
+    """
+    samples = _of_rows(_pairs(dataset, task, max_his_len))
+    if not len(samples):
+        raise InputError(f"{dataset.folder}: has nothing to train on: {_LACKING['seqrec']}")
+    return samples
+
+
 _LACKING = {
     **dict.fromkeys(("seqrec", "seqrec_history", "fusionseqrec"), "no user has two training interactions"),
     **dict.fromkeys(("item2index", "index2item"), "there are no items"),

@@ -95,21 +95,11 @@ class TreeAttentionDecoder:
         """
         if not levels:
             return []
-        ancestors: list[torch.Tensor] = []
-        width, nodes = 0, sum(tokens.shape[1] for tokens, _ in levels)
-        for tokens, parents in levels:
-            visible = torch.zeros((*tokens.shape, nodes), dtype=torch.bool, device=tokens.device)
-            if ancestors:
-                visible |= ancestors[-1].gather(1, parents.unsqueeze(-1).expand(-1, -1, nodes))
-            columns = torch.arange(tokens.shape[1], device=tokens.device)
-            visible[:, columns, width + columns] = True
-            ancestors.append(visible)
-            width += tokens.shape[1]
         positions = [
             (self.positions + depth).expand(tokens.shape) for depth, (tokens, _) in enumerate(levels)
         ]  # of the tokens of a level
         tokens = torch.cat([tokens for tokens, _ in levels], dim=1)
-        logits = self._forward(tokens, torch.cat(ancestors, dim=1), torch.cat(positions, dim=1))
+        logits = self._forward(tokens, branch_ancestors(levels), torch.cat(positions, dim=1))
         return list(logits.split([tokens.shape[1] for tokens, _ in levels], dim=1))
 
     def _forward(self, tokens: torch.Tensor, ancestors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -123,6 +113,25 @@ class TreeAttentionDecoder:
             use_cache=True,
         )
         return output.logits
+
+
+def branch_ancestors(levels: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return which nodes of a tree each node sees, its ancestors and itself, bool [batch, nodes, nodes].
+
+    Args:
+        levels: tokens and parents of each level, as for `TreeAttentionDecoder.step`; at least one level.
+    """
+    ancestors: list[torch.Tensor] = []
+    width, nodes = 0, sum(tokens.shape[1] for tokens, _ in levels)
+    for tokens, parents in levels:
+        visible = torch.zeros((*tokens.shape, nodes), dtype=torch.bool, device=tokens.device)
+        if ancestors:
+            visible |= ancestors[-1].gather(1, parents.unsqueeze(-1).expand(-1, -1, nodes))
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        visible[:, columns, width + columns] = True
+        ancestors.append(visible)
+        width += tokens.shape[1]
+    return torch.cat(ancestors, dim=1)
 
 
 class ReplicatedCacheDecoder:

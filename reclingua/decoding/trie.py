@@ -180,6 +180,19 @@ class Trie:
         rows = [[self.item_to_number.get(item, -1) for item in items] + [-1] * (width - len(items)) for items in lists]
         return torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(len(lists), width)
 
+    def paths(self, items: torch.Tensor) -> list[torch.Tensor]:
+        """Return the state of each item's path at each level, 0 to the depth, int64 of the shape of `items`.
+
+        -1 below a complete item, and for -1 in `items`, which is no item.
+        """
+        bounds = self.level.tolist()
+        state = self.leaf[items.clamp(min=0)].long()
+        states = []
+        for level in range(self.depth, 0, -1):
+            states.append(torch.where((state >= bounds[level]) & (items >= 0), state, -1))
+            state = torch.where(state >= bounds[level], self.parent[state].long(), state)
+        return [torch.zeros_like(items), *reversed(states)]
+
     def exhausted_states(self, excluded: torch.Tensor) -> torch.Tensor:
         """Return the states below which all items of a sample are excluded, as keys for `is_exhausted`.
 

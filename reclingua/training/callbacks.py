@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from reclingua.datasets.samplers import LengthGroupedBatchSampler
+from reclingua.datasets.samplers import LengthGroupedBatchSampler, RepeatedBatchSampler
 from reclingua.training.throughput import Throughput
 from reclingua.utils.errors import InputError
 from reclingua.utils.text import format_duration
@@ -33,7 +33,7 @@ class SetEpochCallback(TrainerCallback):
 class StopAtMaxStepsCallback(TrainerCallback):
     """Works around the Trainer taking one extra step when it resumes at `max_steps` within an epoch."""
 
-    def __init__(self, batches: LengthGroupedBatchSampler):
+    def __init__(self, batches: LengthGroupedBatchSampler | RepeatedBatchSampler):
         self.batches = batches
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
@@ -90,7 +90,8 @@ class ConsoleLogCallback(TrainerCallback):
             seconds = (time.monotonic() - self.began) / max(1, state.global_step - self.first_step)
             left = format_duration(seconds * (state.max_steps - state.global_step))
             rate = f"learning rate {float(logs['learning_rate']):.1e}"
-            tqdm.write(f"{progress}loss {float(logs['loss']):.4f}   {rate}   about {left} left")
+            reward = f"reward {float(logs['reward']):.4f}   " if "reward" in logs else ""
+            tqdm.write(f"{progress}loss {float(logs['loss']):.4f}   {reward}{rate}   about {left} left")
             return
         metrics = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         shown = [f"valid {name} {value:.4f}" for name, value in metrics.items() if "@" in name or name.endswith("auc")]

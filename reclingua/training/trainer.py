@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from reclingua.datasets.collators import move_batch
-from reclingua.datasets.samplers import LengthGroupedBatchSampler
+from reclingua.datasets.samplers import LengthGroupedBatchSampler, RepeatedBatchSampler
 from reclingua.models.chunked_loss import ChunkedCrossEntropy
 from reclingua.training.arguments import TuningArguments
 from reclingua.training.callbacks import (
@@ -81,7 +81,7 @@ class RecTrainer(transformers.Trainer):
     def __init__(
         self,
         *args,
-        batches: LengthGroupedBatchSampler,
+        batches: LengthGroupedBatchSampler | RepeatedBatchSampler,
         max_logits_mb: int | None,
         compute_valid_metrics: Callable[[], dict[str, float]] | None,
         metadata: CheckpointMetadata | None,
