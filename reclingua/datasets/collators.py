@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -42,27 +41,17 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
 class CausalLMCollator:
     """Collator of training samples: right-padded int64 input_ids and labels, and lengths (tokens of each sample).
 
-    Where samples have soft labels, also soft_labels, float32 [labels of the batch, codes], zeros for labels without,
-    and soft_tokens, int64 [codes], the tokens that their columns stand for.
-
     Args:
         packing: pack samples into rows no longer than the longest of them. `position_ids` start again at 0 with each
             sample, by which transformers keeps their attention apart.
         flatten: with `packing`, pack all samples into one row and add their boundaries as flash attention expects
             them: int32 cu_seq_lens_q and cu_seq_lens_k [samples + 1], int max_length_q and max_length_k.
-        soft_tokens: int64 [codes], of the soft labels of samples; None: they have none.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        packing: bool = False,
-        flatten: bool = False,
-        soft_tokens: np.ndarray | None = None,
-    ):
-        self.tokenizer, self.packing, self.flatten, self.soft_tokens = tokenizer, packing, flatten, soft_tokens
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: bool = False, flatten: bool = False):
+        self.tokenizer, self.packing, self.flatten = tokenizer, packing, flatten
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, Any]:
         lengths = [len(sample["input_ids"]) for sample in samples]
         attention: dict[str, Any]
         if self.packing:
@@ -78,10 +67,6 @@ class CausalLMCollator:
         ids = [[token for sample in row for token in sample["input_ids"]] for row in rows]
         # The first token of a sample is no target: in a packed row the sample before it would predict it.
         labels = [[label for sample in row for label in (IGNORE, *sample["labels"][1:])] for row in rows]
-        if self.soft_tokens is not None:
-            soft_labels = np.concatenate([self._soft_labels(sample) for row in rows for sample in row])
-            attention |= {"soft_labels": torch.from_numpy(soft_labels)}
-            attention |= {"soft_tokens": torch.from_numpy(self.soft_tokens)}
         return {
             "input_ids": pad(ids, self.tokenizer.pad_token_id),
             **attention,
@@ -89,13 +74,7 @@ class CausalLMCollator:
             "lengths": torch.tensor(lengths),
         }
 
-    def _soft_labels(self, sample: dict[str, Any]) -> np.ndarray:
-        if "soft_labels" in sample:
-            return sample["soft_labels"]
-        assert self.soft_tokens is not None
-        return np.zeros((sum(label != IGNORE for label in sample["labels"][1:]), len(self.soft_tokens)), np.float32)
-
-    def _pack(self, samples: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    def _pack(self, samples: list[dict[str, list[int]]]) -> list[list[dict[str, list[int]]]]:
         """Return rows of samples, first fit decreasing: each sample goes into the first row with room for it."""
         samples = sorted(samples, key=lambda sample: -len(sample["input_ids"]))
         longest = len(samples[0]["input_ids"])

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Collection, Mapping
 from functools import cache, cached_property, lru_cache
-from typing import Any
 
 import datasets
 import numpy as np
@@ -14,7 +13,7 @@ from reclingua.datasets.collators import IGNORE, encode_prompt, sanitizer
 from reclingua.datasets.interactions import InteractionDataset
 from reclingua.datasets.item_texts import TEXT_KEYS
 from reclingua.datasets.prompts import INTENTION_FIELDS, TARGET, PromptTemplate
-from reclingua.datasets.tasks import history_segment, segment_places
+from reclingua.datasets.tasks import history_segment
 from reclingua.utils.errors import InputError
 
 COMPOSED = {"history", "titles", "preference"}  # fields made of several texts, or of one drawn from several
@@ -22,8 +21,6 @@ COMPOSED = {"history", "titles", "preference"}  # fields made of several texts, 
 
 class InstructionDataset(torch.utils.data.Dataset):
     """Torch dataset of samples (reclingua/datasets/tasks.py) with input_ids and labels, lists of int.
-
-    With a teacher a history sample has soft_labels, float32 [labels, codes], as well.
 
     The prompt template of a sample, the preference in it and the segment of a long history are functions of seed,
     epoch and sample: the same in every run, different in every epoch (`set_epoch`).
@@ -39,7 +36,6 @@ class InstructionDataset(torch.utils.data.Dataset):
         only_response: labels on the response only, else on every token.
         templates_per_sample: task -> number of prompt templates that each sample gets in an epoch, LC-Rec's
             `train_prompt_sample_num` (default: 1).
-        teacher: gives soft labels (reclingua/baselines/teacher.py).
     """
 
     def __init__(
@@ -56,9 +52,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         only_response: bool = True,
         templates_per_sample: Mapping[str, int] | None = None,
         seed: int = 0,
-        teacher: Any = None,
     ):
-        self.teacher = teacher
         self.samples, self.dataset, self.tokenizer, self.prompts = samples, dataset, tokenizer, prompts
         self.token_ids = token_ids
         self.index_tokens = frozenset(token for ids in token_ids.values() for token in ids)
@@ -79,18 +73,14 @@ class InstructionDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._row)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
         sample = self.samples[int(self._row[i])]
         task = sample["task"]
         template = self.prompts[task][self._draw_template(i, task, self._known_fields(sample))]
         if task == "seqrec_history" and not sample["item"]:
             shift = self._draw_shift(sample["user"], int(self._copy[i]))
-            history, segment = sample["history"], (sample["part"], sample["parts"], self.max_his_len, shift)
-            start, stop = segment_places(len(history), *segment)
-            encoded = self._encode_history(history[start:stop], template)
-            if self.teacher is not None:
-                encoded["soft_labels"] = self.teacher.soft_labels(history, start + 1, stop)
-            return encoded
+            items = history_segment(sample["history"], sample["part"], sample["parts"], self.max_his_len, shift)
+            return self._encode_history(items, template)
         if sample["preferences"]:
             generator = random.Random(f"{self.seed} {self.epoch} {i} preference")
             sample["preferences"] = [generator.choice(sample["preferences"])]

@@ -182,11 +182,6 @@ def history_segment(items: list[str], part: int, parts: int, size: int, shift: f
         size 3, shift 0     a[b c d]      d[e f g]      g[h]          brackets: targets
         size 3, shift .9    a[b]          b[c d e]      e[f g h]
     """
-    start, stop = segment_places(len(items), part, parts, size, shift)
-    return items[start:stop]
-
-
-def segment_places(length: int, part: int, parts: int, size: int, shift: float) -> tuple[int, int]:
-    """Return the place of the first item of `history_segment` in a history of `length` items, and behind its last."""
-    start = part * size - int(shift * (parts * size - length + 2))
-    return max(0, start), min(start + size + 1, length)
+    slack = parts * size - (len(items) - 1)
+    start = part * size - int(shift * (slack + 1))
+    return items[max(0, start) : start + size + 1]

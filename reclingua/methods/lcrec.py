@@ -10,7 +10,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from reclingua.baselines.teacher import EASETeacher
 from reclingua.datasets.collators import CausalLMCollator
 from reclingua.datasets.instructions import InstructionDataset
 from reclingua.datasets.interactions import InteractionDataset, open_interactions, read_raw_ids
@@ -42,8 +41,7 @@ from reclingua.utils.precision import frozen_dtype
 EVAL_METRICS = parse_metrics("hit@10,ndcg@10")
 # Flags that a resumed training has to share, beside those that a test needs.
 TRAINING_KEYS = (
-    "train_prompt_sample_num", "train_data_sample_num", "only_train_response", "packing", "embedding_dropout",
-    "distill_weight",
+    "train_prompt_sample_num", "train_data_sample_num", "only_train_response", "packing", "embedding_dropout"
 )  # fmt: skip
 LORA_DEFAULTS = (32, "all-linear")  # alpha and target layers without flags
 
@@ -72,10 +70,6 @@ def check_flags(args: Arguments) -> None:
         raise InputError(f"--max_his_len {args.data.max_his_len}: should be 1 at least, or -1 for all")
     if not 0 <= args.method.embedding_dropout < 1:
         raise InputError(f"--embedding_dropout {args.method.embedding_dropout}: should be from 0 to below 1")
-    if not 0 <= args.method.distill_weight <= 1:
-        raise InputError(f"--distill_weight {args.method.distill_weight}: should be from 0 to 1")
-    if args.method.distill_weight and (args.method.targets != "all" or not args.method.only_train_response):
-        raise InputError("--distill_weight is for items of histories: give --targets all and --only_train_response")
     if args.data.max_text_len < 1:
         raise InputError(f"--max_text_len {args.data.max_text_len}: should be 1 at least")
     initial = load_initial(args)
@@ -194,7 +188,6 @@ def build_model(args: Arguments, data: NextItemData, log: Log) -> TrainingSetup:
             lambda module, _, output: functional.dropout(output, args.method.embedding_dropout, module.training)
         )
     train, valid = tokenize(args, data, tokenizer)
-    soft_tokens = train.teacher.tokens if train.teacher else None
     lengths = train.lengths(longest=True)
     check_context_length(model, max(lengths.max(), valid.lengths(longest=True).max()))
     packing = args.method.packing
@@ -207,7 +200,7 @@ def build_model(args: Arguments, data: NextItemData, log: Log) -> TrainingSetup:
         tokenizer=tokenizer,
         train=train,
         valid=valid,
-        collator=CausalLMCollator(tokenizer, packing, flatten=flash, soft_tokens=soft_tokens),
+        collator=CausalLMCollator(tokenizer, packing, flatten=flash),
         lengths=lengths,
         metadata=metadata,
         checkpoint=data.checkpoint,
@@ -231,13 +224,10 @@ def tokenize(args: Arguments, data: NextItemData, tokenizer) -> tuple[Instructio
     """Return the samples of train, whose prompts are drawn for each epoch, and of valid."""
     token_ids = index_token_ids(tokenizer, data.dataset.index)
     shared = {"only_response": args.method.only_train_response, "seed": args.training.seed}
-    weight, teacher = args.method.distill_weight, None
-    if weight:
-        teacher = EASETeacher(data.dataset, token_ids, weight, args.method.exclude_seen)
     train, valid = (
         build_instructions(
             samples, data.dataset, tokenizer, data.prompts, token_ids, data.metadata,
-            templates_per_sample=templates_per_sample, teacher=teacher if samples is data.train else None, **shared,
+            templates_per_sample=templates_per_sample, **shared,
         )
         for samples, templates_per_sample in ((data.train, data.templates_per_sample), (data.valid, None))
     )  # fmt: skip

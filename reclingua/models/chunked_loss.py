@@ -9,7 +9,6 @@ logits that are capped after the head (Gemma 2) nor heads that are not one weigh
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -63,28 +62,20 @@ class ChunkedCrossEntropy:
             raise ValueError(f"{type(model).__name__} changes its logits after the output head in an unknown way")
 
     @contextmanager
-    def at_labels(
-        self,
-        labels: torch.Tensor,
-        soft_labels: torch.Tensor | None = None,
-        soft_tokens: torch.Tensor | None = None,
-    ) -> Iterator[None]:
+    def at_labels(self, labels: torch.Tensor) -> Iterator[None]:
         """Apply the head only at positions that predict a label, within the context.
 
         Args:
             labels: int64 [batch, length], -100 without a label; position t predicts labels[t + 1].
-            soft_labels: float32 [labels, codes], row by row of the batch: probabilities, times a weight, that replace
-                so much of the label itself.
-            soft_tokens: int64 [codes], the token of each column.
         """
         before = functional.pad(labels[:, 1:] >= 0, (0, 1))
         targets = labels[:, 1:][before[:, :-1]]
         self.loss = None
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
-            soft = None if soft_labels is None else (soft_labels, soft_tokens)
-            options = (targets, soft, self.chunk, torch.is_grad_enabled())
-            self.loss = _ChunkedLoss.apply(self._logits, hidden[before], *options, *self.head.parameters())
+            self.loss = _ChunkedLoss.apply(
+                self._logits, hidden[before], targets, self.chunk, torch.is_grad_enabled(), *self.head.parameters()
+            )
             # Returned as well: DDP finds the parameters in use by following a model's outputs.
             return self.loss.view(1, 1, 1)
 
@@ -120,22 +111,15 @@ class _ChunkedLoss(torch.autograd.Function):
     """Sum of the cross-entropies of `logits(rows)`, with gradients computed chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, logits, rows, targets, soft, chunk, differentiable, *parameters):
+    def forward(ctx, logits, rows, targets, chunk, differentiable, *parameters):
         trained = [index for index, tensor in enumerate(parameters) if differentiable and tensor.requires_grad]
         with_rows = differentiable and rows.requires_grad
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         row_gradients, gradients = [], {}
-        soft_labels, soft_tokens = soft or (None, None)
-        parts = zip(
-            rows.split(chunk),
-            targets.split(chunk),
-            repeat(None) if soft is None else soft_labels.split(chunk),
-            strict=soft is not None,
-        )
-        for part, target, soft_label in parts:
+        for part, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
             part = part.detach().requires_grad_(with_rows)
             with torch.set_grad_enabled(differentiable):
-                entropy = cross_entropy(logits(part).float(), target, soft_label, soft_tokens)
+                entropy = functional.cross_entropy(logits(part).float(), target, reduction="sum")
             loss += entropy.detach()
             leaves = [part] * with_rows + [parameters[index] for index in trained]
             chunk_gradients = list(torch.autograd.grad(entropy, leaves)) if leaves else []
@@ -154,23 +138,4 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, scale):
         gradients, ctx.gradients = ctx.gradients, None  # released, so that autograd need not copy them
         rows, *parameters = (None if gradient is None else gradient.mul_(scale) for gradient in gradients)
-        return None, rows, None, None, None, None, *parameters
-
-
-def cross_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    soft_labels: torch.Tensor | None = None,
-    soft_tokens: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the summed cross-entropy of logits [rows, tokens]; soft labels replace the share of a target they sum to.
-
-    Args:
-        targets: int64 [rows].
-        soft_labels, soft_tokens: see `ChunkedCrossEntropy.at_labels`.
-    """
-    if soft_labels is None:
-        return functional.cross_entropy(logits, targets, reduction="sum")
-    hard = (1 - soft_labels.sum(1)) * logits.gather(1, targets[:, None])[:, 0]
-    soft = (soft_labels * logits[:, soft_tokens]).sum(1)
-    return (logits.logsumexp(1) - hard - soft).sum()
+        return None, rows, None, None, None, *parameters

@@ -147,11 +147,6 @@ class MethodArguments:
     )
     only_train_response: bool = argument(default=True, help="loss on the response only; False: on the prompt as well")
     packing: bool = argument(default=False, help="pack several samples into a row instead of padding")
-    distill_weight: float = argument(
-        default=0.0,
-        help="weight of soft labels, EASE's probabilities of the next item, beside the items themselves; with "
-        "--targets all",
-    )
     embedding_dropout: float = argument(default=0.0, help="dropout on the input embeddings while training")
     exclude_seen: bool = argument(default=False, help="leave the user's own items out of the candidates at evaluation")
 

@@ -33,7 +33,6 @@ from reclingua.training.checkpoints import STAGING_DIR, commit_checkpoint, repor
 from reclingua.training.compilation import compile_layers, without_compilation
 from reclingua.training.throughput import Throughput
 from reclingua.training.zero import gather_state_dict, gathered_parameters, saves_sharded_state
-from reclingua.utils.errors import InputError
 from reclingua.utils.metadata import CheckpointMetadata
 
 
@@ -174,12 +173,9 @@ class RecTrainer(transformers.Trainer):
         lengths = inputs.pop("lengths")
         if model.training:
             self.throughput.add(inputs["labels"], lengths, inputs["input_ids"].numel())
-        soft = inputs.pop("soft_labels", None), inputs.pop("soft_tokens", None)
         if self.chunked_loss is None:
-            if soft[0] is not None:
-                raise InputError("--distill_weight: the loss of this model has no soft labels; leave it out")
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.chunked_loss.at_labels(inputs["labels"], *soft):
+        with self.chunked_loss.at_labels(inputs["labels"]):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _mean_over_targets(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:

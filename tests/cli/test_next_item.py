@@ -129,9 +129,9 @@ def test_other_architectures_train_save_and_test(script, workshop, tmp_path, arc
     [
         ("--epochs", 4),
         ("--epochs", 9, "--max_tokens_per_batch", 250, "--gradient_accumulation_steps", 2),
-        ("--epochs", 4, "--max_tokens_per_batch", 300, "--packing", "--distill_weight", 0.5),
+        ("--epochs", 4, "--max_tokens_per_batch", 300, "--packing"),
     ],
-    ids=["samples", "tokens", "packed-and-distilled"],
+    ids=["samples", "tokens", "packed"],
 )
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(script, workshop, tmp_path, batches):
     more = ("--targets", "all", *batches, "--save_steps", 10, "--save_and_eval_strategy", "steps")
@@ -174,8 +174,6 @@ def test_bad_input_of_finetune(workshop, tmp_path, refused):
     assert "is both --base_model and --output_dir" in refuse("--output_dir", workshop / "base")
     assert "--max_his_len 0" in refuse("--max_his_len", 0)
     assert "--embedding_dropout 1.0: should be from 0" in refuse("--embedding_dropout", 1)
-    assert "--distill_weight 2.0: should be from 0 to 1" in refuse("--distill_weight", 2)
-    assert "--distill_weight is for items of histories" in refuse("--distill_weight", 0.5)
     assert "should be hit@10, ndcg@10 or loss" in refuse("--metric_for_best_model", "auc")
     assert "--seed from 0 to below" in refuse("--seed", -1)
     assert "--max_eval_samples should be 0 at least" in refuse("--max_eval_samples", -1)

@@ -75,29 +75,6 @@ def test_equals_the_plain_loss_where_logits_are_scaled_or_capped(name):
     assert_equal_ways(CHANGED[name]())
 
 
-def test_soft_labels_replace_a_share_of_the_labels():
-    """Equal to the cross-entropy with probabilities over all tokens; a row of zeros leaves its label alone."""
-    model, (inputs, labels) = make_model("llama", 300, spread=1), batch()
-    is_label, tokens = labels[:, 1:] != IGNORE, torch.tensor([7, 50, 299, 8])
-    targets = labels[:, 1:][is_label]
-    soft_labels = 0.6 * torch.rand(len(targets), 4, generator=torch.Generator().manual_seed(2)).softmax(1)
-    soft_labels[5] = 0
-    probabilities = torch.zeros(len(targets), 300).index_add_(1, tokens, soft_labels)
-    probabilities[torch.arange(len(targets)), targets] += 1 - soft_labels.sum(1)
-    logits = model(**inputs).logits[:, :-1][is_label]
-    functional.cross_entropy(logits, probabilities, reduction="sum").backward()
-    expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    model.zero_grad()
-    head = ChunkedCrossEntropy(model, 1)
-    head.chunk = 3
-    with head.at_labels(labels, soft_labels, tokens):
-        model(**inputs)
-    head.loss.backward()
-    assert head.loss.item() == pytest.approx(functional.cross_entropy(logits, probabilities, reduction="sum").item())
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, expected[name], atol=1e-5, rtol=1e-4)
-
-
 def test_with_a_bias_and_with_frozen_parts():
     model = make_model("llama", 300, spread=1)
     model.lm_head = torch.nn.Linear(32, 300, bias=True)

@@ -8,7 +8,6 @@ import transformers
 from safetensors.torch import load_file
 
 import finetune
-from reclingua.baselines.teacher import EASETeacher
 from reclingua.datasets.collators import IGNORE, CausalLMCollator
 from reclingua.datasets.samplers import LengthGroupedBatchSampler
 from reclingua.models.architecture import supports_packing
@@ -79,12 +78,12 @@ def test_updates_equal_those_of_the_plain_trainer(toy, tmp_path, targets):
     assert max((theirs_after[name] - before[name]).abs().max() for name in before) > 1e-3
 
 
-def losses(model, samples, tokenizer, packing, flatten=False, soft_tokens=None):
-    batch = CausalLMCollator(tokenizer, packing, flatten, soft_tokens)(samples)
+def losses(model, samples, tokenizer, packing, flatten=False):
+    batch = CausalLMCollator(tokenizer, packing, flatten)(samples)
     labels, _ = batch.pop("labels"), batch.pop("lengths")
     head = ChunkedCrossEntropy(model, 1)
     model.zero_grad()
-    with head.at_labels(labels, batch.pop("soft_labels", None), batch.pop("soft_tokens", None)):
+    with head.at_labels(labels):
         model(**batch, use_cache=False)
     head.loss.backward()
     return head.loss.item(), {name: weight.grad for name, weight in model.named_parameters()}
@@ -103,20 +102,6 @@ def test_packed_loss_equals_unpacked(toy, architecture, flatten):
     assert packed == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(their_gradients[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
-
-
-def test_packed_soft_labels_stay_with_their_samples(toy, architecture):
-    dataset, instructions = build(toy, "all")
-    instructions.teacher = EASETeacher(dataset, instructions.token_ids, 1.0, excludes_seen=False)
-    model = make_model(architecture, len(instructions.tokenizer), spread=2)
-    samples = [instructions[i] for i in range(9)]
-    del samples[3]["soft_labels"]  # of another task
-    loss, packed = (
-        losses(model, samples, instructions.tokenizer, packing, soft_tokens=instructions.teacher.tokens)[0]
-        for packing in (False, True)
-    )
-    assert packed == pytest.approx(loss, rel=1e-5)
-    assert abs(loss - losses(model, samples, instructions.tokenizer, packing=False)[0]) > 1e-4 * loss
 
 
 @pytest.mark.parametrize("name", OTHERS)
