@@ -10,17 +10,16 @@ python finetune.py --config config/collm.yaml --init_from ckpt/tallrec --cf_mode
 
 from reclingua.utils.logging import silence_third_party
 
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import set_seed
 
 from reclingua.methods import METHODS
 from reclingua.training.arguments import Arguments, parse_arguments
-from reclingua.training.runs import leave_process_group, prepare_device, train_and_save
+from reclingua.training.runs import check_ranges, leave_process_group, prepare_device, train_and_save
 from reclingua.training.trainer import RecTrainer, build_batches
 from reclingua.training.zero import check_zero3_support, saves_sharded_state, without_zero3_init
 from reclingua.utils.errors import InputError, cli_main
@@ -64,21 +63,11 @@ def tune(args: Arguments, started: float) -> None:
     log(f"{len(batches):,} batches of at most {limit} an epoch and process")
 
     # ---- Train ----
-    training_args.disable_tqdm = not sys.stderr.isatty()
-    if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = setup.find_unused_parameters
     trainer = RecTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=setup.train,
-        eval_dataset=setup.valid,
-        data_collator=setup.collator,
-        processing_class=setup.tokenizer,
+        **setup.trainer_arguments(training_args, args.yes_no.patience),
         batches=batches,
         max_logits_mb=setup.max_logits_mb,
         compute_valid_metrics=compute_valid_metrics,
-        metadata=setup.metadata,
-        callbacks=[EarlyStoppingCallback(args.yes_no.patience)] if args.yes_no.patience else None,
     )
     if setup.flash:
         model.set_attn_implementation("flash_attention_2")
@@ -102,8 +91,7 @@ def check_required(args: Arguments) -> None:
     sources |= {"--cf_model": args.yes_no.cf_model}
     paths = {flag: Path(path) for flag, path in sources.items() if path}
     check_outputs({"--output_dir": Path(args.training.output_dir)}, paths)
-    if args.training.per_device_eval_batch_size < 1 or not 0 <= args.training.seed < 2**32:
-        raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
+    check_ranges(args.training)
     if (args.data.max_eval_samples or 0) < 0:
         raise InputError("--max_eval_samples should be 0 at least")
 

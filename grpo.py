@@ -7,17 +7,16 @@ torchrun --nproc_per_node 8 grpo.py --config config/grpo.yaml --ckpt_path ckpt/D
 
 from reclingua.utils.logging import silence_third_party
 
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import set_seed
 
 from reclingua.methods.grpo import OTHER_HALF, build_data, build_evaluation, build_model, run_flags
 from reclingua.training.policy_arguments import PolicyRunArguments, parse_policy_arguments
 from reclingua.training.policy_trainer import PolicyTrainer
-from reclingua.training.runs import leave_process_group, prepare_device, train_and_save
+from reclingua.training.runs import check_ranges, leave_process_group, prepare_device, train_and_save
 from reclingua.training.trainer import build_batches
 from reclingua.utils.errors import cli_main
 from reclingua.utils.files import check_outputs, locked_folder
@@ -27,6 +26,7 @@ from reclingua.utils.files import check_outputs, locked_folder
 def main() -> None:
     started = time.monotonic()
     args = parse_policy_arguments(__doc__)
+    check_ranges(args.training)
     output_dir = Path(str(args.training.output_dir))
     check_outputs({"--output_dir": output_dir}, {"--ckpt_path": Path(str(args.policy.ckpt_path))})
     silence_third_party()
@@ -51,23 +51,13 @@ def tune(args: PolicyRunArguments, started: float) -> None:
     log(f"  {len(batches):,} batches an epoch and process, {settings.num_generations} candidates of each prompt")
 
     # ---- Train and save ----
-    training_args.disable_tqdm = not sys.stderr.isatty()
     training_args.eval_on_start &= setup.checkpoint is None  # a resumed run has the metrics of the beginning
-    if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = setup.find_unused_parameters
     trainer = PolicyTrainer(
-        model=setup.model,
-        args=training_args,
-        train_dataset=setup.train,
-        eval_dataset=setup.valid,
-        data_collator=setup.collator,
-        processing_class=setup.tokenizer,
+        **setup.trainer_arguments(training_args, settings.patience),
         batches=batches,
         compute_valid_metrics=compute_valid_metrics,
-        metadata=setup.metadata,
         policy=policy,
         settings=settings,
-        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience else None,
     )
     if train_and_save(trainer, setup.checkpoint, run_flags(args), started, trainer.finish_model, log):
         for line in trainer.describe_choice(OTHER_HALF):

@@ -40,10 +40,11 @@ def packaged_encoder() -> str:
 
 
 def embed_text(texts: list[str], plm: str, batch_size: int = 64) -> np.ndarray:
-    """Embed texts by the sentence encoder `plm`, a folder or hub name; float32 [texts, dim]."""
+    """Embed texts by the sentence encoder `plm`, a folder, a hub name or "minilm"; float32 [texts, dim]."""
     from sentence_transformers import SentenceTransformer  # imported here: takes seconds, and --help should not
     from transformers.utils.logging import disable_progress_bar
 
+    plm = packaged_encoder() if plm == "minilm" else plm
     disable_progress_bar()  # for loading weights; encoding shows its own on a terminal
 
     try:
@@ -109,7 +110,7 @@ def embed_new_items(path: Path, dataset: InteractionDataset, items: Sequence[str
         if file_sha256(svd_path(path)) != read_json(record_path(path), "the record of embeddings").get("svd_sha256"):
             raise InputError(f"{svd_path(path)}: is not the SVD of {path.name}; {advice}")
     fields = parse_text_fields(",".join(made_with.get("text_fields") or TEXT_KEYS), dataset)
-    text = embed_text([dataset.text(item, fields) for item in items], packaged_encoder() if plm == "minilm" else plm)
+    text = embed_text([dataset.text(item, fields) for item in items], plm)
     return text if joined is None else joined.embed(dataset, items, text, known=read_embeddings(path))
 
 
@@ -151,7 +152,7 @@ def main() -> None:
     check_replaceable(output, made_with, args.force)
     with atomic_write(output) as temporary:
         texts = [dataset.text(item, fields) for item in dataset.item_ids]
-        embeddings, fitted = embed_text(texts, packaged_encoder() if args.plm == "minilm" else args.plm), {}
+        embeddings, fitted = embed_text(texts, args.plm), {}
         if args.collab_weight:
             if min(len(dataset.histories), len(texts)) < 2:
                 raise InputError(f"{dataset.folder}: --collab_weight needs at least two users and two items")

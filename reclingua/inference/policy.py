@@ -13,8 +13,6 @@ from reclingua.inference.recommender import Recommender
 from reclingua.models.tree_attention import supports_trees
 from reclingua.utils.errors import InputError
 
-STRATEGIES = ("beam", "sample")
-
 
 class CandidatePolicy:
     """A model that is trained on its own candidates, and the frozen copy of its trained weights as it began.

@@ -1,7 +1,7 @@
 """Rows of recommend.py: the lists of many users, the neighbours of items, and the scores of pairs."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -70,8 +70,7 @@ class UserLists:
             [self.titles[entry.item] for entry in entries],
             np.repeat(np.array(sources, object), lengths),
         )
-        arrays = [pa.array(column, kind) for column, kind in zip(columns, self.schema.types, strict=True)]
-        return pa.table(arrays, schema=self.schema)
+        return to_table(columns, self.schema)
 
 
 def most_popular(dataset: InteractionDataset, candidates: Collection[str]) -> list[ScoredItem]:
@@ -105,7 +104,7 @@ class PairScores:
         histories = [[other for other in self.liked.get(user, []) if other != item] for user, item in known]
         users = [user if user in self.liked else None for user, _ in known]
         if not known:
-            return to_table([], self.schema)
+            return self.schema.empty_table()
         part = make_ratings(self.scorer.dataset, histories, [item for _, item in known], users)
         if self.fused is not None:
             scores = self.fused.log_odds(part, self.batch_size, self.bf16)
@@ -113,7 +112,7 @@ class PairScores:
             with torch.autocast(self.scorer.model.device.type, torch.bfloat16, enabled=self.bf16):
                 scores = self.scorer.score(part, batch_size=self.batch_size)
         # Not rounded: those of cold users and items can be tiny, and still rank them.
-        return to_table([(*pair, score) for pair, score in zip(known, scores.tolist(), strict=True)], self.schema)
+        return to_table((*zip(*known, strict=True), scores), self.schema)
 
 
 def liked_items(dataset: RatingsDataset) -> dict[str, list[str]]:
@@ -132,9 +131,7 @@ def liked_items(dataset: RatingsDataset) -> dict[str, list[str]]:
     return liked
 
 
-def to_table(rows: Sequence[tuple], schema: pa.Schema) -> pa.Table:
-    """Return rows as a table."""
-    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-    return pa.table(
-        [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema
-    )
+def to_table(columns: Sequence[Iterable], schema: pa.Schema) -> pa.Table:
+    """Return columns as a table."""
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+    return pa.table(arrays, schema=schema)

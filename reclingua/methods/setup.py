@@ -1,13 +1,15 @@
-"""What a method hands to finetune.py: the model and the samples of a training."""
+"""What a method hands to finetune.py or grpo.py: the model and the samples of a training."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 
+from reclingua.training.arguments import TuningArguments
 from reclingua.utils.metadata import CheckpointMetadata
 
 Log = Callable[[str], None]
@@ -40,3 +42,19 @@ class TrainingSetup:
     packing: bool = False
     flash: bool = False
     find_unused_parameters: bool | None = None
+
+    def trainer_arguments(self, args: TuningArguments, patience: int) -> dict[str, Any]:
+        """Return the arguments that every trainer takes; sets the defaults that depend on this training in `args`."""
+        args.disable_tqdm = not sys.stderr.isatty()
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = self.find_unused_parameters
+        return {
+            "model": self.model,
+            "args": args,
+            "train_dataset": self.train,
+            "eval_dataset": self.valid,
+            "data_collator": self.collator,
+            "processing_class": self.tokenizer,
+            "metadata": self.metadata,
+            "callbacks": [EarlyStoppingCallback(patience)] if patience else None,
+        }

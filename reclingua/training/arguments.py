@@ -343,10 +343,14 @@ def parse_arguments(description: str) -> Arguments:
 
 def refuse_flags(method: str, group: Any, flags: Iterable[str]) -> None:
     """Raise InputError for one of these flags of a group that was given although the method does not use it."""
+    if flag := first_given(group, flags):
+        raise InputError(f"--{flag} has no effect with --method {method}; leave it out")
+
+
+def first_given(group: Any, flags: Iterable[str]) -> str | None:
+    """Return the first of these flags of a group whose value is not its default, or None."""
     defaults = {field.name: field.default for field in fields(group)}
-    for flag in flags:
-        if getattr(group, flag) != defaults[flag]:
-            raise InputError(f"--{flag} has no effect with --method {method}; leave it out")
+    return next((flag for flag in flags if getattr(group, flag) != defaults[flag]), None)
 
 
 def parse(dataclasses: list[Any], description: str, argv: list[str] | None = None) -> tuple:

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import NamedTuple
 
-from reclingua.training.arguments import LoraArguments, TuningArguments, argument, parse
+from reclingua.training.arguments import LoraArguments, TuningArguments, argument, first_given, parse
 from reclingua.training.rewards import REWARDS, parse_rewards
 from reclingua.utils.errors import InputError
 
@@ -16,7 +16,7 @@ FREE = ("ckpt_path", "base_model", "dataset", "data_path", "max_eval_samples", "
 
 @dataclass
 class PolicyArguments:
-    """What is trained, on which candidates, with which rewards and loss."""
+    """The checkpoint, its candidates, their rewards, and the loss."""
 
     _argument_group_name = "policy"
 
@@ -143,11 +143,7 @@ def parse_policy_arguments(description: str) -> PolicyRunArguments:
         raise InputError("--output_dir is required; see --help")
     if args.training.metric_for_best_model not in ("hit@10", "ndcg@10"):
         raise InputError(f"--metric_for_best_model {args.training.metric_for_best_model}: should be hit@10 or ndcg@10")
-    if args.training.per_device_eval_batch_size < 1 or not 0 <= args.training.seed < 2**32:
-        raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
-    if not args.lora.lora:
-        defaults = {entry.name: entry.default for entry in fields(args.lora)}
-        given = next((name for name, value in asdict(args.lora).items() if value != defaults[name]), None)
-        if given:
-            raise InputError(f"--{given} has no effect without --lora; leave it out")
+    flags = [entry.name for entry in fields(args.lora)]
+    if not args.lora.lora and (given := first_given(args.lora, flags)):
+        raise InputError(f"--{given} has no effect without --lora; leave it out")
     return args

@@ -13,11 +13,17 @@ from reclingua.training.callbacks import Preempted
 from reclingua.training.checkpoints import newest_checkpoint, report_disk_full
 from reclingua.training.throughput import format_throughput
 from reclingua.training.trainer import RecTrainer
-from reclingua.utils.errors import mask_flags
+from reclingua.utils.errors import InputError, mask_flags
 from reclingua.utils.files import write_json
 from reclingua.utils.memory import keep_freed_memory
 from reclingua.utils.metadata import run_metadata
 from reclingua.utils.precision import allow_tf32
+
+
+def check_ranges(args: TuningArguments) -> None:
+    """Raise InputError for flags of the Trainer whose values no command takes."""
+    if args.per_device_eval_batch_size < 1 or not 0 <= args.seed < 2**32:
+        raise InputError("--per_device_eval_batch_size should be 1 at least, --seed from 0 to below 2^32")
 
 
 def prepare_device(args: TuningArguments) -> None:
